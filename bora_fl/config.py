@@ -1,0 +1,244 @@
+"""One typed view of the run config, checked once.
+
+Flower hands ServerApp and ClientApps a flat mapping of ``group.key`` to bool, int, float or str. `parse` turns it into a
+frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines name the key, its value and the remedy.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Scalar = bool | int | float | str
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A run config that cannot be used; each line of the message names a key, its value and the remedy."""
+
+
+class _Group(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=AliasGenerator(alias=lambda name: name.replace("_", "-")),
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+class ModelSettings(_Group):
+    """The frozen base model."""
+
+    name: str = Field("embedded:minilm", description="hub id, local folder, or embedded:minilm | embedded:smollm2")
+    revision: str = Field("", description="hub revision; empty is the default branch")
+    task: Literal["classification", "causal-lm"] = Field("classification", description="what the model is trained for")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+    max_length: Count = Field(48, description="tokens an example is cut at")
+
+
+class AdapterSettings(_Group):
+    """What is trained beside the frozen base model."""
+
+    method: str = Field("bora", description="bora, a PEFT method (lora, dora, gralora, lokr, vera, hra, ...) or full")
+    rank: Count = Field(8, description="r")
+    num_blocks: Count = Field(8, description="b, the number of row blocks and of column blocks (BoRA)")
+    alpha: Positive = Field(16.0, description="the update is scaled by alpha / r")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before A")
+    target_modules: str = Field("query,value", description="comma-separated names, a regex, or all-linear")
+    sigma_transform: Literal["exp_norm", "identity"] = Field("exp_norm", description="how Sigma is made of sigma")
+    train_head: bool = Field(True, description="train the classification head too")
+
+    def targets(self) -> str | list[str]:
+        """The value in the form that PEFT's `target_modules` takes."""
+        text = self.target_modules.strip()
+        if text == "all-linear" or any(sign in text for sign in "*^$|()[]\\"):
+            return text
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+
+class DataSettings(_Group):
+    """The data set, and how it is split over clients."""
+
+    name: str = Field(
+        "embedded:sentiment4",
+        description="hub id, local .parquet, .jsonl or .csv file, or embedded:sentiment4 | newsgroups20 | prose",
+    )
+    subset: str = Field("", description="configuration of a hub data set")
+    train_split: str = Field("train", description="split (or value of a column named split) that clients train on")
+    test_split: str = Field("test", description="split of the server's central test set; empty for none")
+    text_column: str = Field("text", description="input text; the prompt for instruction data")
+    label_column: str = Field("label", description="class (classification)")
+    response_column: str = Field("", description="answer (instruction data); the loss covers it alone")
+    partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential"] = Field(
+        "natural", description="how examples are dealt to clients; the last three skew the sizes"
+    )
+    partition_by: str = Field("domain", description="column of the natural id")
+    alpha: Positive = Field(0.5, description="concentration of the Dirichlet split; small is skewed")
+    classes_per_client: Count = Field(2, description="classes a client holds in the pathological split")
+    num_partitions: CountOrZero = Field(0, description="number of clients; 0 is the federation's size")
+    evaluation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="each client's held-out part")
+    max_train_examples: CountOrZero = Field(0, description="seeded subsample of the training split; 0 is all")
+    max_test_examples: CountOrZero = Field(0, description="seeded subsample of the central test set; 0 is all")
+
+
+class TrainSettings(_Group):
+    """Local training."""
+
+    local_steps: CountOrZero = Field(30, description="optimizer steps a round; 0 counts local-epochs instead")
+    local_epochs: Positive = Field(1.0, description="passes over the client's data a round when local-steps is 0")
+    batch_size: Count = Field(16, description="sequences per step and accumulation part")
+    accumulation: Count = Field(1, description="batches whose gradients make one step")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer, fresh each round")
+    learning_rate: Positive = Field(2e-3, description="local learning rate in the first round")
+    head_learning_rate: NonNegative = Field(0.0, description="learning rate of the trained head; 0 is learning-rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over rounds")
+    warmup_rounds: CountOrZero = Field(0, description="rounds of linear warm-up")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="momentum of sgd")
+    max_grad_norm: NonNegative = Field(1.0, description="global gradient clipping; 0 is off")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast; auto is bf16 where it is fast")
+    checkpointing: bool = Field(False, description="gradient checkpointing")
+    proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
+    evaluation_batch_size: Count = Field(64, description="sequences per evaluation batch")
+
+
+class StrategySettings(_Group):
+    """How the server merges."""
+
+    name: str = Field("refactor", description="a row of `bora-fl strategies`")
+    fraction_train: Fraction = Field(1.0, description="share of the nodes sampled each round")
+    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of nodes in a separate evaluation round")
+    evaluate_in_train: bool = Field(True, description="clients evaluate the received adapter in the train reply")
+    min_nodes: CountOrZero = Field(0, description="nodes to wait for before round 1; 0 is the federation's size if known, else 2")
+    min_replies: Count = Field(1, description="usable replies below which a round changes nothing")
+    wait_seconds: Positive = Field(600.0, description="how long to wait for min-nodes before the run stops")
+    timeout: Positive = Field(3600.0, description="seconds a round waits for replies")
+    weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client")
+    sweeps: Count = Field(20, description="least-squares sweeps of a refactorization")
+    residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
+    residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")
+    threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist), of entries sent (cellm)")
+    robust: Literal["none", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip"] = Field(
+        "none", description="robust rule on the clients' products"
+    )
+    byzantine: CountOrZero = Field(1, description="clients assumed bad (krum, trimmed-mean)")
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = Field("none", description="FedAvgM, FedAdam, FedYogi")
+    server_learning_rate: Positive = Field(1.0, description="step of the server optimizer")
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta 1")
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="beta 2 (adam, yogi)")
+    server_epsilon: Positive = Field(1e-3, description="tau, the degree of adaptivity (adam, yogi)")
+    max_update_norm: NonNegative = Field(0.0, description="an update whose product moved further is set aside; 0 is off")
+    min_cosine: Annotated[float, Field(ge=-1, le=1)] = Field(
+        -1.0, description="an update whose cosine with the others' mean is lower is set aside; -1 is off"
+    )
+
+
+class PrivacySettings(_Group):
+    """Differential privacy; see docs/privacy.md."""
+
+    mode: Literal["none", "record", "client", "local"] = Field("none", description="unit and place of the guarantee")
+    epsilon: Positive = Field(6.0, description="budget of each client (record) or of the run (client)")
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="delta of the budget")
+    noise_multiplier: NonNegative = Field(0.0, description="noise / clip-norm; 0 solves it once for the planned steps")
+    clip_norm: Positive = Field(1.0, description="per-sample (record) or per-update (client, local) clipping norm")
+    adaptive_clipping: bool = Field(False, description="adapt clip-norm to a quantile (client)")
+    accountant: Literal["prv", "rdp"] = Field("prv", description="accountant of the ledger")
+    physical_batch_size: CountOrZero = Field(0, description="sequences in memory at once; 0 is twice the batch size")
+    ledger_dir: str = Field("", description="where a site keeps its ledger; empty is <state folder>/ledger")
+    secure_aggregation: bool = Field(False, description="SecAgg+: the server sees the weighted mean alone")
+
+
+class RunSettings(_Group):
+    """The run."""
+
+    num_rounds: Count = Field(10, description="rounds in all")
+    seed: CountOrZero = Field(0, description="every other seed derives from (seed, round, client)")
+    output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
+    resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
+    evaluate_every: Count = Field(1, description="rounds between central evaluations; the last is always evaluated")
+    keep_checkpoints: Count = Field(2, description="checkpoints kept")
+    threads: CountOrZero = Field(0, description="torch threads per process; 0 is cores divided by the processes Flower runs")
+
+
+class Settings(_Group):
+    """Every run-config key, in groups."""
+
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    strategy: StrategySettings = StrategySettings()
+    privacy: PrivacySettings = PrivacySettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _check_across_groups(self) -> Self:
+        if self.privacy.mode == "record" and self.adapter.dropout > 0:
+            raise ValueError(
+                f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are taken "
+                "without dropout; set adapter.dropout to 0"
+            )
+        if self.strategy.residual != "drop" and self.strategy.residual_rank == 0:
+            raise ValueError(
+                f"strategy.residual-rank = 0 with strategy.residual = '{self.strategy.residual}': nothing would be kept; "
+                "set a rank of 1 or more, or strategy.residual to drop"
+            )
+        return self
+
+    def flat(self) -> dict[str, Scalar]:
+        """The settings as Flower's flat run config."""
+        groups = self.model_dump(by_alias=True)
+        return {f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()}
+
+
+def parse(run_config: Mapping[str, Scalar]) -> Settings:
+    """Check a flat run config and give it types.
+
+    Args:
+        run_config: Flower's ``context.run_config``: ``group.key`` to bool, int, float or str. Missing keys take defaults.
+
+    Returns:
+        The frozen settings.
+
+    Raises:
+        ConfigError: For an unknown key, a value of the wrong type or out of range, or settings that exclude each other.
+    """
+    groups: dict[str, dict[str, Scalar]] = {}
+    known = Settings().flat()
+    problems = []
+    for key, value in run_config.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "`bora-fl config` lists the keys"
+            problems.append(f"{key} = {value!r}: no such setting; {hint}")
+            continue
+        group, name = key.split(".", 1)
+        groups.setdefault(group, {})[name] = value
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return Settings.model_validate(groups)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    key = ".".join(str(part) for part in item["loc"])
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{key} = {item['input']!r}: {message} ({_description(key)})"
+
+
+def _description(key: str) -> str:
+    group, name = key.split(".", 1)
+    fields = type(getattr(Settings(), group)).model_fields
+    return str(fields[name.replace("-", "_")].description)
