@@ -1,8 +1,8 @@
 """The one entry to the fused layer: `bora_linear` picks a path by device, dtype and shape."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from bora_fl.kernels.dropout import draw_seed
 from bora_fl.kernels.reference import bora_branch_reference
@@ -45,4 +45,4 @@ def bora_linear(
         seed = draw_seed(x.device)
     with torch.autocast(device, enabled=False):
         y = bora_branch_reference(x, A, Sigma, B, scaling, dropout_p=dropout_p, seed=seed)
-        return y if base_weight is None else F.linear(x, base_weight, base_bias) + y
+        return y if base_weight is None else functional.linear(x, base_weight, base_bias) + y

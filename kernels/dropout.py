@@ -1,8 +1,8 @@
 """Counter-based dropout: one keep mask, whichever kernel draws it.
 
-The mask is a pure function of `(seed, token, column)`: no state is kept between forward and backward, and the reference,
-the CPU path and the Triton kernels agree bit for bit. It is Philox4x32 with seven rounds, the fewest that pass BigCrush
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, table 2), on the counter
+The mask is a pure function of `(seed, token, column)`: no state is kept between forward and backward, and the
+reference, the CPU path and the Triton kernels agree bit for bit. It is Philox4x32 with seven rounds, the fewest that
+pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, table 2), on the counter
 `(column // 4, token, 0, 0)` and the two halves of the seed as key; word `column % 4` of the output decides.
 An element is kept when its word is at least `round(p · 2³²)`, and kept elements are divided by `1 - p`.
 """
@@ -23,7 +23,7 @@ def drop_threshold(dropout_p: float) -> int:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draw a seed `[]` (int64) from torch's default generator, so that `torch.manual_seed` and checkpointing govern it."""
+    """Draw a seed `[]` (int64) from torch's default generator, which `torch.manual_seed` and checkpointing govern."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 

@@ -54,7 +54,7 @@ class _ExpNorm(torch.autograd.Function):
         return Sigma
 
     @staticmethod
-    def backward(ctx: Any, dSigma: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dSigma: Tensor) -> Tensor:
         sigma, Sigma, inverse = ctx.saved_tensors
         g = dSigma * Sigma * inverse
         return (g - sigma.sign() * (g * sigma * inverse).mean()).to(sigma.dtype)
@@ -64,7 +64,8 @@ def exp_norm(sigma: Tensor) -> Tensor:
     """Return `Sigma = exp(sigma / mean|sigma|)`, the mean over the whole tensor (BoRA's map).
 
     Sigma does not change when sigma is scaled by a positive number, so the gradient is orthogonal to sigma. With
-    `z = sigma/M`, `M = mean|sigma|`, `g = dL/dSigma ∘ Sigma` over N elements: `dL/dsigma = g/M - sign(sigma)·<g, z>/(N·M)`.
+    `z = sigma/M`, `M = mean|sigma|`, `g = dL/dSigma ∘ Sigma` over N elements:
+    `dL/dsigma = g/M - sign(sigma)·<g, z>/(N·M)`.
 
     Args:
         sigma: `[b, b, r]`, any float dtype.
@@ -72,7 +73,8 @@ def exp_norm(sigma: Tensor) -> Tensor:
     Returns:
         Sigma, of sigma's shape and dtype, all positive.
     """
-    return _ExpNorm.apply(sigma)  # type: ignore[no-untyped-call, no-any-return]
+    Sigma: Tensor = _ExpNorm.apply(sigma)  # type: ignore[no-untyped-call]
+    return Sigma
 
 
 def apply_dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
@@ -149,7 +151,7 @@ class _Branch(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, A, Sigma, B, seed = ctx.saved_tensors
         work = u.dtype
         keep = None if seed is None else keep_mask(x.shape[0], x.shape[1], ctx.dropout_p, seed)
