@@ -1,1 +1,14 @@
+"""BoRA adapters as a PEFT method, registered with PEFT by importing this package."""
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from .config import BoraConfig
+from .layer import BoraAdapter, BoraLayer
+from .model import BoraModel
+from .peft_type import BORA
+
+__all__ = ["BORA", "BoraAdapter", "BoraConfig", "BoraLayer", "BoraModel"]
+
+if BORA not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="bora", config_cls=BoraConfig, model_cls=BoraModel)
