@@ -1,0 +1,120 @@
+"""Block factors against dense float64 matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bora_fl.blocks import BlockFactors, distance, factor_mean, inner, merge, truncate
+
+
+def random_factors(seed: int, m: int = 24, n: int = 32, b: int = 4, r: int = 3, scaling: float = 0.5) -> BlockFactors:
+    g = torch.Generator().manual_seed(seed)
+    return BlockFactors(
+        torch.randn(m, r, generator=g, dtype=torch.float64),
+        torch.randn(b, b, r, generator=g, dtype=torch.float64),
+        torch.randn(r, n, generator=g, dtype=torch.float64),
+        scaling,
+    )
+
+
+def by_definition(f: BlockFactors) -> torch.Tensor:
+    """delta_W block by block, from the formula."""
+    b, (m, n) = f.num_blocks, f.shape
+    p, q = m // b, n // b
+    out = torch.full((m, n), float("nan"), dtype=torch.float64)
+    for i in range(b):
+        for j in range(b):
+            B_i, A_j = f.B[i * p : (i + 1) * p].double(), f.A[:, j * q : (j + 1) * q].double()
+            out[i * p : (i + 1) * p, j * q : (j + 1) * q] = f.scaling * B_i @ torch.diag(f.sigma[i, j].double()) @ A_j
+    return out
+
+
+@pytest.mark.parametrize("b", [1, 2, 4, 8])
+def test_dense_lora_and_norm_agree_with_the_definition(b: int) -> None:
+    f = random_factors(b, b=b)
+    dense = by_definition(f)
+    lora_b, lora_a = f.to_lora()
+    assert lora_b.shape == (24, b * 3)
+    assert lora_a.shape == (b * 3, 32)
+    torch.testing.assert_close(f.dense(), dense)
+    torch.testing.assert_close(lora_b @ lora_a, dense)
+    assert f.norm() == pytest.approx(float(dense.norm()), rel=1e-13)
+
+
+def test_component_energies_are_the_energies_of_the_components_alone() -> None:
+    f = random_factors(1)
+    alone = [
+        by_definition(BlockFactors(f.B[:, k : k + 1], f.sigma[..., k : k + 1], f.A[k : k + 1], f.scaling))
+        .square()
+        .sum()
+        for k in range(f.rank)
+    ]
+    torch.testing.assert_close(f.component_energy(), torch.stack(alone))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_truncation_keeps_the_most_energetic_components(rank: int) -> None:
+    f = random_factors(2)
+    kept = truncate(f, rank).component_energy()
+    torch.testing.assert_close(kept, f.component_energy().sort(descending=True).values[:rank])
+
+
+def test_merge_is_the_weighted_sum_of_products_for_any_ranks_and_scalings() -> None:
+    clients = [random_factors(k, r=r, scaling=s) for k, (r, s) in enumerate([(3, 0.5), (1, 2.0), (5, 1.25)])]
+    weights = [0.2, 0.5, -0.3]
+    expected = sum(w * by_definition(f) for w, f in zip(weights, clients, strict=True))
+    merged = merge(clients, weights)
+    assert merged.rank == 9
+    torch.testing.assert_close(by_definition(merged), expected)
+
+
+def test_inner_product_and_distance_agree_with_dense() -> None:
+    f, g = random_factors(3), random_factors(4, r=5, scaling=2.0)
+    dense_f, dense_g = by_definition(f), by_definition(g)
+    assert inner(f, g) == pytest.approx(float((dense_f * dense_g).sum()), rel=1e-12)
+    assert distance(f, g) == pytest.approx(float((dense_f - dense_g).norm()), rel=1e-12)
+
+
+def test_distance_is_accurate_between_nearly_equal_updates() -> None:
+    f = random_factors(5)
+    g = BlockFactors(f.B, f.sigma, f.A, f.scaling * (1 + 1e-11))
+    assert distance(f, g) == pytest.approx(1e-11 * f.norm(), rel=1e-4)
+
+
+def test_factor_mean_averages_each_factor_and_pads_smaller_clients_with_zeros() -> None:
+    f, g = random_factors(6), random_factors(7, r=5)
+    mean = factor_mean([f, g], [1.0, 3.0])
+    padded_b = torch.cat([f.B, torch.zeros(24, 2, dtype=torch.float64)], 1)
+    torch.testing.assert_close(mean.B, 0.25 * padded_b + 0.75 * g.B)
+    torch.testing.assert_close(mean.sigma[..., :3], 0.25 * f.sigma + 0.75 * g.sigma[..., :3])
+    torch.testing.assert_close(mean.sigma[..., 3:], g.sigma[..., 3:])
+    torch.testing.assert_close(mean.A[:3], 0.25 * f.A + 0.75 * g.A[:3])
+
+
+@pytest.mark.parametrize(
+    ("B", "sigma", "A", "says"),
+    [
+        ((24, 3), (4, 4, 2), (3, 32), "rank"),
+        ((24, 3), (4, 3, 3), (3, 32), "blocks"),
+        ((24, 3), (5, 5, 3), (3, 32), "divide"),
+        ((24,), (4, 4, 3), (3, 32), "shapes"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(B: tuple[int], sigma: tuple[int], A: tuple[int], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        BlockFactors(torch.zeros(B), torch.zeros(sigma), torch.zeros(A))
+
+
+def test_merging_different_layers_or_bad_weights_is_refused() -> None:
+    f = random_factors(8)
+    with pytest.raises(ValueError, match="at least one"):
+        merge([], [])
+    with pytest.raises(ValueError, match="one weight"):
+        merge([f], [1.0, 2.0])
+    with pytest.raises(ValueError, match="finite"):
+        merge([f], [float("nan")])
+    with pytest.raises(ValueError, match="blocks"):
+        merge([f, random_factors(9, b=2)], [1.0, 1.0])
+    with pytest.raises(ValueError, match="non-negative"):
+        factor_mean([f], [-1.0])
