@@ -1,12 +1,48 @@
-"""Federated fine-tuning with BoRA adapters (block-diversified low-rank adaptation)."""
+"""Federated fine-tuning with BoRA adapters (block-diversified low-rank adaptation).
 
-from pathlib import Path as _Path
+Importing this package makes PEFT know BoRA, without importing PEFT: `bora_fl.adapters` is imported right after `peft`.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
 
 __version__ = "0.1.0"
 
 # `kernels/` and `simulations/` stand at the top of a checkout and of a Flower App Bundle, yet are imported as
 # `bora_fl.kernels` and `bora_fl.simulations`: Hugging Face publishes a package that is imported as `kernels`.
 # A wheel already holds both folders inside the package.
-_root = _Path(__file__).resolve().parent.parent
-if not (_Path(__file__).resolve().parent / "kernels").is_dir() and (_root / "kernels" / "reference.py").is_file():
+_root = Path(__file__).resolve().parent.parent
+if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_root / "kernels" / "reference.py").is_file():
     __path__.append(str(_root))
+
+
+class _RegisterAfterPeft(MetaPathFinder):
+    """Imports the adapters as soon as PEFT's own import is done; merely looking for PEFT imports nothing."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                sys.meta_path.remove(self)
+                importlib.import_module("bora_fl.adapters")
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("bora_fl.adapters")
+else:
+    sys.meta_path.insert(0, _RegisterAfterPeft())

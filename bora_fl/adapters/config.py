@@ -33,21 +33,24 @@ class BoraConfig(PeftConfig):  # type: ignore[misc]
         layers_pattern: Name of the list that holds the layers, when `layers_to_transform` is given.
         rank_pattern: Ranks by module name or regular expression, where they differ from `r`.
         alpha_pattern: Alphas by module name or regular expression, where they differ from `bora_alpha`.
-        modules_to_save: Modules beside the adapters that are trained in full and saved, such as a classification head.
+        modules_to_save: Modules beside the adapters that are trained and saved, such as a classification head.
         bias: Biases to train: `"none"`, `"all"`, or `"bora_only"` (those of adapted layers).
-        fan_in_fan_out: Accepted so that LoRA settings for GPT-2 carry over. How a weight lies in memory is read from the
-            type of its layer.
-        init_weights: `True` starts with B = 0, so that the adapted model equals the base model. `False` draws B at random,
-            which only tests need.
+        fan_in_fan_out: Accepted so that LoRA settings for GPT-2 carry over. How a weight lies in memory is read from
+            the type of its layer.
+        init_weights: `True` starts with B = 0, so that the adapted model equals the base model. `False` draws B at
+            random, which only tests need.
         sigma_transform: `"exp_norm"`, `Sigma = exp(sigma / mean|sigma|)`, or `"identity"`, `Sigma = sigma`.
-        sigma_init: `"auto"`, `"ones"` (only with `"identity"`) or `"diverse"`; see `bora_fl.adapters.sigma.init_sigma_`.
+        sigma_init: `"auto"`, `"ones"` (only with `"identity"`) or `"diverse"`; see
+            `bora_fl.adapters.sigma.init_sigma_`.
 
     Raises:
         ValueError: A setting is out of its range. The message names the field, the value and the remedy.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of each block's product."})
-    num_blocks: int = field(default=8, metadata={"help": "Row and column blocks; must divide both sizes of each weight."})
+    num_blocks: int = field(
+        default=8, metadata={"help": "Row and column blocks; must divide both sizes of each weight."}
+    )
     bora_alpha: float = field(default=8, metadata={"help": "The update is scaled by bora_alpha / r."})
     bora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the branch."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by bora_alpha / sqrt(r) instead."})
@@ -60,7 +63,9 @@ class BoraConfig(PeftConfig):  # type: ignore[misc]
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks that differ from r."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas that differ from bora_alpha."})
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Alphas that differ from bora_alpha."}
+    )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all or bora_only."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted; the layer's type decides."})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -76,7 +77,9 @@ class BoraAdapter(nn.Module):
 
     def factors(self) -> BlockFactors:
         """Return the factors with the effective Sigma; A and B share memory with the parameters."""
-        return BlockFactors(B=self.B.detach(), sigma=self.effective_sigma().detach(), A=self.A.detach(), scaling=self.scaling)
+        return BlockFactors(
+            B=self.B.detach(), sigma=self.effective_sigma().detach(), A=self.A.detach(), scaling=self.scaling
+        )
 
     def forward(self, x: Tensor, *base: Tensor) -> Tensor:
         """Return the branch's output, plus the base layer's when its weights are given.
@@ -89,7 +92,7 @@ class BoraAdapter(nn.Module):
             `[..., m]`, in x's dtype.
         """
         weight, bias = (*base, None, None)[:2]
-        return bora_linear(
+        y: Tensor = bora_linear(
             x,
             self.A,
             self.effective_sigma(),
@@ -99,6 +102,7 @@ class BoraAdapter(nn.Module):
             base_bias=bias,
             dropout_p=self.dropout_p if self.training else 0.0,
         )
+        return y
 
     def extra_repr(self) -> str:
         """Return the settings, for `print(model)`."""
@@ -120,6 +124,16 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("bora_adapter",)
     other_param_names = ()
 
+    # What BaseTunerLayer provides, declared for the type checker.
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    get_base_layer: Callable[[], nn.Module]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -128,6 +142,10 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+
+    def adapter(self, adapter_name: str) -> BoraAdapter:
+        """Return the named adapter."""
+        return cast(BoraAdapter, self.bora_adapter[adapter_name])
 
     def update_layer(self, adapter_name: str, config: BoraConfig, rank: int, alpha: float) -> None:
         """Add an adapter.
@@ -158,12 +176,11 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
         It has the adapter's dtype and is computed in float32 at least.
         """
-        adapter = self.bora_adapter[adapter_name]
-        factors = adapter.factors()
+        factors = self.adapter(adapter_name).factors()
         wide = torch.promote_types(factors.A.dtype, torch.float32)
         B, sigma, A = (part.to(wide) for part in (factors.B, factors.sigma, factors.A))
         delta = BlockFactors(B=B, sigma=sigma, A=A, scaling=factors.scaling).dense()
-        return (delta.T if self._is_transposed() else delta).to(factors.A.dtype)
+        return (delta.T if self.is_transposed() else delta).to(factors.A.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the named (by default: the active) adapters to the base weight.
@@ -199,13 +216,15 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Return the base layer's output plus the active adapters' branches; other arguments go to the base layer."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [self.bora_adapter[name] for name in self.active_adapters if name in self.bora_adapter]
-        if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(x, *args, **kwargs)
+        adapters: list[BoraAdapter] = []
+        if not (self.disable_adapters or self.merged):
+            adapters = [self.adapter(name) for name in self.active_adapters if name in self.bora_adapter]
+        result: Tensor
         if len(adapters) == 1 and not args and not kwargs and self._base_can_be_fused(x):
-            return adapters[0](x, *self._base_tensors())
+            result = adapters[0](x, *self._base_tensors())
+            return result
         result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
+        if adapters and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in adapters:
             result = result + adapter(x).to(result.dtype)
@@ -222,13 +241,14 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __repr__(self) -> str:
         return "bora." + super().__repr__()
 
-    def _is_transposed(self) -> bool:
+    def is_transposed(self) -> bool:
+        """Whether the base weight lies as `[n, m]`."""
         return isinstance(self.get_base_layer(), Conv1D)
 
     def _base_tensors(self) -> tuple[Tensor, ...]:
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        weight = weight.T if self._is_transposed() else weight
-        return (weight,) if bias is None else (weight, bias)
+        base = cast(nn.Linear, self.base_layer)
+        weight = base.weight.T if self.is_transposed() else base.weight
+        return (weight,) if base.bias is None else (weight, base.bias)
 
     def _base_can_be_fused(self, x: Tensor) -> bool:
         """Whether the base layer is nothing but a frozen weight and bias in x's dtype.
@@ -241,7 +261,7 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False
-        tensors = [base.weight] if base.bias is None else [base.weight, base.bias]
+        tensors = list(base.parameters(recurse=False))
         if any(type(t) is not nn.Parameter or t.requires_grad or t.device != x.device for t in tensors):
             return False
         return torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in tensors)

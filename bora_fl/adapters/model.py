@@ -71,8 +71,8 @@ class BoraModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         if isinstance(parent, nn.MultiheadAttention):
             raise TypeError(
-                f"Target module {current_key!r} belongs to nn.MultiheadAttention, which reads its weight without calling "
-                "it, so that an adapter would have no effect; leave it out with exclude_modules."
+                f"Target module {current_key!r} belongs to nn.MultiheadAttention, which reads its weight without "
+                "calling it, so that an adapter would have no effect; leave it out with exclude_modules."
             )
         rank_key = get_pattern_key(bora_config.rank_pattern.keys(), current_key)
         alpha_key = get_pattern_key(bora_config.alpha_pattern.keys(), current_key)
@@ -97,7 +97,8 @@ class BoraModel(BaseTuner):  # type: ignore[misc]
 
 
 def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base
 
 
 def _is_supported(module: nn.Module, model: nn.Module) -> bool:
@@ -117,8 +118,8 @@ def _check_blocks_divide(num_blocks: int, shapes: dict[str, tuple[int, int]]) ->
     if len(shown) > _MODULES_SHOWN:
         shown[_MODULES_SHOWN:] = [f"and {len(shown) - _MODULES_SHOWN} more"]
     raise ValueError(
-        f"num_blocks={num_blocks} must divide both sizes of every targeted weight [out_features, in_features], but does "
-        f"not fit {len(misfits)} of {len(shapes)} modules (the divisors that fit in parentheses): {', '.join(shown)}. "
+        f"num_blocks={num_blocks} must divide both sizes of every targeted weight [out_features, in_features], but "
+        f"does not fit {len(misfits)} of {len(shapes)} modules (divisors that fit in parentheses): {', '.join(shown)}. "
         f"Divisors that fit all targeted modules: {_divisors(common)}. Set num_blocks to one of these, or leave the "
         "modules out with exclude_modules."
     )

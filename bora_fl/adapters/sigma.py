@@ -49,8 +49,8 @@ def to_raw(Sigma: Tensor, transform: str) -> Tensor:
     """Return a sigma whose transform is Sigma.
 
     For `"exp_norm"` every positive multiple of `log Sigma` would do. The multiple chosen has the mean magnitude of a
-    freshly initialized sigma, `1 / (2 sqrt(b r))`, so that a step of a given size turns sigma by the same angle in every
-    round.
+    freshly initialized sigma, `1 / (2 sqrt(b r))`, so that a step of a given size turns sigma by the same angle in
+    every round.
 
     Args:
         Sigma: Effective values, `[b, b, r]`, any floating dtype.
@@ -60,7 +60,7 @@ def to_raw(Sigma: Tensor, transform: str) -> Tensor:
         sigma `[b, b, r]`, of Sigma's dtype, detached, in memory of its own.
 
     Raises:
-        ValueError: The transform is unknown, or Sigma is not in the range of `exp_norm` (positive, mean|log Sigma| = 1).
+        ValueError: The transform is unknown, or Sigma is not in the range of `exp_norm`: positive, mean|log Sigma| = 1.
     """
     Sigma = Sigma.detach()
     if transform == "identity":
