@@ -43,13 +43,18 @@ class Needs(NamedTuple):
     B: bool = True
 
 
+def _exp_norm_forward(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Sigma and `1 / mean|sigma|`."""
+    mean = sigma.abs().mean(dtype=torch.promote_types(sigma.dtype, torch.float32))
+    # All-zero sigma has no scale: Sigma is then 1 and the gradient 0 instead of NaN.
+    inverse = torch.where(mean > 0, mean.reciprocal(), torch.zeros_like(mean))
+    return torch.exp(sigma * inverse).to(sigma.dtype), inverse
+
+
 class _ExpNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sigma: Tensor) -> Tensor:
-        mean = sigma.abs().mean(dtype=torch.promote_types(sigma.dtype, torch.float32))
-        # All-zero sigma has no scale: Sigma is then 1 and the gradient 0 instead of NaN.
-        inverse = torch.where(mean > 0, mean.reciprocal(), torch.zeros_like(mean))
-        Sigma = torch.exp(sigma * inverse).to(sigma.dtype)
+        Sigma, inverse = _exp_norm_forward(sigma)
         ctx.save_for_backward(sigma, Sigma, inverse)
         return Sigma
 
@@ -73,8 +78,15 @@ def exp_norm(sigma: Tensor) -> Tensor:
     Returns:
         Sigma, of sigma's shape and dtype, all positive.
     """
+    if in_functorch():
+        return _exp_norm_forward(sigma)[0]
     Sigma: Tensor = _ExpNorm.apply(sigma)  # type: ignore[no-untyped-call]
     return Sigma
+
+
+def in_functorch() -> bool:
+    """Whether a torch.func transform (vmap, grad) is tracing: then only plain torch operations may run."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def apply_dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
@@ -200,5 +212,8 @@ def bora_branch_reference(
     if dropout_p > 0 and seed is None:
         raise ValueError(f"dropout_p={dropout_p} needs a seed: pass an int64 tensor, for example dropout.draw_seed()")
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Branch.apply(rows, A, Sigma, B, scaling, dropout_p, seed if dropout_p > 0 else None)  # type: ignore[no-untyped-call]
+    if in_functorch() and dropout_p == 0:
+        y = branch_forward(rows, A, Sigma, B, scaling)[0]
+        return y.view(*x.shape[:-1], B.shape[0])
+    y = _Branch.apply(rows, A, Sigma, B, scaling, dropout_p, seed if dropout_p > 0 else None)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], B.shape[0])
