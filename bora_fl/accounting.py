@@ -1,0 +1,220 @@
+"""How much privacy a history of subsampled Gaussian steps has spent, on whichever side the noise is added.
+
+A history is a sequence of `(noise_multiplier, sample_rate, steps)`: each step adds Gaussian noise of standard deviation
+`noise_multiplier · clip_norm` to a sum over units (records or clients), each drawn independently with probability
+`sample_rate` and contributing at most `clip_norm`. Composition does not depend on the order: equal pairs are merged.
+
+Two accountants, both upper bounds: `"prv"` composes privacy loss distributions numerically (Gopi et al., 2021,
+arXiv:2106.02848), `"rdp"` composes Rényi divergences (Mironov et al., 2019, arXiv:1908.10530, converted to (ε, δ) by
+Balle et al., 2020, arXiv:1905.09982, theorem 21). The arithmetic is that of Opacus.
+"""
+
+import math
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Accountant = Literal["prv", "rdp"]
+Unit = Literal["record", "client"]
+
+# Opacus' orders, and some above them for the small ε of a large noise.
+_RDP_ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(12, 64), 80, 96, 128, 192, 256, 512]
+# Beyond this ε no guarantee is left to refine, and PRV's grid would only grow with it.
+_LARGEST_PRV_EPSILON = 50.0
+_LARGEST_NOISE = 1e6
+
+
+class Spent(NamedTuple):
+    """One entry of a history.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise over the clipping norm; 0 is no privacy.
+        sample_rate: Probability with which a unit takes part in a step, in [0, 1].
+        steps: Number of noised steps.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class EpsilonSummary:
+    """ε over clients: each protects its own units, so the largest is the guarantee and a sum means nothing.
+
+    Attributes:
+        unit: Whose presence is hidden.
+        clients: How many clients are summarized.
+        largest: The guarantee that holds for every unit of every client.
+        median: Half of the clients spent at most this.
+        smallest: The least any client spent.
+    """
+
+    unit: Unit
+    clients: int
+    largest: float
+    median: float
+    smallest: float
+
+
+def epsilon(history: Iterable[tuple[float, float, int]], delta: float, accountant: Accountant = "prv") -> float:
+    """Return an upper bound of the ε that a history has spent at `delta`.
+
+    Args:
+        history: `(noise_multiplier, sample_rate, steps)` entries, in any order.
+        delta: δ, in (0, 1).
+        accountant: `"prv"` (tighter) or `"rdp"`.
+
+    Returns:
+        ε: 0 for an empty history, infinity if a step had no noise.
+
+    Raises:
+        ValueError: If an entry, `delta` or `accountant` is not usable.
+    """
+    _require_accountant(accountant)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta = {delta}: it is a probability; use a value well below 1 / (number of units)")
+    merged = merge_history(history)
+    if not merged:
+        return 0.0
+    if any(entry.noise_multiplier == 0 for entry in merged):
+        return math.inf
+    by_rdp = _epsilon_by_rdp(merged, delta)
+    if accountant == "rdp" or by_rdp > _LARGEST_PRV_EPSILON:
+        return by_rdp
+    return _epsilon_by_prv(merged, delta, fallback=by_rdp)
+
+
+def merge_history(history: Iterable[tuple[float, float, int]]) -> list[Spent]:
+    """Return the history sorted, the steps of equal `(noise_multiplier, sample_rate)` added up, idle entries left out.
+
+    Raises:
+        ValueError: If an entry is out of range.
+    """
+    steps_of: dict[tuple[float, float], int] = defaultdict(int)
+    for noise_multiplier, sample_rate, steps in history:
+        if not (noise_multiplier >= 0 and 0 <= sample_rate <= 1 and steps >= 0):
+            raise ValueError(
+                f"history entry {(noise_multiplier, sample_rate, steps)}: noise and steps are at least 0, and "
+                "the sample rate is in [0, 1]"
+            )
+        if steps and sample_rate:
+            steps_of[float(noise_multiplier), float(sample_rate)] += int(steps)
+    return [Spent(*pair, steps) for pair, steps in sorted(steps_of.items())]
+
+
+def solve_noise(
+    target_epsilon: float, delta: float, sample_rate: float, total_steps: int, accountant: Accountant = "prv"
+) -> float:
+    """Return a noise multiplier with which `total_steps` steps stay within `target_epsilon`.
+
+    Solve once for all steps of the run, not for each round: the budget is spent by their composition.
+
+    Args:
+        target_epsilon: ε to stay within, above 0.
+        delta: δ, in (0, 1).
+        sample_rate: Probability with which a unit takes part in a step, in (0, 1].
+        total_steps: Steps over the whole run, at least 1.
+        accountant: The accountant that will check the budget.
+
+    Returns:
+        The noise multiplier: `epsilon([(it, sample_rate, total_steps)], delta, accountant)` is at most `target_epsilon`
+        and within 0.5 % of it.
+
+    Raises:
+        ValueError: If an argument is out of range or no noise reaches the target.
+    """
+    if not target_epsilon > 0 or not math.isfinite(target_epsilon):
+        raise ValueError(
+            f"target_epsilon = {target_epsilon}: use a finite value above 0; without a budget there is no noise"
+        )
+    if not 0 < sample_rate <= 1 or total_steps < 1:
+        raise ValueError(
+            f"sample_rate = {sample_rate}, total_steps = {total_steps}: the rate is in (0, 1], the steps are at least 1"
+        )
+
+    def spent(noise_multiplier: float) -> float:
+        return epsilon([(noise_multiplier, sample_rate, total_steps)], delta, accountant)
+
+    low, high = 0.0, 1.0
+    while spent(high) > target_epsilon:
+        low, high = high, 2 * high
+        if high > _LARGEST_NOISE:
+            raise ValueError(
+                f"target_epsilon = {target_epsilon} at delta = {delta} is out of reach for {total_steps} steps; raise it, or"
+                " plan fewer steps (the PRV accountant cannot certify less than 0.01)"
+            )
+    while target_epsilon - spent(high) > 0.005 * target_epsilon and high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        if spent(middle) <= target_epsilon:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def summarize(epsilons: Mapping[int, float] | Mapping[str, float], unit: Unit = "record") -> EpsilonSummary:
+    """Return the maximum and the distribution of ε over clients.
+
+    Args:
+        epsilons: Client to the ε it has spent, all at the same δ.
+        unit: Whose presence is hidden.
+
+    Raises:
+        ValueError: If there is no client.
+    """
+    values = list(epsilons.values())
+    if not values:
+        raise ValueError("epsilons is empty: no client reported what it spent")
+    return EpsilonSummary(unit, len(values), max(values), statistics.median(values), min(values))
+
+
+def _require_accountant(accountant: str) -> None:
+    if accountant == "gdp":
+        raise ValueError(
+            "accountant = 'gdp': its central-limit approximation can understate ε, and Opacus' version reads only the "
+            "last entry of a history; use 'prv' or 'rdp'"
+        )
+    if accountant not in ("prv", "rdp"):
+        raise ValueError(f"accountant = {accountant!r} is unknown; use 'prv' or 'rdp'")
+
+
+# Opacus is imported where it is used: it loads for seconds, and a client without DP never needs it.
+
+
+def _epsilon_by_rdp(history: list[Spent], delta: float) -> float:
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [tuple(entry) for entry in history]
+    with _quiet():
+        return max(0.0, float(accountant.get_epsilon(delta, alphas=_RDP_ORDERS)))
+
+
+def _epsilon_by_prv(history: list[Spent], delta: float, fallback: float) -> float:
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [tuple(entry) for entry in history]
+    with _quiet():
+        try:
+            found = float(accountant.get_epsilon(delta))
+        except (RuntimeError, ValueError, IndexError):
+            # The grid could not hold the distribution (extreme noise or rate): the other bound stands.
+            return fallback
+    return found if math.isfinite(found) else fallback
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Opacus warns when the best order is the last one tried, where the bound is looser and still a bound. NumPy warns
+    # of the logarithm of 0 at sample rate 1, and of overflow at orders that diverge.
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", UserWarning)
+        yield

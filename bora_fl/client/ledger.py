@@ -1,0 +1,229 @@
+"""What a site has spent on a data set: on disk before anything is trained, over rounds, runs, processes and restarts.
+
+A ledger is one JSON file per data set, named by a fingerprint of its records. `spend` writes first and returns after,
+so that a client that dies while training, or before its reply leaves, has spent its steps and cannot spend them again.
+ε composes over every run on the same records: a second run does not start from zero.
+
+A data officer may write `limit.json` (`{"epsilon": 8.0, "delta": 1e-5}`) into the folder. It binds every run, whatever
+budget the run asks for.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from bora_fl.accounting import Accountant, Spent, Unit, epsilon, merge_history
+
+_VERSION = 1
+
+
+class BudgetExceeded(RuntimeError):  # noqa: N818  (named for what happened, as it reads in a log)
+    """Training was refused, and nothing was trained: it would have spent more than the budget.
+
+    Attributes:
+        spent: ε spent so far.
+        requested: ε that the refused steps would have led to.
+        budget: ε allowed.
+    """
+
+    def __init__(self, message: str, spent: float, requested: float, budget: float) -> None:
+        super().__init__(message)
+        self.spent, self.requested, self.budget = spent, requested, budget
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that may be spent on a data set.
+
+    Args:
+        epsilon: ε, above 0; infinity only keeps the account.
+        delta: δ, in (0, 1).
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon = {self.epsilon}: a budget is above 0")
+        if not 0 < self.delta < 1:
+            raise ValueError(
+                f"delta = {self.delta}: it is a probability; use a value well below 1 / (number of records)"
+            )
+
+
+class Ledger:
+    """A client's account of one data set. Use `Ledger.open`.
+
+    Attributes:
+        budget: The run's budget; it holds for all that was spent on the data set, by whichever run.
+        unit: Whose presence the spent noise hides.
+    """
+
+    unit: Unit = "record"
+
+    def __init__(
+        self, file: Path, run_id: str, dataset_fingerprint: str, budget: Budget, accountant: Accountant
+    ) -> None:
+        self.budget = budget
+        self._file, self._run, self._dataset, self._accountant = file, run_id, dataset_fingerprint, accountant
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        run_id: str,
+        dataset_fingerprint: str,
+        budget: Budget,
+        accountant: Accountant = "prv",
+    ) -> Self:
+        """Open the ledger of a data set, or start one.
+
+        Args:
+            folder: Where the site keeps its ledgers. It must outlive the process.
+            run_id: The run that spends.
+            dataset_fingerprint: See `fingerprint`.
+            budget: What the run may spend on the data set, earlier runs included.
+            accountant: `"prv"` or `"rdp"`.
+
+        Raises:
+            ValueError: If the arguments or the file on disk are not usable. An unreadable ledger is never started anew.
+        """
+        if not (dataset_fingerprint and dataset_fingerprint.isalnum()):
+            raise ValueError(f"dataset_fingerprint = {dataset_fingerprint!r}: use fingerprint(records)")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        ledger = cls(Path(folder) / f"{dataset_fingerprint}.json", run_id, dataset_fingerprint, budget, accountant)
+        epsilon([], budget.delta, accountant)
+        ledger._read()
+        return ledger
+
+    def spend(self, noise_multiplier: float, sample_rate: float, steps: int) -> float:
+        """Book steps before they are taken.
+
+        On return they are on disk, flushed to the device. Two processes may spend at once.
+
+        Args:
+            noise_multiplier: Noise of each step, in multiples of the clipping norm.
+            sample_rate: Probability with which a record takes part in a step.
+            steps: Number of steps.
+
+        Returns:
+            ε spent on the data set, these steps included.
+
+        Raises:
+            BudgetExceeded: If they do not fit; the ledger is then as it was.
+        """
+        with self._locked():
+            entries = self._read()
+            before = [spent for _, spent in entries]
+            after = [*before, Spent(noise_multiplier, sample_rate, steps)]
+            for budget, source in self._budgets():
+                requested = epsilon(after, budget.delta, self._accountant)
+                if requested > budget.epsilon:
+                    raise self._refusal(before, after, budget, source, requested)
+            entries.append((self._run, Spent(noise_multiplier, sample_rate, steps)))
+            self._write(entries)
+        return epsilon(after, self.budget.delta, self._accountant)
+
+    def epsilon(self, run_id: str | None = None) -> float:
+        """Return ε spent on the data set at the budget's δ, by all runs or by one."""
+        return epsilon(self.history(run_id), self.budget.delta, self._accountant)
+
+    def history(self, run_id: str | None = None) -> list[Spent]:
+        """Return what was spent, merged, by all runs or by one."""
+        return merge_history(spent for run, spent in self._read() if run_id in (None, run))
+
+    def _budgets(self) -> Iterator[tuple[Budget, str]]:
+        yield self.budget, "the run's budget"
+        limit = self._file.parent / "limit.json"
+        if limit.exists():
+            try:
+                yield Budget(**json.loads(limit.read_text())), f"the site's limit ({limit})"
+            except (TypeError, ValueError) as error:
+                raise ValueError(f'{limit}: {error}; write {{"epsilon": 8.0, "delta": 1e-5}}') from error
+
+    def _refusal(
+        self, before: list[Spent], after: list[Spent], budget: Budget, source: str, requested: float
+    ) -> BudgetExceeded:
+        spent = epsilon(before, budget.delta, self._accountant)
+        last = after[-1]
+        message = (
+            f"privacy budget: {source} allows epsilon = {budget.epsilon:g} per {self.unit} at delta = {budget.delta:g};"
+            f" {spent:.4g} is spent, and {last.steps} more steps (noise multiplier {last.noise_multiplier:g}, sample "
+            f"rate {last.sample_rate:g}) would make it {requested:.4g}. Nothing was trained. Take fewer steps or rounds,"
+            " or solve the noise for all of them; a larger budget is the data owner's decision."
+        )
+        return BudgetExceeded(message, spent, requested, budget.epsilon)
+
+    def _read(self) -> list[tuple[str, Spent]]:
+        if not self._file.exists():
+            return []
+        try:
+            content: dict[str, Any] = json.loads(self._file.read_text())
+            if (content["version"], content["unit"], content["dataset"]) != (_VERSION, self.unit, self._dataset):
+                raise ValueError(f"it is version {content['version']} for {content['unit']}s of {content['dataset']}")
+            return [
+                (
+                    entry["run"],
+                    Spent(float(entry["noise_multiplier"]), float(entry["sample_rate"]), int(entry["steps"])),
+                )
+                for entry in content["entries"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"privacy ledger {self._file} cannot be read ({error}): restore it from a backup. Without it, what "
+                "these records have spent is not known, and training on them is refused"
+            ) from error
+
+    def _write(self, entries: list[tuple[str, Spent]]) -> None:
+        content = {
+            "version": _VERSION,
+            "unit": self.unit,
+            "dataset": self._dataset,
+            "entries": [{"run": run, **spent._asdict()} for run, spent in entries],
+        }
+        fresh = self._file.with_suffix(".new")
+        with fresh.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self._file)
+        folder = os.open(self._file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def fingerprint(records: Iterable[bytes | str]) -> str:
+    """Return a fingerprint of a data set that does not depend on the order of its records.
+
+    Adding, removing or changing a record gives another one, and with it another ledger: what the unchanged records have
+    spent before must then be carried over by copying the old file's entries.
+
+    Args:
+        records: Each record's content, serialized in any fixed way.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digests = sorted(
+        hashlib.sha256(record.encode() if isinstance(record, str) else record).digest() for record in records
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()
