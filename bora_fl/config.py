@@ -125,7 +125,8 @@ class StrategySettings(_Group):
     sweeps: Count = Field(20, description="least-squares sweeps of a refactorization")
     residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
     residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")
-    threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist), of entries sent (cellm)")
+    threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist)")
+    upload_fraction: Fraction = Field(0.25, description="share of its update's entries that a client sends (cellm)")
     robust: Literal["none", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip"] = Field(
         "none", description="robust rule on the clients' products"
     )
