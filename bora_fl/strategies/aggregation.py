@@ -1,0 +1,326 @@
+"""The server's side of a strategy: pure functions from a state and the round's updates to the next state."""
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bora_fl.blocks import BlockFactors, merge
+from bora_fl.config import StrategySettings
+from bora_fl.seeds import derive
+from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.layer_merge import LayerMerge, LayerRound, Trains
+from bora_fl.strategies.presets import PRESETS, Preset
+from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
+from bora_fl.strategies.server_optimizers import server_step
+
+logger = logging.getLogger(__name__)
+
+BLOCK_METHODS = frozenset({"bora", "lora"})
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything a strategy knows between rounds.
+
+    Attributes:
+        current: What clients receive next.
+        carried: Layer to the residual kept on the server.
+        fold: Layer to what clients add to their frozen weights before they train on `current`; of this version only.
+        fold_version: Increases by one with each non-empty fold.
+        memory: Moments and other numbers, by name.
+    """
+
+    current: AdapterState
+    carried: Mapping[str, BlockFactors] = field(default_factory=dict)
+    fold: Mapping[str, BlockFactors] = field(default_factory=dict)
+    fold_version: int = 0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, initial: AdapterState) -> "ServerState":
+        """The state before round 1; it remembers the rank of every layer."""
+        ranks = {f"rank/{name}": torch.tensor(factors.rank) for name, factors in initial.layers.items()}
+        return cls(initial, memory=ranks)
+
+    def rank(self, layer: str) -> int:
+        """The global adapter's rank in a layer."""
+        return int(self.memory.get(f"rank/{layer}", torch.tensor(self.current.layers[layer].rank)))
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """A preset with its settings: what trains, what is shared, how it is merged.
+
+    Attributes:
+        preset: The row of the table.
+        settings: The strategy's settings.
+        adapter_method: `"bora"`, `"lora"` or another PEFT method, whose state is tensors without block factors.
+        sigma_transform: `"exp_norm"` or `"identity"`.
+        seed: The run's seed.
+        num_blocks: b, if it is known: with one block `cyclic` spends no round on Sigma.
+    """
+
+    preset: Preset
+    settings: StrategySettings
+    adapter_method: str = "bora"
+    sigma_transform: str = "exp_norm"
+    seed: int = 0
+    num_blocks: int | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether the result depends on the updates through their weighted mean alone, as secure aggregation needs."""
+        plain = self.settings.robust == "none" and self.settings.max_update_norm == 0 and self.settings.min_cosine == -1
+        return self.preset.linear and plain
+
+    def trains(self, round: int) -> Trains:
+        """The parts that clients train in a round, of A, sigma, B and tensors; rounds count from 1."""
+        schedule = self.preset.schedule
+        if len(schedule) > 1 and (self.adapter_method == "lora" or self.num_blocks == 1):
+            schedule = tuple(parts for parts in schedule if "sigma" not in parts)
+        return schedule[(round - 1) % len(schedule)]
+
+    def shares(self) -> Trains:
+        """The parts that may leave a client; a reply holds those of them that were trained."""
+        return self.preset.shares
+
+    def refuses(self, update: ClientUpdate, state: ServerState) -> str:
+        """Why this update cannot be merged, in words; empty if it can."""
+        for name, current in state.current.layers.items():
+            rank = update.state.layers[name].rank
+            if self.preset.same_rank and rank != current.rank:
+                return f"layer {name} has rank {rank}, the adapter {current.rank}: {self.preset.same_rank}"
+            if self.settings.robust in COORDINATE_RULES and rank != current.rank:
+                return (
+                    f"layer {name} has rank {rank}, the adapter {current.rank}: strategy.robust = "
+                    f"{self.settings.robust!r} compares entries; use krum, multi-krum or norm-clip"
+                )
+        return ""
+
+    def prepare(self, state: ServerState, round: int) -> ServerState:
+        """Ready the state for a round, without changing the model that clients start from.
+
+        Args:
+            state: The state after the previous round; preparing it twice is preparing it once.
+            round: The round to come, from 1.
+
+        Returns:
+            The state whose `current` (and `fold`, if there is one) clients receive.
+        """
+        rule = self.preset.prepare
+        if rule is None or not state.current.layers:
+            return state
+        trains = self.trains(round)
+        merges = {
+            name: rule(self._layer_round(name, factors, state, round, trains))
+            for name, factors in state.current.layers.items()
+        }
+        current = AdapterState({name: layer.current for name, layer in merges.items()}, state.current.tensors)
+        added = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
+        if not added:
+            return replace(state, current=current)
+        fold = dict(state.fold) | {
+            name: merge([state.fold[name], extra], [1.0, 1.0]) if name in state.fold else extra
+            for name, extra in added.items()
+        }
+        return replace(state, current=current, fold=fold, fold_version=state.fold_version + 1)
+
+    def aggregate(
+        self, state: ServerState, updates: Sequence[ClientUpdate], round: int
+    ) -> tuple[ServerState, dict[str, float]]:
+        """Merge a round.
+
+        Args:
+            state: The prepared state that the clients trained on.
+            updates: Their checked updates, in any order.
+            round: From 1.
+
+        Returns:
+            The next state, and a report: `clients` merged, `set_aside`, `update_norm` (of the mean product's change),
+            `merge_error` (of adapter plus fold plus carry-over against the mean product, relative), `rank` (mean over
+            layers), `fold_norm`, `carried_norm`. Without a usable update the state stays, with no fold.
+        """
+        trains = self.trains(round)
+        usable = []
+        for update in sorted(updates, key=lambda update: update.client):
+            if reason := self.refuses(update, state):
+                logger.warning("client %s is set aside: %s", update.client, reason)
+            else:
+                usable.append(update)
+        chosen = self._robust(usable, state, trains) if usable else []
+        combined = len(usable) if self.settings.robust in COORDINATE_RULES else len(chosen)
+        report = {"clients": float(combined), "set_aside": float(len(updates) - combined)}
+        if not chosen:
+            return replace(state, fold={}), report
+        total = math.fsum(update.weight for update in chosen)
+        weights = [update.weight / total for update in chosen]
+        rounds = {
+            name: replace(
+                self._layer_round(name, factors, state, round, trains),
+                updates=[update.state.layers[name] for update in chosen],
+                weights=weights,
+                carried=state.carried.get(name),
+            )
+            for name, factors in state.current.layers.items()
+        }
+        merges = {name: self.preset.merge(layer) for name, layer in rounds.items()}
+        current = AdapterState(
+            {name: layer.current for name, layer in merges.items()},
+            _mean_tensors(state.current.tensors, chosen, weights),
+        )
+        if "B" in self.preset.shares or "sigma" in self.preset.shares:
+            report |= _report(rounds, merges)
+        memory = dict(state.memory)
+        if self.settings.server_optimizer != "none":
+            current, memory = server_step(
+                current, state.current, memory, self.settings, self.sigma_transform, trains & self.preset.shares
+            )
+        fold = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
+        carried = {name: layer.carried for name, layer in merges.items() if layer.carried is not None}
+        return ServerState(current, carried, fold, state.fold_version + bool(fold), memory), report
+
+    def summary(self) -> str:
+        """The composition in words, with what it cannot take and why."""
+        row, settings = self.preset, self.settings
+        schedule = [" + ".join(sorted(self.trains(i + 1))) for i in range(len(row.schedule))]
+        lines = [
+            f"strategy {row.name}: {row.summary}",
+            f"  source: {row.source}",
+            f"  merge: {row.equation}",
+            f"  here: {row.differs}",
+            f"  trains: {', then '.join(dict.fromkeys(schedule))}; shares: {' + '.join(sorted(row.shares))}",
+            f"  blocks: {row.blocks}",
+            f"  clients of different ranks: {'no, ' + row.same_rank if row.same_rank else 'yes'}",
+            "  slow or lost clients: a round merges the replies that came in time"
+            + (
+                "; the model a late client trained on may lack folds, which it is sent with the next round"
+                if row.folds
+                else ""
+            ),
+            f"  secure aggregation: {'possible' if self.linear else 'no, the server must see every update'}",
+        ]
+        if row.fits:
+            rank = "" if settings.residual == "drop" else f", at most rank {settings.residual_rank}"
+            lines.append(f"  residual: {settings.residual}{rank}")
+        if settings.robust != "none":
+            lines.append(f"  robust rule: {settings.robust}, {settings.byzantine} clients assumed bad")
+            if settings.robust in {"krum", "multi-krum"}:
+                need = 2 * settings.byzantine + 3
+                lines.append(
+                    f"    its guarantee needs at least {need} replies a round; with fewer it still ranks, unproved"
+                )
+            if settings.robust in COORDINATE_RULES:
+                lines.append("    needs clients of one rank; the result stands for all of them as one update")
+        if settings.server_optimizer != "none":
+            lines.append(f"  server optimizer: {settings.server_optimizer}, step {settings.server_learning_rate:g}")
+        return "\n".join(lines)
+
+    def _layer_round(
+        self, name: str, factors: BlockFactors, state: ServerState, round: int, trains: Trains
+    ) -> LayerRound:
+        return LayerRound(
+            factors,
+            state.rank(name),
+            trains,
+            sigma_transform=self.sigma_transform,
+            settings=self.settings,
+            seed=derive(self.seed, f"strategy/{name}", round),
+        )
+
+    def _robust(self, updates: list[ClientUpdate], state: ServerState, trains: Trains) -> list[ClientUpdate]:
+        if self.settings.robust == "none":
+            return updates
+        return RULES[self.settings.robust](
+            RobustRound(
+                updates, state.current, self.settings.byzantine, trains, self.preset.shares, self.sigma_transform
+            )
+        )
+
+
+def build(
+    settings: StrategySettings,
+    *,
+    adapter_method: str = "bora",
+    sigma_transform: str = "exp_norm",
+    seed: int = 0,
+    num_blocks: int | None = None,
+) -> Aggregator:
+    """The aggregator that the settings describe.
+
+    Args:
+        settings: The strategy's settings; `settings.name` is a row of `PRESETS`.
+        adapter_method: `adapter.method`.
+        sigma_transform: `adapter.sigma_transform`; plain LoRA has Sigma = 1 and is always `"identity"`.
+        seed: `run.seed`.
+        num_blocks: `adapter.num_blocks`, if it applies.
+
+    Raises:
+        ValueError: For an unknown name, with near misses, or a combination that cannot be; names key, value and remedy.
+    """
+    row = PRESETS.get(settings.name)
+    if row is None:
+        near = difflib.get_close_matches(settings.name, PRESETS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(PRESETS)}"
+        raise ValueError(f"strategy.name = {settings.name!r}: no such strategy; {hint}")
+    generic = adapter_method not in BLOCK_METHODS
+    refusals = (
+        (generic and row.no_generic, f"adapter.method = {adapter_method!r}", row.no_generic + "; use fedavg or cellm"),
+        (adapter_method == "lora" and row.no_lora, "adapter.method = 'lora'", row.no_lora),
+        (
+            settings.residual != "drop" and not row.fits,
+            f"strategy.residual = {settings.residual!r}",
+            "it leaves no residual to keep; set strategy.residual to drop, or strategy.name to refactor",
+        ),
+        (
+            settings.server_optimizer != "none" and row.no_server_optimizer,
+            f"strategy.server-optimizer = {settings.server_optimizer!r}",
+            row.no_server_optimizer + "; set it to none",
+        ),
+        (
+            settings.server_optimizer in {"adam", "yogi"} and settings.server_learning_rate >= 1,
+            f"strategy.server-learning-rate = {settings.server_learning_rate:g} with {settings.server_optimizer}",
+            "an adaptive step moves every entry by about that much a round, and entries are far below 1; try 0.01",
+        ),
+    )
+    for refused, key, why in refusals:
+        if refused:
+            raise ValueError(f"{key} with strategy.name = {settings.name!r}: {why}")
+    transform = "identity" if adapter_method == "lora" else sigma_transform
+    return Aggregator(row, settings, adapter_method, transform, seed, 1 if adapter_method == "lora" else num_blocks)
+
+
+def _mean_tensors(
+    current: Mapping[str, Tensor], updates: Sequence[ClientUpdate], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Weighted means in float64; whole numbers are rounded."""
+    means = {}
+    for name, tensor in current.items():
+        total = torch.zeros_like(tensor, dtype=torch.float64)
+        for update, weight in zip(updates, weights, strict=True):
+            total += weight * update.state.tensors[name].double()
+        means[name] = (total if tensor.is_floating_point() else total.round()).to(tensor.dtype)
+    return means
+
+
+def _report(rounds: Mapping[str, LayerRound], merges: Mapping[str, LayerMerge]) -> dict[str, float]:
+    """Norms over all layers, of which none forms a product."""
+    squares = dict.fromkeys(("error", "target", "update_norm", "fold_norm", "carried_norm"), 0.0)
+    for name, layer in rounds.items():
+        target, result = layer.mean_product(), merges[name]
+        kept = [part for part in result if part is not None]
+        squares["error"] += merge([target, *kept], [1.0, *[-1.0] * len(kept)]).norm() ** 2
+        squares["target"] += target.norm() ** 2
+        squares["update_norm"] += merge([target, layer.current], [1.0, -1.0]).norm() ** 2
+        squares["fold_norm"] += result.fold.norm() ** 2 if result.fold is not None else 0.0
+        squares["carried_norm"] += result.carried.norm() ** 2 if result.carried is not None else 0.0
+    report = {name: math.sqrt(square) for name, square in squares.items() if name.endswith("_norm")}
+    target_norm = math.sqrt(squares["target"])
+    report["merge_error"] = math.sqrt(squares["error"]) / target_norm if target_norm > 0 else 0.0
+    if merges:
+        report["rank"] = sum(layer.current.rank for layer in merges.values()) / len(merges)
+    return report

@@ -1,0 +1,61 @@
+"""What a merge rule sees of one layer in one round, and what it returns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bora_fl.blocks import BlockFactors, merge
+from bora_fl.config import StrategySettings
+
+Trains = frozenset[str]
+
+ALL: Trains = frozenset({"A", "sigma", "B", "tensors"})
+
+
+@dataclass(frozen=True)
+class LayerRound:
+    """One layer in one round.
+
+    Attributes:
+        current: The factors that the clients were sent.
+        updates: The factors that they returned, in the order of their ids; empty before training.
+        weights: One positive weight per update; they sum to one.
+        trains: The parts that were (or will be) trained this round.
+        rank: The global adapter's rank in this layer.
+        carried: What an earlier round's rank could not hold, if it is kept on the server.
+        sigma_transform: `"exp_norm"` (Sigma must stay positive with `mean|log Sigma| = 1`) or `"identity"`.
+        settings: The strategy's settings.
+        seed: Seed of this layer in this round.
+    """
+
+    current: BlockFactors
+    rank: int
+    trains: Trains = ALL
+    updates: Sequence[BlockFactors] = ()
+    weights: Sequence[float] = ()
+    carried: BlockFactors | None = None
+    sigma_transform: str = "exp_norm"
+    settings: StrategySettings = field(default_factory=StrategySettings)
+    seed: int = 0
+
+    def mean_product(self) -> BlockFactors:
+        """The mean of the clients' products plus what was carried, stacked: `M = Σ_k w_k delta_W^k + carried`."""
+        extra = [] if self.carried is None else [self.carried]
+        return merge([*self.updates, *extra], [*self.weights, *[1.0] * len(extra)])
+
+
+class LayerMerge(NamedTuple):
+    """The outcome of one layer.
+
+    Attributes:
+        current: What the clients receive next.
+        carried: What the server keeps and adds to the next merge.
+        fold: What the clients add to the frozen weight before they train on `current`.
+    """
+
+    current: BlockFactors
+    carried: BlockFactors | None = None
+    fold: BlockFactors | None = None
+
+
+LayerRule = Callable[[LayerRound], LayerMerge]
