@@ -1,0 +1,25 @@
+"""Data: read, check, deal to clients, tokenize once per process, batch. See docs/data.md."""
+
+from bora_fl.data.clients import ClientData, client_data, draw_batches, loads, test_data
+from bora_fl.data.embedded import FetchError, fetch
+from bora_fl.data.encoded import Encoded, fingerprint
+from bora_fl.data.loading import RawData, load_dataset
+from bora_fl.data.partitions import partition
+from bora_fl.data.picture import partition_picture, partition_table
+
+__all__ = [
+    "ClientData",
+    "Encoded",
+    "FetchError",
+    "RawData",
+    "client_data",
+    "draw_batches",
+    "fetch",
+    "fingerprint",
+    "load_dataset",
+    "loads",
+    "partition",
+    "partition_picture",
+    "partition_table",
+    "test_data",
+]

@@ -1,0 +1,100 @@
+"""Tokenized examples: ragged token storage, padded batches, and a fingerprint of what is inside."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE = -100
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Tokenized examples as views into one flat array, so that clients of one process share the tokens.
+
+    Attributes:
+        tokens: ``[total]`` int32, the tokens of all examples of the data set, one after the other.
+        begin: ``[N]`` int64, where each example starts in `tokens`.
+        lengths: ``[N]`` int64, tokens of each example.
+        prompts: ``[N]`` int64, leading tokens of each example that are no targets (causal); zeros for plain text.
+        classes: ``[N]`` int64 class of each example, or None for causal language modelling.
+        pad_id: The token that fills up a batch.
+        max_length: No batch is padded beyond this.
+    """
+
+    tokens: NDArray[np.int32]
+    begin: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    prompts: NDArray[np.int64]
+    classes: NDArray[np.int64] | None
+    pad_id: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Terms of the loss over all examples: one an example for classes, else the tokens that are predicted."""
+        if self.classes is not None:
+            return len(self)
+        # Nothing comes before an example's first token, so it is never predicted.
+        return int((self.lengths - np.clip(self.prompts, 1, self.lengths)).sum())
+
+    def select(self, indices: NDArray[np.int64]) -> "Encoded":
+        """The examples at `indices`; the tokens are shared, not copied."""
+        classes = None if self.classes is None else self.classes[indices]
+        return replace(
+            self,
+            begin=self.begin[indices],
+            lengths=self.lengths[indices],
+            prompts=self.prompts[indices],
+            classes=classes,
+        )
+
+    def batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """A padded batch.
+
+        Args:
+            indices: ``[N]`` positions of the examples; N may be 0.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[N, T]`` int64, padded on the right; T is the longest example's length, rounded up to
+            a multiple of 8 but not beyond `max_length`. ``labels`` int64: ``[N]`` classes, or ``[N, T]`` with the token itself where it
+            is to be predicted and -100 elsewhere (prompt, padding, first token); the model's logits at t - 1 predict it.
+        """
+        lengths = self.lengths[indices][:, None]
+        longest = int(lengths.max(initial=1))
+        width = max(longest, min(-(-longest // _MULTIPLE) * _MULTIPLE, self.max_length))
+        place = np.arange(width)[None, :]
+        inside = place < lengths
+        flat = np.where(inside, self.begin[indices][:, None] + place, 0)
+        ids = np.where(inside, self.tokens[flat] if self.tokens.size else 0, self.pad_id).astype(np.int64)
+        if self.classes is None:
+            targets = inside & (place >= np.maximum(self.prompts[indices], 1)[:, None])
+            labels = np.where(targets, ids, IGNORE)
+        else:
+            labels = self.classes[indices]
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(inside.astype(np.int64)),
+            "labels": torch.from_numpy(labels),
+        }
+
+
+def fingerprint(encoded: Encoded) -> str:
+    """A hash of the examples as a collection: the same in every process and for every order of them.
+
+    Returns:
+        64 hexadecimal digits, SHA-256 over the sorted digests of (tokens, prompt length, class) of each example.
+    """
+    classes = encoded.classes if encoded.classes is not None else np.full(len(encoded), -1, dtype=np.int64)
+    digests = []
+    for begin, length, prompt, label in zip(encoded.begin, encoded.lengths, encoded.prompts, classes, strict=True):
+        tokens = encoded.tokens[begin : begin + length].astype("<i4", copy=False).tobytes()
+        digests.append(hashlib.sha256(f"{prompt}:{label}:".encode() + tokens).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

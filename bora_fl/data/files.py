@@ -1,0 +1,143 @@
+"""Local data as Arrow tables: parquet, JSON lines, JSON, CSV and TSV files, folders of them, saved `datasets` folders."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from bora_fl.config import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_BLOCK_BYTES = 64 << 20  # a JSON line or CSV cell may be this long
+
+
+def looks_local(name: str) -> bool:
+    """Whether a data set's name is meant as a path rather than as a hub id."""
+    return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in SUFFIXES or Path(name).exists()
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files that a path stands for, sorted; one file, or all in a folder and below it."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".arrow") and p.is_file())
+
+
+def read_local(name: str, train_split: str, test_split: str) -> "tuple[Dataset, Dataset | None]":
+    """Read the training split and the test split (if it has a name) of a local file or folder.
+
+    In a folder, files called after a split (``train.csv``, ``train-00000-of-00002.parquet``, ``train/0.jsonl``) are that split.
+    Otherwise all rows are one table: its column ``split`` tells the splits apart, and without one the table is the training split.
+
+    Raises:
+        ConfigError: If there is no such path, file type or split, or a file cannot be read.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ConfigError(f"data.name = {name!r}: {path.absolute()} does not exist; give an existing file or folder")
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        return _read_saved(name, path, train_split, test_split)
+    files = data_files(path)
+    if not files or files[0].suffix.lower() not in SUFFIXES:
+        raise ConfigError(
+            f"data.name = {name!r}: no data found; give a file or a folder of files {', '.join(SUFFIXES)}"
+        )
+    from datasets import Dataset
+
+    train_files = [p for p in files if path.is_dir() and _belongs(p.relative_to(path), train_split)]
+    if train_files:
+        test_files = [p for p in files if test_split and _belongs(p.relative_to(path), test_split)]
+        if test_split and not test_files:
+            raise _no_split("test", test_split, f"the folder holds {', '.join(p.name for p in files[:8])}")
+        return Dataset(_read(train_files)), Dataset(_read(test_files)) if test_files else None
+    table = _read(files)
+    if "split" not in table.column_names:
+        if test_split:
+            raise _no_split("test", test_split, f"{path.name} has no column named split")
+        return Dataset(table), None
+    return Dataset(_rows(table, "train", train_split)), Dataset(
+        _rows(table, "test", test_split)
+    ) if test_split else None
+
+
+def _belongs(path: Path, split: str) -> bool:
+    stem = path.name.split(".")[0]
+    return split in path.parts[:-1] or stem == split or stem.startswith((f"{split}-", f"{split}_"))
+
+
+def _no_split(which: str, split: str, found: str) -> ConfigError:
+    remedy = (
+        "or leave it empty for no central test set"
+        if which == "test"
+        else "or give a file without a column named split"
+    )
+    return ConfigError(f"data.{which}-split = {split!r}: {found}; name a split that is there, {remedy}")
+
+
+def _rows(table: pa.Table, which: str, split: str) -> pa.Table:
+    import pyarrow.compute as pc
+
+    names = table["split"].cast(pa.string())
+    rows = table.filter(pc.equal(names, split))
+    if rows.num_rows == 0:
+        raise _no_split(
+            which, split, f"the column named split holds {', '.join(sorted(set(names.drop_null().to_pylist())))}"
+        )
+    return rows
+
+
+def _read_saved(name: str, path: Path, train_split: str, test_split: str) -> "tuple[Dataset, Dataset | None]":
+    """Read what `datasets.Dataset.save_to_disk` wrote; it stays on the disk, mapped into memory."""
+    from datasets import Dataset, load_from_disk
+
+    saved = load_from_disk(str(path))
+    if isinstance(saved, Dataset):
+        if test_split:
+            raise _no_split("test", test_split, f"{name} is one split")
+        return saved, None
+    for which, split in (("train", train_split), ("test", test_split)):
+        if split and split not in saved:
+            raise _no_split(which, split, f"{name} holds {', '.join(saved)}")
+    return saved[train_split], saved[test_split] if test_split else None
+
+
+def _read(files: list[Path]) -> pa.Table:
+    tables = []
+    for path in files:
+        try:
+            tables.append(_read_one(path))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ConfigError(
+                f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file"
+            ) from error
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"data.name: the files of {files[0].parent} do not have the same columns ({error})"
+        ) from error
+
+
+def _read_one(path: Path) -> pa.Table:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path)
+    if suffix in (".csv", ".tsv"):
+        from pyarrow import csv
+
+        return csv.read_csv(
+            path,
+            read_options=csv.ReadOptions(block_size=_BLOCK_BYTES),
+            parse_options=csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True),
+        )
+    if suffix == ".json" and path.read_text(encoding="utf8").lstrip()[:1] == "[":
+        return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf8")))
+    from pyarrow import json as pa_json
+
+    return pa_json.read_json(path, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES))

@@ -1,0 +1,226 @@
+"""Read a data set by its settings, whatever it comes from, and check it: columns, missing values, labels."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data import files
+from bora_fl.data.embedded import PREFIX, fetch
+from bora_fl.seeds import derive
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+_LOADING_FIELDS = {
+    *("name", "subset", "train_split", "test_split", "text_column", "label_column", "response_column"),
+    *("max_train_examples", "max_test_examples"),
+}
+_recent: tuple[str, "RawData"] | None = None
+
+
+@dataclass(frozen=True)
+class RawData:
+    """A data set that has passed the checks.
+
+    Attributes:
+        train: What clients train on: no row lacks text, label or response; labels are int64 classes 0 … C-1.
+        test: The server's central test set, likewise, or None.
+        label_names: The C class names; None where the data has no labels (language modelling).
+    """
+
+    train: "Dataset"
+    test: "Dataset | None"
+    label_names: list[str] | None
+
+
+def load_dataset(settings: DataSettings) -> RawData:
+    """Read and check a data set. The last one is kept in memory, so asking for it again costs nothing.
+
+    Labels are read if `response_column` is empty and the data has the column `label_column`. Strings, whole numbers, booleans and
+    ``ClassLabel`` features become classes in sorted order (a ``ClassLabel``'s own order), over both splits. Rows without text, label
+    (null, or negative in a ``ClassLabel``) or response are left out. `max_train_examples` and `max_test_examples` draw a subsample
+    that depends on nothing but the data, so that it is the same for every run seed.
+
+    Args:
+        settings: The group ``data`` of the run config.
+
+    Returns:
+        The training split, the test split if the settings name one, and the class names.
+
+    Raises:
+        ConfigError: If the data, a split or a column is missing or of no use; the message names key, value and remedy.
+        FetchError: If an embedded data set cannot be made here.
+    """
+    global _recent
+    key = loading_key(settings)
+    recent = _recent
+    if recent is None or recent[0] != key:
+        recent = _recent = (key, _load(settings))
+    return recent[1]
+
+
+def loading_key(settings: DataSettings) -> str:
+    """Names what `load_dataset` returns: the settings that matter to it and, for local data, the state of its files."""
+    parts = [repr(sorted(settings.model_dump(include=_LOADING_FIELDS).items()))]
+    if not settings.name.startswith(PREFIX) and files.looks_local(settings.name):
+        path = Path(settings.name).expanduser()
+        stats = [(p, p.stat()) for p in (files.data_files(path) if path.exists() else [])]
+        parts += [f"{p.absolute()}:{stat.st_size}:{stat.st_mtime_ns}" for p, stat in stats]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def column(data: "Dataset", name: str) -> pa.ChunkedArray:
+    """One column of a data set as Arrow data."""
+    return data.select_columns([name]).with_format("arrow")[:][name]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets`."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _load(settings: DataSettings) -> RawData:
+    with quiet():
+        if settings.name.startswith(PREFIX):
+            train, test = files.read_local(str(fetch(settings.name)), settings.train_split, settings.test_split)
+        elif files.looks_local(settings.name):
+            train, test = files.read_local(settings.name, settings.train_split, settings.test_split)
+        else:
+            train, test = _read_hub(settings)
+        splits = {settings.train_split: train} | ({} if test is None else {settings.test_split: test})
+        splits, names = _encode_labels(splits, settings)
+        checked = {name: _drop_incomplete(data, name, settings, names is not None) for name, data in splits.items()}
+        train = _subsample(checked[settings.train_split], settings.max_train_examples)
+        if test is not None:
+            test = _subsample(checked[settings.test_split], settings.max_test_examples)
+    return RawData(train, test, names)
+
+
+def _read_hub(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
+    import datasets
+
+    found = []
+    for which, split in (("train", settings.train_split), ("test", settings.test_split)):
+        if not split:
+            continue
+        try:
+            found.append(datasets.load_dataset(settings.name, settings.subset or None, split=split))
+        except Exception as error:  # the hub's many failures have no common class
+            reason = str(error).strip().split("\n")[0]
+            where = f"data.{which}-split = {split!r}" if "split" in reason.lower() else f"data.name = {settings.name!r}"
+            raise ConfigError(
+                f"{where}: the hub data set {settings.name!r} (subset {settings.subset!r}, split {split!r}) cannot be loaded "
+                f"({reason}); check data.name, data.subset and data.{which}-split, or give a local file or an embedded data set"
+            ) from error
+    return found[0], found[1] if settings.test_split else None
+
+
+def _missing(key: str, value: str, data: "Dataset") -> ConfigError:
+    return ConfigError(f"data.{key} = {value!r}: columns are {', '.join(data.column_names)}; name one of them")
+
+
+def _encode_labels(
+    splits: "dict[str, Dataset]", settings: DataSettings
+) -> "tuple[dict[str, Dataset], list[str] | None]":
+    name = settings.label_column
+    first = next(iter(splits.values()))
+    if settings.response_column or name not in first.column_names:
+        return splits, None
+    for data in splits.values():
+        if name not in data.column_names:
+            raise _missing("label-column", name, data)
+    from datasets import ClassLabel
+
+    feature = first.features[name]
+    if isinstance(feature, ClassLabel):
+        classes: list[Any] = list(range(len(feature.names)))
+        names = list(feature.names)
+        raw = {split: _whole_numbers(column(data, name), settings) for split, data in splits.items()}
+    else:
+        raw = {split: _whole_numbers(column(data, name), settings) for split, data in splits.items()}
+        classes = sorted({value for labels in raw.values() for value in pc.unique(labels).to_pylist()} - {None})
+        names = [str(value) for value in classes]
+    if len(classes) < 2:
+        raise ConfigError(
+            f"data.label-column = {name!r}: holds {len(classes)} class(es), {names}; name a column with two or more"
+        )
+    encoded = {}
+    for split, data in splits.items():
+        codes = pc.index_in(raw[split], pa.array(classes, raw[split].type)).cast(pa.int64())
+        encoded[split] = data.remove_columns([name]).add_column(name, codes.combine_chunks())
+    return encoded, names
+
+
+def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.ChunkedArray:
+    """Labels as strings or int64; booleans stay; anything else is refused."""
+    kind = labels.type
+    if pa.types.is_dictionary(kind):
+        return labels.cast(pa.string())
+    if pa.types.is_boolean(kind) or pa.types.is_string(kind):
+        return labels
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return labels.cast(pa.string())
+    if pa.types.is_floating(kind):
+        labels = pc.if_else(pc.is_nan(labels), None, labels)
+    try:
+        return labels.cast(pa.int64())
+    except pa.ArrowException:
+        raise ConfigError(
+            f"data.label-column = {settings.label_column!r}: holds {kind} values that are not classes; name a column of strings or whole "
+            "numbers, or leave it empty for language modelling"
+        ) from None
+
+
+def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labelled: bool) -> "Dataset":
+    keep = np.ones(len(data), dtype=bool)
+    for key, name in (("text-column", settings.text_column), ("response-column", settings.response_column)):
+        if key == "response-column" and not name:
+            continue
+        if name not in data.column_names:
+            raise _missing(key, name, data)
+        text = column(data, name)
+        if not (pa.types.is_string(text.type) or pa.types.is_large_string(text.type)):
+            raise ConfigError(
+                f"data.{key} = {name!r}: holds {text.type}, not text; columns are {', '.join(data.column_names)}"
+            )
+        keep &= pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False).to_numpy()
+    if labelled:
+        keep &= column(data, settings.label_column).is_valid().to_numpy()
+    if not keep.any():
+        raise ConfigError(
+            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response; check data.text-column, "
+            "data.label-column and data.response-column"
+        )
+    if keep.all():
+        return data
+    log.info(
+        "%s: %d of %d rows of split %s are incomplete and left out", settings.name, (~keep).sum(), len(keep), split
+    )
+    return data.select(np.flatnonzero(keep))
+
+
+def _subsample(data: "Dataset", most: int) -> "Dataset":
+    if most == 0 or most >= len(data):
+        return data
+    rows = np.random.default_rng(derive(0, "subsample")).choice(len(data), size=most, replace=False)
+    return data.select(np.sort(rows))

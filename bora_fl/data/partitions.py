@@ -1,0 +1,178 @@
+"""Deal the training examples to clients with flwr-datasets' partitioners; the same deal in every process for a seed."""
+
+import contextlib
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data.loading import RawData, column, load_dataset, quiet
+from bora_fl.seeds import derive
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+_LEAST = 10  # examples a client should get in a Dirichlet split, where there are enough
+
+
+def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
+    """Deal the rows of the training split to clients.
+
+    - ``iid``: equal parts of a shuffled order. ``linear``, ``square``, ``exponential``: of a shuffled order, client i gets a part
+      proportional to i + 1, (i + 1)², exp(i + 1).
+    - ``dirichlet``: each class is dealt by shares drawn from Dirichlet(alpha); drawn again while a client gets fewer than 10 examples
+      (or than half of an equal share, if that is less).
+    - ``pathological``: each client holds `classes_per_client` classes, the first of them in turn so that none is left out while there
+      are as many clients as classes.
+    - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`. With fewer clients than ids every client
+      holds whole ids, dealt from the largest to whoever has least.
+
+    Where the data has no labels, ``dirichlet`` and ``pathological`` deal the values of `partition_by` in their stead.
+
+    Args:
+        settings: Which data, and how it is dealt.
+        num_partitions: Number of clients.
+        seed: Run seed.
+
+    Returns:
+        For each client the rows it holds, int64; no row twice, no client without rows.
+
+    Raises:
+        ConfigError: If the data cannot be dealt so; the message names key, value and remedy.
+    """
+    raw = load_dataset(settings)
+    rows = len(raw.train)
+    if num_partitions < 1:
+        raise ConfigError(f"data.num-partitions = {num_partitions}: there must be at least 1 client")
+    if num_partitions > rows:
+        raise ConfigError(
+            f"data.num-partitions = {num_partitions}: the training split has {rows} examples; use fewer clients"
+        )
+    if settings.partition == "natural":
+        return _deal(_partitioner(settings, num_partitions, rows, seed), _owners(settings, raw, num_partitions))
+    groups = np.zeros(rows, dtype=np.int64)
+    if settings.partition in ("dirichlet", "pathological"):
+        groups, _ = classes_or_ids(settings, raw)
+    held = len(np.unique(groups))
+    if settings.partition == "pathological" and settings.classes_per_client > held:
+        raise ConfigError(
+            f"data.classes-per-client = {settings.classes_per_client}: the training split has {held} classes; use at most that"
+        )
+    # Partitioners by size cut consecutive rows, and files are seldom in random order.
+    order = np.random.default_rng(derive(seed, "partition")).permutation(rows)
+    try:
+        return [order[part] for part in _deal(_partitioner(settings, num_partitions, rows, seed), groups[order])]
+    except ValueError as error:
+        raise ConfigError(_refusal(settings, num_partitions, rows)) from error
+
+
+def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
+    """Each training row's natural id as a position in the sorted list of ids, and that list.
+
+    Raises:
+        ConfigError: If there is no such column or a row lacks an id.
+    """
+    name = settings.partition_by
+    if name not in raw.train.column_names:
+        raise ConfigError(
+            f"data.partition-by = {name!r} with data.partition = {settings.partition!r}: columns are "
+            f"{', '.join(raw.train.column_names)}; name the column of the ids, or set data.partition to iid"
+        )
+    values = column(raw.train, name)
+    if values.null_count:
+        raise ConfigError(
+            f"data.partition-by = {name!r}: {values.null_count} of {len(values)} rows have no id; fill them in or name another column"
+        )
+    if not pa.types.is_primitive(values.type):
+        values = values.cast(pa.string())
+    unique = pc.unique(values)
+    ids = unique.take(pc.sort_indices(unique))
+    return pc.index_in(values, value_set=ids).to_numpy().astype(np.int64), [str(i) for i in ids.to_pylist()]
+
+
+def classes_or_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
+    """Each training row's class and the class names; natural ids where the data has no classes."""
+    if raw.label_names is None:
+        return natural_ids(settings, raw)
+    return column(raw.train, settings.label_column).to_numpy().astype(np.int64), raw.label_names
+
+
+def _owners(settings: DataSettings, raw: RawData, num_partitions: int) -> NDArray[np.int64]:
+    """The client of each row: whole ids, one each in sorted order, or several each where there are fewer clients."""
+    rows, ids = natural_ids(settings, raw)
+    if num_partitions > len(ids):
+        some = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
+        raise ConfigError(
+            f"data.partition-by = {settings.partition_by!r}: {len(ids)} ids ({some}) cannot be dealt to {num_partitions} clients; use at "
+            f"most {len(ids)} clients (data.num-partitions or the federation's size), or set data.partition to dirichlet or iid"
+        )
+    owner = np.arange(len(ids))
+    if num_partitions < len(ids):
+        sizes = np.bincount(rows, minlength=len(ids))
+        loads = np.zeros(num_partitions, dtype=np.int64)
+        for i in np.argsort(-sizes, kind="stable"):
+            owner[i] = loads.argmin()
+            loads[owner[i]] += sizes[i]
+    return owner[rows]
+
+
+def _partitioner(settings: DataSettings, num_partitions: int, rows: int, seed: int) -> "Partitioner":
+    from flwr_datasets import partitioner as kinds
+
+    number = derive(seed, "partitioner")
+    match settings.partition:
+        case "natural":
+            return kinds.NaturalIdPartitioner(partition_by="group")
+        case "dirichlet":
+            least = max(1, min(_LEAST, rows // num_partitions // 2))
+            return kinds.DirichletPartitioner(
+                num_partitions, "group", settings.alpha, min_partition_size=least, shuffle=False, seed=number
+            )
+        case "pathological":
+            return kinds.PathologicalPartitioner(
+                num_partitions, "group", settings.classes_per_client, "first-deterministic", shuffle=False, seed=number
+            )
+        case "iid":
+            return kinds.IidPartitioner(num_partitions)
+        case "linear":
+            return kinds.LinearPartitioner(num_partitions)
+        case "square":
+            return kinds.SquarePartitioner(num_partitions)
+        case "exponential":
+            return kinds.ExponentialPartitioner(num_partitions)
+
+
+def _deal(partitioner: "Partitioner", groups: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict({"row": np.arange(len(groups)), "group": groups})
+    with (
+        quiet(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # for a bar that nothing else turns off
+        warnings.simplefilter("ignore")
+        parts = [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
+        return [column(part, "row").to_numpy().astype(np.int64) for part in parts]
+
+
+def _refusal(settings: DataSettings, num_partitions: int, rows: int) -> str:
+    if settings.partition == "dirichlet":
+        return (
+            f"data.alpha = {settings.alpha}: ten draws left one of {num_partitions} clients with next to none of {rows} examples; use a "
+            "larger alpha or fewer clients"
+        )
+    if settings.partition == "pathological":
+        return (
+            f"data.classes-per-client = {settings.classes_per_client}: a class has fewer examples than clients that should hold it; use "
+            f"fewer than {num_partitions} clients or fewer classes per client"
+        )
+    return (
+        f"data.partition = {settings.partition!r}: the smallest of {num_partitions} clients would get none of {rows} examples; use fewer "
+        "clients or a milder skew (linear)"
+    )

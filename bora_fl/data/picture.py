@@ -1,0 +1,98 @@
+"""Who holds what: the partition as a table and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bora_fl.config import DataSettings
+from bora_fl.data.loading import RawData, load_dataset
+from bora_fl.data.partitions import classes_or_ids, natural_ids, partition
+
+_MOST_IN_LEGEND = 25
+
+
+def partition_table(settings: DataSettings, num_partitions: int, seed: int) -> list[dict[str, Any]]:
+    """What each client holds.
+
+    Returns:
+        For each client ``client`` (partition id), ``examples``, ``ids`` (its natural ids, where the data has the column) and ``labels``
+        (class name to number of examples; empty where the data has no classes).
+
+    Raises:
+        ConfigError: As `partition` does.
+    """
+    raw = load_dataset(settings)
+    parts = partition(settings, num_partitions, seed)
+    classes, class_names = classes_or_ids(settings, raw) if raw.label_names else (None, [])
+    ids, id_names = natural_ids(settings, raw) if _has_ids(settings, raw) else (None, [])
+    table = []
+    for client, rows in enumerate(parts):
+        held = [] if ids is None else [id_names[i] for i in np.unique(ids[rows])]
+        counts = [] if classes is None else np.bincount(classes[rows], minlength=len(class_names)).tolist()
+        labels = dict(zip(class_names, counts, strict=True))
+        table.append({"client": client, "examples": len(rows), "ids": held, "labels": labels})
+    return table
+
+
+def partition_picture(settings: DataSettings, num_partitions: int, seed: int, path: str | Path) -> Path:
+    """Draw one bar per client, stacked by class, or by natural id where the data has no classes.
+
+    Args:
+        settings: Which data, and how it is dealt.
+        num_partitions: Number of clients.
+        seed: Run seed.
+        path: Where the PNG file goes; missing folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: As `partition` does.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    raw = load_dataset(settings)
+    parts = partition(settings, num_partitions, seed)
+    groups, names = np.zeros(len(raw.train), dtype=np.int64), ["examples"]
+    if raw.label_names or _has_ids(settings, raw):
+        groups, names = classes_or_ids(settings, raw)
+    counts = np.stack([np.bincount(groups[rows], minlength=len(names)) for rows in parts])
+    figure = Figure(figsize=(min(16.0, 5 + 0.25 * num_partitions), 4), layout="constrained")
+    axes = figure.subplots()
+    palette = colormaps["tab10" if len(names) <= 10 else "viridis"]
+    colors = [palette(i if len(names) <= 10 else i / (len(names) - 1)) for i in range(len(names))]
+    for i, (bottom, name) in enumerate(zip(_bottoms(counts), names, strict=True)):
+        axes.bar(np.arange(num_partitions), counts[:, i], bottom=bottom, color=colors[i], label=name, width=0.9)
+    axes.set(xlabel="client", ylabel="training examples", title=f"{settings.name}, {_how(settings)}, seed {seed}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if 1 < len(names) <= _MOST_IN_LEGEND:
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, ncols=1 + len(names) // 14
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, format="png")
+    return path
+
+
+def _has_ids(settings: DataSettings, raw: RawData) -> bool:
+    return settings.partition_by in raw.train.column_names
+
+
+def _bottoms(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[clients, groups]`` to ``[groups, clients]``: where each piece of a stack begins."""
+    return (counts.cumsum(axis=1) - counts).T
+
+
+def _how(settings: DataSettings) -> str:
+    match settings.partition:
+        case "dirichlet":
+            return f"Dirichlet, alpha {settings.alpha:g}"
+        case "pathological":
+            return f"{settings.classes_per_client} classes a client"
+        case "natural":
+            return f"by {settings.partition_by}"
+    return settings.partition
