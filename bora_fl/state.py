@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors
+
+PARTS = ("B", "sigma", "A")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,7 @@ class AdapterState:
 
     def num_bytes(self) -> int:
         """Size of all tensors, in bytes."""
-        parts = [part for f in self.layers.values() for part in (f.B, f.sigma, f.A)]
-        return sum(t.numel() * t.element_size() for t in [*parts, *self.tensors.values()])
+        return sum(t.numel() * t.element_size() for t in flatten(self).values())
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,57 @@ class ClientUpdate:
     client: int
     weight: float
     state: AdapterState
+
+
+def flatten(state: AdapterState) -> dict[str, Tensor]:
+    """The state as named tensors, for the wire and for checkpoints.
+
+    Returns:
+        ``layers/<layer>/B [m, r]``, ``…/sigma [b, b, r]``, ``…/A [r, n]``, ``…/scaling []`` (float64) for each layer and
+        ``tensors/<name>`` for the rest, sorted by name.
+    """
+    flat = flatten_factors(state.layers, "layers/")
+    flat |= {f"tensors/{name}": tensor for name, tensor in state.tensors.items()}
+    return dict(sorted(flat.items()))
+
+
+def unflatten(flat: Mapping[str, Tensor]) -> AdapterState:
+    """The inverse of `flatten`.
+
+    Raises:
+        ValueError: For a name outside both groups or a layer with a part missing.
+    """
+    tensors = {name.removeprefix("tensors/"): t for name, t in flat.items() if name.startswith("tensors/")}
+    strange = [name for name in flat if not name.startswith(("tensors/", "layers/"))]
+    if strange:
+        raise ValueError(f"unknown entry {strange[0]!r} in an adapter state")
+    return AdapterState(unflatten_factors(flat, "layers/"), tensors)
+
+
+def flatten_factors(layers: Mapping[str, BlockFactors], prefix: str) -> dict[str, Tensor]:
+    """Factors by layer as named tensors ``<prefix><layer>/<part>``."""
+    flat: dict[str, Tensor] = {}
+    for layer, factors in layers.items():
+        for part in PARTS:
+            flat[f"{prefix}{layer}/{part}"] = getattr(factors, part)
+        flat[f"{prefix}{layer}/scaling"] = torch.tensor(factors.scaling, dtype=torch.float64)
+    return flat
+
+
+def unflatten_factors(flat: Mapping[str, Tensor], prefix: str) -> dict[str, BlockFactors]:
+    """The inverse of `flatten_factors` for the entries under `prefix`; others are left out.
+
+    Raises:
+        ValueError: If a layer lacks a part.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in flat.items():
+        if name.startswith(prefix):
+            layer, _, part = name.removeprefix(prefix).rpartition("/")
+            parts.setdefault(layer, {})[part] = tensor
+    layers = {}
+    for layer, found in sorted(parts.items()):
+        if set(found) != {*PARTS, "scaling"}:
+            raise ValueError(f"layer {layer!r} holds {sorted(found)}; it must hold {sorted([*PARTS, 'scaling'])}")
+        layers[layer] = BlockFactors(found["B"], found["sigma"], found["A"], float(found["scaling"]))
+    return layers

@@ -160,8 +160,8 @@ class Ledger:
         message = (
             f"privacy budget: {source} allows epsilon = {budget.epsilon:g} per {self.unit} at delta = {budget.delta:g};"
             f" {spent:.4g} is spent, and {last.steps} more steps (noise multiplier {last.noise_multiplier:g}, sample "
-            f"rate {last.sample_rate:g}) would make it {requested:.4g}. Nothing was trained. Take fewer steps or rounds,"
-            " or solve the noise for all of them; a larger budget is the data owner's decision."
+            f"rate {last.sample_rate:g}) would make it {requested:.4g}. Nothing was trained. Take fewer steps or rounds"
+            ", or solve the noise for all of them; a larger budget is the data owner's decision."
         )
         return BudgetExceeded(message, spent, requested, budget.epsilon)
 

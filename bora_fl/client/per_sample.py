@@ -5,6 +5,7 @@ activations only, a hook on each layer's output receives `dL/dY`, and the layer'
 into one gradient per sample. An unclipped batch gradient, which nothing may be released from, is never in memory.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,7 @@ class SampleGradients:
         self._layers = dict(_trained_layers(model))
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._called: set[str] = set()
+        self._samples_seen: defaultdict[str, set[int]] = defaultdict(set)
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -54,6 +56,7 @@ class SampleGradients:
             hook.remove()
         self._hooks.clear()
         self._gradients.clear()
+        self._samples_seen.clear()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 
@@ -76,12 +79,13 @@ class SampleGradients:
                 "gradients would be missing; freeze it, or call the layer itself"
             )
         gradients, self._gradients = self._gradients, {}
-        for gradient in gradients.values():
-            if gradient.shape[0] != samples:
+        for name, seen in self._samples_seen.items():
+            if seen != {samples}:
                 raise RuntimeError(
-                    f"a trained layer saw {gradient.shape[0]} samples where the batch has {samples}: its input must "
-                    "hold one row per sample; freeze layers whose input is shared, such as position embeddings"
+                    f"layer {name!r} saw inputs of {sorted(seen)} samples where the batch has {samples}: its input "
+                    "must hold one row per sample; freeze layers whose input is shared, such as position embeddings"
                 )
+        self._samples_seen.clear()
         return gradients
 
     def _on_forward(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -101,10 +105,13 @@ class SampleGradients:
     def _on_gradient(self, name: str, layer: nn.Module, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:
             raise RuntimeError(f"the input of layer {name!r} was changed in place after its call: its gradient is lost")
+        self._samples_seen[name].add(x.shape[0])
         with torch.no_grad():
             for parameter, gradient in self._rule(layer, x, dy).items():
                 seen = self._gradients.get(parameter)
-                self._gradients[parameter] = gradient if seen is None else seen + gradient
+                # Unequal sizes are reported by `take`; adding them would broadcast.
+                adds_up = seen is not None and seen.shape == gradient.shape
+                self._gradients[parameter] = torch.add(seen, gradient) if adds_up else gradient
 
     def _rule(self, layer: nn.Module, x: Tensor, dy: Tensor) -> dict[nn.Parameter, Tensor]:
         trained = {name: p for name, p in layer.named_parameters(recurse=False) if any(p is q for q in self.parameters)}

@@ -1,0 +1,155 @@
+"""The ``bora-fl`` command."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bora_fl import tracking
+from bora_fl.config import ConfigError, Scalar, Settings, parse
+
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters.")
+console = Console()
+
+DEMO: dict[str, Scalar] = {"strategy.min-nodes": 4}
+
+ConfigOption = Annotated[
+    list[str] | None,
+    typer.Option("--run-config", "-c", help="key=value, may be given several times; `bora-fl config` lists the keys"),
+]
+
+
+def main() -> None:
+    """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
+    from bora_fl.launch import LaunchError
+
+    try:
+        cli()
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            console.print(f"[bold red]error:[/] {line}", highlight=False)
+        sys.exit(2)
+    except LaunchError as error:
+        console.print(f"[bold red]failed:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)
+
+
+def overrides(pairs: list[str] | None) -> dict[str, Scalar]:
+    """Parse ``key=value`` pairs into what the settings expect.
+
+    Raises:
+        ConfigError: For a pair without ``=`` or an unknown key.
+    """
+    known = Settings().flat()
+    result: dict[str, Scalar] = {}
+    for pair in pairs or []:
+        key, sign, text = pair.partition("=")
+        key, text = key.strip(), text.strip().strip("\"'")
+        if not sign:
+            raise ConfigError(f"--run-config {pair!r}: write key=value")
+        default = known.get(key, "")
+        if isinstance(default, bool):
+            if text.lower() not in {"true", "false"}:
+                raise ConfigError(f"{key} = {text!r}: write true or false")
+            result[key] = text.lower() == "true"
+        elif isinstance(default, int | float):
+            try:
+                result[key] = float(text) if isinstance(default, float) else int(text)
+            except ValueError:
+                result[key] = text
+        else:
+            result[key] = text
+    parse(result)
+    return result
+
+
+@cli.command()
+def config() -> None:
+    """List every run-config key with its default and meaning."""
+    settings = Settings()
+    table = Table("key", "default", "meaning", title="run config")
+    for group, fields in settings:
+        for name, info in type(fields).model_fields.items():
+            table.add_row(f"{group}.{name.replace('_', '-')}", repr(getattr(fields, name)), str(info.description))
+    console.print(table)
+
+
+@cli.command()
+def strategies() -> None:
+    """List the aggregation strategies."""
+    from bora_fl.strategies.presets import PRESETS
+
+    table = Table("name", "what it does", title="strategies")
+    for name, preset in PRESETS.items():
+        table.add_row(name, preset.description)
+    console.print(table)
+
+
+@cli.command()
+def fetch(names: Annotated[list[str] | None, typer.Argument(help="embedded data sets; sentiment4 by default")] = None) -> None:
+    """Get embedded data sets into the cache, so that later runs need no network."""
+    from bora_fl.data import fetch as fetch_data
+
+    for name in names or ["embedded:sentiment4"]:
+        console.print(f"{name}: {fetch_data(name if ':' in name else f'embedded:{name}')}")
+
+
+@cli.command()
+def run(
+    connection: Annotated[str | None, typer.Argument(help="SuperLink connection of Flower's config.toml")] = None,
+    simulate: Annotated[int, typer.Option(help="simulate this many clients on this machine instead")] = 0,
+    cpus: Annotated[int, typer.Option(help="cores per simulated client")] = 1,
+    gpus: Annotated[float, typer.Option(help="share of a GPU per simulated client")] = 0.0,
+    app: Annotated[Path, typer.Option(help="the Flower app")] = Path(),
+    run_config: ConfigOption = None,
+) -> None:
+    """Run a federation with `flwr run`, follow it, and exit with a true exit code."""
+    _launch(app, overrides(run_config), simulate, cpus, gpus, connection)
+
+
+@cli.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="output folder")] = Path("runs/demo"),
+    app: Annotated[Path, typer.Option(help="the Flower app")] = Path(),
+    run_config: ConfigOption = None,
+) -> None:
+    """Fine-tune MiniLM across four sentiment silos; about four minutes on two cores."""
+    from bora_fl.data import fetch as fetch_data
+
+    console.print("fetching the default data ...")
+    fetch_data("embedded:sentiment4")
+    if output.exists():
+        number = 2
+        while (fresh := output.with_name(f"{output.name}-{number}")).exists():
+            number += 1
+        output = fresh
+    _launch(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, 4, 1, 0.0, None)
+
+
+def _launch(
+    app: Path, run_config: dict[str, Scalar], simulate: int, cpus: int, gpus: float, connection: str | None
+) -> None:
+    from bora_fl.launch import Simulation
+    from bora_fl.launch import run as launch
+
+    simulation = Simulation(simulate, cpus, gpus) if simulate else None
+    outcome = launch(
+        app.resolve(),
+        run_config,
+        simulation=simulation,
+        connection=connection,
+        show=lambda line: console.print(line, highlight=False, markup=False),
+    )
+    if outcome.rows:
+        console.print(tracking.table(outcome.rows, "rounds"))
+        for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", "partition.png", "run.log"):
+            console.print(f"  {outcome.folder / name}", highlight=False, soft_wrap=True)
+
+
+logging.captureWarnings(True)
+if __name__ == "__main__":
+    main()

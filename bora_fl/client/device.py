@@ -1,0 +1,68 @@
+"""Where a process computes: its device, its share of a GPU, its threads, and whether bf16 pays there."""
+
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def pick_device() -> torch.device:
+    """CUDA if there is one, capped at the fraction that Flower's Ray backend granted; else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        granted = _granted("GPU")
+        if 0 < granted < 1:
+            torch.cuda.set_per_process_memory_fraction(granted)
+            log.info("using %.2f of the GPU's memory", granted)
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def settle(model: nn.Module) -> torch.device:
+    """Move a model to this process's device, if it is not there, and return the device."""
+    device = pick_device()
+    if next(model.parameters()).device.type != device.type:
+        model.to(device)
+    return device
+
+
+def set_threads(threads: int) -> int:
+    """Set torch's threads: as told, else the cores that Ray granted this process, else torch's own choice."""
+    wanted = threads or int(_granted("CPU"))
+    if wanted:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
+def _granted(resource: str) -> float:
+    """What Ray granted this worker of a resource; 0 outside Ray."""
+    if "RAY_JOB_ID" not in os.environ and "RAY_RAYLET_PID" not in os.environ:
+        return 0.0
+    import ray
+
+    return float(ray.get_runtime_context().get_assigned_resources().get(resource, 0.0))
+
+
+@cache
+def _bf16_pays(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without tile or dot-product instructions, bf16 on a CPU is emulated and slower than float32.
+    return device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of a forward pass.
+
+    Args:
+        device: Where it runs.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware has instructions for it.
+    """
+    enabled = precision == "bf16" or (precision == "auto" and _bf16_pays(device.type))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,161 @@
+"""A client's part of a round, free of Flower's transport: what was received in, what is replied out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, RecordDict
+
+from bora_fl.blocks import fix_gauge, truncate
+from bora_fl.client.device import autocast, settle
+from bora_fl.client.site import Site
+from bora_fl.client.training import TrainResult, learning_rate_factor, train
+from bora_fl.data import Encoded
+from bora_fl.evaluate import Metrics, evaluate
+from bora_fl.models import FederatedModel
+from bora_fl.records import FOLDS, Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
+from bora_fl.seeds import derive
+from bora_fl.sparsity import sparsify
+from bora_fl.state import AdapterState, flatten, unflatten
+
+LOCAL = "local-factors"
+
+
+class MissingFoldsError(RuntimeError):
+    """This site lacks folds of the frozen weights.
+
+    Attributes:
+        held: The newest version up to which it holds all.
+    """
+
+    def __init__(self, held: int, wanted: int) -> None:
+        super().__init__(f"this site holds the folds up to version {held}, the round needs version {wanted}")
+        self.held = held
+
+
+@dataclass(frozen=True)
+class ClientIdentity:
+    """Who a client is: its partition, out of how many, and the largest rank it can train (0: the federation's)."""
+
+    partition: int
+    num_partitions: int
+    max_rank: int = 0
+
+    @classmethod
+    def read(cls, node_config: Any, node_id: int) -> "ClientIdentity":
+        """From a SuperNode's node config.
+
+        Raises:
+            ValueError: If partition-id or num-partitions is missing.
+        """
+        if "partition-id" not in node_config or "num-partitions" not in node_config:
+            raise ValueError(
+                f"node {node_id} has no partition-id and num-partitions; start the SuperNode with "
+                '--node-config "partition-id=0 num-partitions=3"'
+            )
+        return cls(int(node_config["partition-id"]), int(node_config["num-partitions"]), int(node_config.get("rank", 0)))
+
+
+def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> RecordDict:
+    """Receive, train, reply.
+
+    Args:
+        site: This process's models and data.
+        content: The server's message.
+        who: The client.
+        memory: What the client keeps between rounds (factors that never leave it).
+
+    Returns:
+        The reply's content.
+
+    Raises:
+        MissingFoldsError: If frozen weights cannot be brought to the round's version.
+        ValueError: If the message cannot be understood.
+    """
+    instruction = Instruction.read(content)
+    sent = state_of(content)
+    model, received = _receive(site, content, instruction, sent, who, memory)
+    data = site.data(who.partition, who.num_partitions)
+    settings = site.settings
+    metrics: dict[str, float | int] = {"partition": who.partition, "rank": model.rank}
+    if instruction.evaluate and len(data.evaluation):
+        metrics |= _named(_evaluate(site, model, data.evaluation))
+    model.train_only(instruction.trains)
+    factor = learning_rate_factor(settings.train, instruction.round, settings.run.num_rounds)
+    result = _train(site, model, data.train, instruction, factor, who)
+    trained = model.read()
+    if instruction.sparsity < 1:
+        trained = sparsify(trained, received, instruction.sparsity)
+    _remember(memory, trained, instruction)
+    metrics |= {
+        "num-examples": len(data.train),
+        "train-loss": result.loss,
+        "steps": result.steps,
+        "train-seconds": result.seconds,
+    }
+    return reply_content(trained, sent, instruction.shares & instruction.trains, instruction.round, metrics)
+
+
+def evaluate_round(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> dict[str, float | int]:
+    """Evaluate the received adapter on the client's held-out part; the counterpart of `train_round`."""
+    instruction = Instruction.read(content)
+    model, _ = _receive(site, content, instruction, state_of(content), who, memory)
+    data = site.data(who.partition, who.num_partitions)
+    return {"partition": who.partition} | _named(_evaluate(site, model, data.evaluation))
+
+
+def _receive(
+    site: Site, content: RecordDict, instruction: Instruction, sent: AdapterState, who: ClientIdentity, memory: RecordDict
+) -> tuple[FederatedModel, AdapterState]:
+    """Bring the model to what was sent: folds into the frozen weights, local factors, the client's own rank."""
+    if FOLDS in content.array_records:
+        site.store_folds(instruction.run_id, from_arrays(content.array_records[FOLDS]))
+    held = site.held_folds(instruction.run_id, instruction.fold_version)
+    if held < instruction.fold_version:
+        raise MissingFoldsError(held, instruction.fold_version)
+    state = _recall(memory, sent, instruction)
+    sent_rank = max((f.rank for f in sent.layers.values()), default=0)
+    rank = min(who.max_rank or sent_rank, sent_rank) or None
+    model = site.model(rank)
+    site.fold_to(model, instruction.run_id, instruction.fold_version)
+    if rank and any(f.rank != rank for f in state.layers.values()):
+        transform = site.settings.adapter.sigma_transform
+        cut = {
+            name: fix_gauge(truncate(f, rank), sigma_transform=transform if f.num_blocks > 1 else "identity")
+            for name, f in state.layers.items()
+        }
+        state = AdapterState(cut, state.tensors)
+    model.write(state)
+    return model, state
+
+
+def _train(
+    site: Site, model: FederatedModel, data: Encoded, instruction: Instruction, factor: float, who: ClientIdentity
+) -> TrainResult:
+    seed = derive(site.settings.run.seed, "batches", instruction.round, who.partition)
+    return train(model, data, site.settings.train, factor=factor, seed=seed)
+
+
+def _evaluate(site: Site, model: FederatedModel, data: Encoded) -> Metrics:
+    device = settle(model.model)
+    train = site.settings.train
+    return evaluate(model.model, data, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision))
+
+
+def _named(metrics: Metrics) -> dict[str, float | int]:
+    return {"eval-loss": metrics.loss, "eval-accuracy": metrics.accuracy, "eval-examples": metrics.examples}
+
+
+def _remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:
+    """Keep what does not leave the client."""
+    local = {name: t for name, t in flatten(trained).items() if part_of(name) in instruction.trains - instruction.shares}
+    if local:
+        memory[LOCAL] = to_arrays(local)
+
+
+def _recall(memory: RecordDict, sent: AdapterState, instruction: Instruction) -> AdapterState:
+    kept: ArrayRecord | None = memory.array_records.get(LOCAL)
+    if kept is None:
+        return sent
+    flat = flatten(sent)
+    local = {n: t for n, t in from_arrays(kept).items() if n in flat and part_of(n) not in instruction.shares}
+    return unflatten(flat | local)

@@ -1,0 +1,113 @@
+"""What one process of a client's site holds: the base model and the tokenized data, loaded once and shared by all clients there."""
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bora_fl.client.device import set_threads
+from bora_fl.config import Settings
+from bora_fl.data import ClientData, client_data, load_dataset
+from bora_fl.models import FederatedModel, cache_folder, load_base, load_tokenizer
+from bora_fl.state import flatten_factors, unflatten_factors
+
+log = logging.getLogger(__name__)
+
+
+class Site:
+    """The models and data of one process; virtual clients that run in it take turns.
+
+    Args:
+        settings: The run's settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        set_threads(settings.run.threads)
+        self._tokenizer: Any = load_tokenizer(settings.model)
+        raw = load_dataset(settings.data)
+        self._base = load_base(settings.model, raw.label_names, settings.run.seed)
+        self._model: FederatedModel | None = None
+        self._folded: tuple[str, int] = ("", 0)
+        self._originals: dict[str, torch.Tensor] = {}
+
+    def data(self, partition: int, num_partitions: int) -> ClientData:
+        """A client's training and evaluation examples."""
+        s = self.settings
+        return client_data(s.data, s.model, self._tokenizer, partition, s.data.num_partitions or num_partitions, s.run.seed)
+
+    def model(self, rank: int | None = None) -> FederatedModel:
+        """The adapted model at a rank (the run's own by default); the base model is shared by all ranks."""
+        adapter = self.settings.adapter
+        if rank is not None and rank != adapter.rank:
+            adapter = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
+        if self._model is None or self._model.rank != adapter.rank:
+            if self._model is not None:
+                self._base = self._model.model.unload()
+            self._model = FederatedModel(self._base, adapter, self.settings.model, self.settings.run.seed)
+            if self.settings.train.checkpointing:
+                self._model.model.gradient_checkpointing_enable()
+                self._model.model.enable_input_require_grads()
+        return self._model
+
+    def store_folds(self, run_id: str, folds: dict[str, torch.Tensor]) -> None:
+        """Keep received folds on disk: in a deployment the next message meets a new process.
+
+        Args:
+            run_id: The run they belong to.
+            folds: ``<version>/<layer>/<part>`` to tensor.
+        """
+        for version in sorted({int(name.partition("/")[0]) for name in folds}):
+            path = _fold_path(run_id, version)
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_suffix(f".{threading.get_ident()}.part")
+                prefix = f"{version}/"
+                save_file({n.removeprefix(prefix): t for n, t in folds.items() if n.startswith(prefix)}, part)
+                part.replace(path)
+
+    def held_folds(self, run_id: str, wanted: int) -> int:
+        """The newest version up to which every fold is on this site."""
+        return next((v - 1 for v in range(1, wanted + 1) if not _fold_path(run_id, v).is_file()), wanted)
+
+    def fold_to(self, model: FederatedModel, run_id: str, version: int) -> None:
+        """Bring the frozen weights to a fold version, from wherever they are."""
+        if self._folded != (run_id, version) and (self._folded[0] != run_id or self._folded[1] > version):
+            self._restore(model)
+        if self._folded[0] != run_id:
+            self._folded = (run_id, 0)
+        for v in range(self._folded[1] + 1, version + 1):
+            layers = unflatten_factors(load_file(_fold_path(run_id, v)), "")
+            for name in layers:
+                if name not in self._originals:
+                    self._originals[name] = model.base_weight(name).detach().clone()
+            model.add_to_base(layers)
+            self._folded = (run_id, v)
+
+    def _restore(self, model: FederatedModel) -> None:
+        with torch.no_grad():
+            for name, weight in self._originals.items():
+                model.base_weight(name).copy_(weight)
+        self._folded = ("", 0)
+
+
+def _fold_path(run_id: str, version: int) -> Any:
+    return cache_folder() / "folds" / run_id / f"{version}.safetensors"
+
+
+_current: tuple[object, Site] | None = None
+_lock = threading.Lock()
+
+
+def site(settings: Settings) -> Site:
+    """This process's site for a run's settings: made at the first call, and anew when model, adapter or data change."""
+    global _current
+    key = (settings.model, settings.adapter, settings.data, settings.run.seed, settings.train.checkpointing)
+    with _lock:
+        if _current is None or _current[0] != key:
+            _current = None  # frees the old model before the new one is loaded
+            _current = (key, Site(settings))
+        _current[1].settings = settings
+        return _current[1]

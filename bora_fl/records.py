@@ -1,0 +1,244 @@
+"""The wire: adapter states and instructions as Flower records, versioned, and every reply checked before any arithmetic."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from bora_fl.state import PARTS, AdapterState, flatten, unflatten
+
+SCHEMA = 1
+STATE, FOLDS, INSTRUCTION, REPLY, METRICS = "state", "folds", "instruction", "reply", "metrics"
+
+
+class RejectedReplyError(ValueError):
+    """A reply that is set aside.
+
+    Attributes:
+        node_id: The node it came from.
+        reason: What was wrong with it.
+    """
+
+    def __init__(self, node_id: int, reason: str) -> None:
+        super().__init__(f"node {node_id}: {reason}")
+        self.node_id, self.reason = node_id, reason
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a client is to do in a round.
+
+    Attributes:
+        round: Counted from 1.
+        run_id: The run, so that a site keeps what belongs to it apart.
+        trains: Parts that train, of A, sigma, B, tensors.
+        shares: Parts that the reply holds.
+        evaluate: Evaluate the received adapter on the held-out part and report it in the reply.
+        fold_version: Version of the frozen weights to train on; 0 is the base model.
+        sparsity: Share of the update's entries that is sent; 1 is all.
+    """
+
+    round: int
+    run_id: str
+    trains: frozenset[str]
+    shares: frozenset[str]
+    evaluate: bool
+    fold_version: int = 0
+    sparsity: float = 1.0
+
+    def record(self) -> ConfigRecord:
+        """As a Flower record."""
+        return ConfigRecord(
+            {
+                "schema": SCHEMA,
+                "round": self.round,
+                "run-id": self.run_id,
+                "trains": sorted(self.trains),
+                "shares": sorted(self.shares),
+                "evaluate": self.evaluate,
+                "fold-version": self.fold_version,
+                "sparsity": self.sparsity,
+            }
+        )
+
+    @classmethod
+    def read(cls, content: RecordDict) -> "Instruction":
+        """From a received message.
+
+        Raises:
+            ValueError: If the message speaks another version of the schema.
+        """
+        values = content.config_records.get(INSTRUCTION, ConfigRecord())
+        if values.get("schema") != SCHEMA:
+            raise ValueError(
+                f"the server speaks wire schema {values.get('schema')}, this site {SCHEMA}: "
+                "install the same bora-fl version on the server and on every site"
+            )
+        return cls(
+            round=int(values["round"]),  # type: ignore[arg-type]
+            run_id=str(values["run-id"]),
+            trains=frozenset(values["trains"]),  # type: ignore[arg-type]
+            shares=frozenset(values["shares"]),  # type: ignore[arg-type]
+            evaluate=bool(values["evaluate"]),
+            fold_version=int(values["fold-version"]),  # type: ignore[arg-type]
+            sparsity=float(values["sparsity"]),  # type: ignore[arg-type]
+        )
+
+
+def to_arrays(flat: Mapping[str, Tensor]) -> ArrayRecord:
+    """Named tensors as a Flower record; half precision travels as float32, since NumPy has no bfloat16."""
+    arrays = {}
+    for name, tensor in flat.items():
+        wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        arrays[name] = Array(np.ascontiguousarray(wide.detach().cpu().numpy()))
+    return ArrayRecord(arrays)
+
+
+def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
+    """The inverse of `to_arrays`; arrays are read without pickle."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
+def shared(flat: Mapping[str, Tensor], parts: frozenset[str]) -> dict[str, Tensor]:
+    """The entries of a flattened state that belong to the given parts (of A, sigma, B, tensors)."""
+    return {name: t for name, t in flat.items() if part_of(name) in parts}
+
+
+def part_of(name: str) -> str:
+    """Which part an entry of a flattened state is: A, sigma, B, scaling or tensors."""
+    return "tensors" if name.startswith("tensors/") else name.rpartition("/")[2]
+
+
+def state_of(content: RecordDict) -> AdapterState:
+    """The adapter state that a message carries.
+
+    Raises:
+        ValueError: If it carries none, or one with parts missing.
+    """
+    if STATE not in content.array_records:
+        raise ValueError("the message carries no adapter state")
+    return unflatten(from_arrays(content.array_records[STATE]))
+
+
+def reply_content(
+    state: AdapterState, sent: AdapterState, parts: frozenset[str], round: int, metrics: Mapping[str, float | int]
+) -> RecordDict:
+    """A train reply: the shared parts, the round they belong to, and the metrics (with ``num-examples``, the weight).
+
+    A client whose rank differs from what was sent replies with every factor, since the server could not fill them in.
+    """
+    flat, reference = flatten(state), flatten(sent)
+    same = all(flat[name].shape == reference[name].shape for name in flat)
+    entries = shared(flat, parts) if same else {**flat}
+    entries |= {name: t for name, t in flat.items() if name.endswith("/scaling") and not name.startswith("tensors/")}
+    return RecordDict(
+        {
+            STATE: to_arrays(entries),
+            REPLY: ConfigRecord({"schema": SCHEMA, "round": round}),
+            METRICS: MetricRecord({k: v for k, v in metrics.items()}),
+        }
+    )
+
+
+def read_reply(message: Message, sent: AdapterState, parts: frozenset[str], round: int) -> tuple[AdapterState, dict[str, float]]:
+    """Check a train reply and complete it with what the client was sent.
+
+    Args:
+        message: The reply.
+        sent: The state that the client was sent, at the federation's rank.
+        parts: The parts that the reply must hold.
+        round: The round it must belong to.
+
+    Returns:
+        The client's full state, and its metrics as floats.
+
+    Raises:
+        RejectedReplyError: For an error reply, another schema, a stale round, missing or unknown entries, a wrong shape
+            or dtype, a value that is not finite, or a weight that is not positive and finite.
+    """
+    node = message.metadata.src_node_id
+    if message.has_error():
+        raise RejectedReplyError(node, f"error {message.error.code}: {message.error.reason}")
+    content = message.content
+    reply = content.config_records.get(REPLY, ConfigRecord())
+    if reply.get("schema") != SCHEMA:
+        raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    if reply.get("round") != round:
+        raise RejectedReplyError(node, f"reply of round {reply.get('round')!r} in round {round}")
+    metrics = _metrics(node, content.metric_records.get(METRICS, MetricRecord()))
+    if STATE not in content.array_records:
+        raise RejectedReplyError(node, "no adapter state in the reply")
+    try:
+        flat = from_arrays(content.array_records[STATE])
+    except Exception as error:  # whatever a broken payload makes the decoder raise, the run goes on
+        raise RejectedReplyError(node, f"unreadable arrays ({type(error).__name__}: {error})") from error
+    return _complete(node, flat, flatten(sent), parts), metrics
+
+
+def read_roll_call(message: Message) -> tuple[int, int]:
+    """The partition that a node says it serves, and out of how many.
+
+    Raises:
+        RejectedReplyError: For an error reply, another schema, or no valid partition.
+    """
+    node = message.metadata.src_node_id
+    if message.has_error():
+        raise RejectedReplyError(node, f"error {message.error.code}: {message.error.reason}")
+    reply = message.content.config_records.get(REPLY, ConfigRecord())
+    if reply.get("schema") != SCHEMA:
+        raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    partition, count = reply.get("partition"), reply.get("num-partitions")
+    if not isinstance(partition, int) or not isinstance(count, int) or not 0 <= partition < count:
+        raise RejectedReplyError(node, f"partition {partition!r} of {count!r} is not a partition")
+    return partition, count
+
+
+def _metrics(node: int, record: MetricRecord) -> dict[str, float]:
+    metrics = {}
+    for name, value in record.items():
+        if isinstance(value, list) or not math.isfinite(value):
+            raise RejectedReplyError(node, f"metric {name} = {value!r} is not a finite number")
+        metrics[name] = float(value)
+    weight = metrics.get("num-examples", 0.0)
+    if weight <= 0:
+        raise RejectedReplyError(node, f"num-examples = {weight!r}; a weight must be positive")
+    return metrics
+
+
+def _complete(node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor], parts: frozenset[str]) -> AdapterState:
+    for name, tensor in flat.items():
+        if name not in sent:
+            raise RejectedReplyError(node, f"unknown entry {name!r}")
+        if tensor.dtype != sent[name].dtype:
+            raise RejectedReplyError(node, f"{name} is {tensor.dtype}, expected {sent[name].dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise RejectedReplyError(node, f"{name} holds values that are not finite")
+    missing = sorted(name for name in sent if name not in flat and (part_of(name) in parts or part_of(name) == "scaling"))
+    if missing:
+        raise RejectedReplyError(node, f"{len(missing)} entries are missing, among them {missing[0]!r}")
+    other_rank = {name for name in flat if part_of(name) in PARTS and flat[name].shape != sent[name].shape}
+    full = {name: flat.get(name, tensor) for name, tensor in sent.items()}
+    for name, tensor in full.items():
+        wanted = sent[name].shape
+        if part_of(name) in PARTS and other_rank:
+            wanted = _at_rank(wanted, part_of(name), _rank_of(name, full))
+        if tensor.shape != wanted:
+            raise RejectedReplyError(node, f"{name} has shape {tuple(tensor.shape)}, expected {tuple(wanted)}")
+    state = unflatten(full)
+    for layer, factors in state.layers.items():
+        if not 1 <= factors.rank <= sent[f"layers/{layer}/A"].shape[0] or factors.scaling <= 0:
+            raise RejectedReplyError(node, f"layer {layer}: rank {factors.rank}, scaling {factors.scaling} are out of range")
+    return state
+
+
+def _rank_of(name: str, flat: Mapping[str, Tensor]) -> int:
+    tensor = flat[f"{name.rpartition('/')[0]}/A"]
+    return tensor.shape[0] if tensor.dim() else 0
+
+
+def _at_rank(shape: torch.Size, part: str, rank: int) -> torch.Size:
+    return torch.Size([rank, *shape[1:]]) if part == "A" else torch.Size([*shape[:-1], rank])

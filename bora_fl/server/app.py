@@ -1,0 +1,24 @@
+"""The Flower ServerApp: handlers that only translate."""
+
+import logging
+import sys
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from bora_fl.config import parse
+from bora_fl.server.run import Server
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run config describes."""
+    logger = logging.getLogger("bora_fl")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("bora-fl | %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    Server(parse(context.run_config)).run(grid)

@@ -1,0 +1,125 @@
+"""One run from config to adapter folder, free of Flower's ServerApp machinery except the grid."""
+
+import json
+import logging
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from bora_fl import tracking
+from bora_fl.config import ConfigError, Settings
+from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
+from bora_fl.evaluate import evaluate
+from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.server.checkpoint import Checkpoint, load_newest, save
+from bora_fl.state import unflatten_factors
+from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.base import FederatedStrategy, RoundReport
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """Watches a run: central evaluation, metrics and a checkpoint after each round, the adapter at the end.
+
+    Args:
+        settings: The run's settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = Path(settings.run.output_dir).expanduser().resolve()
+        self.aggregator = build(
+            settings.strategy,
+            adapter_method=settings.adapter.method,
+            sigma_transform=settings.adapter.sigma_transform,
+            seed=settings.run.seed,
+        )
+        raw = load_dataset(settings.data)
+        base = load_base(settings.model, raw.label_names, settings.run.seed)
+        self.model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
+        self.tokenizer = load_tokenizer(settings.model)
+        self.test: Encoded | None = test_data(settings.data, settings.model, self.tokenizer)
+        self._folded = 0
+        self._run_id = ""
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a round."""
+        return self.folder / "metrics.jsonl"
+
+    def run(self, grid: Grid) -> Path:
+        """Run to the last round and write the adapter.
+
+        Returns:
+            The output folder.
+
+        Raises:
+            ConfigError: If the output folder holds another run.
+            RunFailedError: If the federation stops being able to train.
+        """
+        config = self.settings.flat()
+        found = load_newest(self.folder / "checkpoints", config) if self.settings.run.resume else None
+        if found is None:
+            self._start_anew()
+            checkpoint = Checkpoint(0, uuid.uuid4().hex, ServerState.start(self.model.read()), [])
+        else:
+            checkpoint = found
+            log.info("resuming after round %d from %s", checkpoint.round, self.folder)
+            tracking.cut(self.metrics_path, checkpoint.round)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        self._run_id = checkpoint.run_id
+        strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self)
+        state = strategy.run(grid, checkpoint.state, checkpoint.folds, checkpoint.round + 1)
+        self._bring_to(state, strategy.folds)
+        self.model.save(self.folder / "adapter", strategy.folds)
+        return self.folder
+
+    def _start_anew(self) -> None:
+        if tracking.read(self.metrics_path):
+            raise ConfigError(
+                f"run.output-dir = '{self.folder}' holds a run already; set run.resume=true to go on with it, "
+                "or another run.output-dir"
+            )
+
+    def on_start(self, num_partitions: int) -> None:
+        """Draw how the data is dealt to the clients, in ``partition.png``."""
+        data = self.settings.data
+        partition_picture(data, data.num_partitions or num_partitions, self.settings.run.seed, self.folder / "partition.png")
+
+    # --- what the strategy calls -------------------------------------------------------------------------------------
+
+    def evaluate(self, round: int, state: ServerState, folds: list[dict[str, Tensor]]) -> tuple[float, float] | None:
+        """Central loss and accuracy on the test set, in the rounds that the config names."""
+        every, last = self.settings.run.evaluate_every, self.settings.run.num_rounds
+        if self.test is None or (round % every and round != last):
+            return None
+        self._bring_to(state, folds)
+        metrics = evaluate(self.model.model, self.test, self.settings.train.evaluation_batch_size)
+        return metrics.loss, metrics.accuracy
+
+    def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
+        """Checkpoint first, then the metrics line: a crash in between repeats the round's line, never loses it."""
+        row = asdict(report)
+        checkpoint = Checkpoint(report.round, self._run_id, state, folds)
+        save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, self.settings.run.keep_checkpoints)
+        tracking.append(self.metrics_path, row)
+        log.info(
+            "round %d/%d: train loss %s, loss %s, accuracy %s, %d clients, %d rejected, %.1f s",
+            report.round,
+            self.settings.run.num_rounds,
+            *(f"{v:.3f}" if v is not None else "-" for v in (report.train_loss, report.loss, report.accuracy)),
+            report.clients,
+            report.rejected,
+            report.seconds,
+        )
+
+    def _bring_to(self, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
+        for fold in folds[self._folded :]:
+            self.model.add_to_base(unflatten_factors(fold, ""))
+        self._folded = len(folds)
+        self.model.write(state.current)

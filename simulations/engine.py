@@ -1,0 +1,139 @@
+"""A federation inside this process: the same ServerApp code and ClientApp handlers, no Ray, no network.
+
+Clients take turns, so one base model serves all of them, a run is the same bit for bit every time, and it starts in
+no time: right for comparisons, tests and small machines. Flower's own simulation (`flwr run`) scales further.
+"""
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from bora_fl.config import Scalar, Settings, parse
+from bora_fl.server.run import Server
+
+log = logging.getLogger(__name__)
+
+Tamper = Callable[[Message, int], Message | None]
+
+
+class InProcessGrid(Grid):
+    """Hands each message to a ClientApp in this process and collects the reply.
+
+    Args:
+        app: The ClientApp.
+        num_nodes: Number of SuperNodes; node i serves partition i.
+        run_config: What each client's context holds.
+        node_configs: More node config by partition, such as ``{2: {"rank": 4}}``.
+        tamper: Called with each reply and its partition; returns what arrives, None for nothing. For fault tests.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        num_nodes: int,
+        run_config: dict[str, Scalar],
+        node_configs: dict[int, dict[str, Scalar]] | None = None,
+        tamper: Tamper | None = None,
+    ) -> None:
+        self._app, self._tamper = app, tamper
+        self._contexts = {
+            partition + 2: Context(
+                run_id=1,
+                node_id=partition + 2,  # 1 is the SuperLink
+                node_config={
+                    "partition-id": partition,
+                    "num-partitions": num_nodes,
+                    **(node_configs or {}).get(partition, {}),
+                },
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for partition in range(num_nodes)
+        }
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+        # A Message reads its sender and run from here; Flower's own processes set it in the same way.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+    def set_run(self, run: Any) -> None:
+        """There is one run only."""
+
+    @property
+    def run(self) -> Any:
+        """There is no record of the run here."""
+        raise AttributeError("an in-process federation has no Flower run")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to a node."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; they are always connected."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run each message's handler at once."""
+        ids = []
+        for number, message in enumerate(messages):
+            message_id = f"{self._sent}-{number}"
+            reply = self._handle(message)
+            if reply is not None:
+                self._replies[message_id] = reply
+            ids.append(message_id)
+        self._sent += 1
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to the given messages."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Run all handlers and return all replies."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _handle(self, message: Message) -> Message | None:
+        node = message.metadata.dst_node_id
+        context = self._contexts[node]
+        try:
+            reply = self._app(message, context)
+        except Exception as error:  # a client's crash is an error reply, as over the wire
+            log.debug("%s", traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}"
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        if self._tamper is None or message.metadata.message_type == "query":
+            return reply
+        return self._tamper(reply, node - 2)
+
+
+def simulate(
+    run_config: dict[str, Scalar] | Settings,
+    num_nodes: int,
+    *,
+    node_configs: dict[int, dict[str, Scalar]] | None = None,
+    tamper: Tamper | None = None,
+) -> Path:
+    """Run a whole federation in this process.
+
+    Args:
+        run_config: Flat run config, or settings.
+        num_nodes: Number of clients.
+        node_configs: See `InProcessGrid`.
+        tamper: See `InProcessGrid`.
+
+    Returns:
+        The output folder.
+    """
+    from bora_fl.client.app import app
+
+    settings = run_config if isinstance(run_config, Settings) else parse(run_config)
+    return Server(settings).run(InProcessGrid(app, num_nodes, settings.flat(), node_configs, tamper))
