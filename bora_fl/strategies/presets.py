@@ -38,6 +38,7 @@ class Preset:
         exact: Adapter plus fold reproduce the mean of the products.
         folds: Part of the merge goes into the clients' frozen weights.
         fits: It leaves a residual, so that `strategy.residual` applies.
+        sparse: Clients send only the share `strategy.upload-fraction` of their update's entries.
         same_rank: Why clients of different ranks cannot take part; empty where they can.
         no_server_optimizer: Why a server optimizer cannot act on it; empty where it can.
         no_generic: Why it cannot merge PEFT methods without block factors; empty where it can.
@@ -58,6 +59,7 @@ class Preset:
     exact: bool = False
     folds: bool = False
     fits: bool = False
+    sparse: bool = False
     same_rank: str = ""
     no_server_optimizer: str = ""
     no_generic: str = _NO_FACTORS
@@ -238,6 +240,7 @@ _ROWS = (
         "top-k in each tensor on its own, at strategy.upload-fraction",
         average,
         linear=True,
+        sparse=True,
         same_rank=_ENTRYWISE,
         no_generic="",
     ),
