@@ -15,6 +15,7 @@ from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound, Trains
 from bora_fl.strategies.presets import PRESETS, Preset
+from bora_fl.strategies.products import gram_of_products
 from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
 from bora_fl.strategies.server_optimizers import server_step
 
@@ -143,7 +144,7 @@ class Aggregator:
         Returns:
             The next state, and a report: `clients` merged, `set_aside`, `update_norm` (of the mean product's change),
             `merge_error` (of adapter plus fold plus carry-over against the mean product, relative), `rank` (mean over
-            layers), `fold_norm`, `carried_norm`. Without a usable update the state stays, with no fold.
+            layers), `fold_norm`, `carried_norm`. Without a usable update the state stays as it is.
         """
         trains = self.trains(round)
         usable = []
@@ -156,7 +157,7 @@ class Aggregator:
         combined = len(usable) if self.settings.robust in COORDINATE_RULES else len(chosen)
         report = {"clients": float(combined), "set_aside": float(len(updates) - combined)}
         if not chosen:
-            return replace(state, fold={}), report
+            return state, report
         total = math.fsum(update.weight for update in chosen)
         weights = [update.weight / total for update in chosen]
         rounds = {
@@ -308,19 +309,24 @@ def _mean_tensors(
 
 
 def _report(rounds: Mapping[str, LayerRound], merges: Mapping[str, LayerMerge]) -> dict[str, float]:
-    """Norms over all layers, of which none forms a product."""
+    """Norms over all layers, each from one small Gram matrix of the mean product and what became of it."""
     squares = dict.fromkeys(("error", "target", "update_norm", "fold_norm", "carried_norm"), 0.0)
     for name, layer in rounds.items():
-        target, result = layer.mean_product(), merges[name]
-        kept = [part for part in result if part is not None]
-        squares["error"] += merge([target, *kept], [1.0, *[-1.0] * len(kept)]).norm() ** 2
-        squares["target"] += target.norm() ** 2
-        squares["update_norm"] += merge([target, layer.current], [1.0, -1.0]).norm() ** 2
-        squares["fold_norm"] += result.fold.norm() ** 2 if result.fold is not None else 0.0
-        squares["carried_norm"] += result.carried.norm() ** 2 if result.carried is not None else 0.0
+        result = merges[name]
+        kept = {"current": result.current, "carried_norm": result.carried, "fold_norm": result.fold}
+        parts = {part: factors for part, factors in kept.items() if factors is not None}
+        gram = gram_of_products([layer.mean_product(), layer.current, *parts.values()])
+        ones = torch.ones(len(parts), dtype=gram.dtype)
+        error = torch.cat([torch.tensor([1.0, 0.0], dtype=gram.dtype), -ones])
+        change = torch.cat([torch.tensor([1.0, -1.0], dtype=gram.dtype), 0 * ones])
+        squares["target"] += float(gram[0, 0])
+        squares["error"] += max(float(error @ gram @ error), 0.0)
+        squares["update_norm"] += max(float(change @ gram @ change), 0.0)
+        for index, part in enumerate(parts, start=2):
+            if part in squares:
+                squares[part] += float(gram[index, index])
     report = {name: math.sqrt(square) for name, square in squares.items() if name.endswith("_norm")}
-    target_norm = math.sqrt(squares["target"])
-    report["merge_error"] = math.sqrt(squares["error"]) / target_norm if target_norm > 0 else 0.0
+    report["merge_error"] = math.sqrt(squares["error"] / squares["target"]) if squares["target"] > 0 else 0.0
     if merges:
         report["rank"] = sum(layer.current.rank for layer in merges.values()) / len(merges)
     return report

@@ -5,6 +5,7 @@ import torch
 from bora_fl.blocks import BlockFactors, factor_mean
 from bora_fl.blocks.factors import blocked
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
+from bora_fl.strategies.products import gram_of_products
 from bora_fl.strategies.sigma_range import restore_range
 
 _FAIR_RIDGE = 1e-2  # LoRA-FAIR's regularization weight, here relative to the mean curvature of B
@@ -27,7 +28,7 @@ def hetlora(layer: LayerRound) -> LayerMerge:
     What differs: the paper weights by the norm alone; here examples count too, so that a client without data has no
     say. Clients do not prune their own rank. Sigma is averaged over the clients that hold the component.
     """
-    norms = [update.norm() for update in layer.updates]
+    norms = gram_of_products(layer.updates).diagonal().clamp_min(0).sqrt().tolist()
     weights = [w * norm for w, norm in zip(layer.weights, norms, strict=True)] if max(norms) > 0 else layer.weights
     mean = _at_rank(factor_mean(layer.updates, weights), layer)
     return LayerMerge(_by_energy(restore_range(mean, layer.sigma_transform)))

@@ -7,7 +7,7 @@ import torch
 from bora_fl.blocks import BlockFactors, merge
 from bora_fl.strategies.averaging import average
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
-from bora_fl.strategies.refactoring import negligible
+from bora_fl.strategies.refactoring import negligible, size
 
 
 def flora(layer: LayerRound) -> LayerMerge:
@@ -28,7 +28,7 @@ def fedex(layer: LayerRound) -> LayerMerge:
     current = average(layer).current
     target = layer.mean_product()
     residual = merge([target, current], [1.0, -1.0])
-    return LayerMerge(current, fold=residual if residual.norm() > negligible(target) else None)
+    return LayerMerge(current, fold=residual if size(residual) > negligible(target) else None)
 
 
 def restarted(factors: BlockFactors, layer: LayerRound) -> BlockFactors:
