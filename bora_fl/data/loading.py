@@ -47,10 +47,11 @@ class RawData:
 def load_dataset(settings: DataSettings) -> RawData:
     """Read and check a data set. The last one is kept in memory, so asking for it again costs nothing.
 
-    Labels are read if `response_column` is empty and the data has the column `label_column`. Strings, whole numbers, booleans and
-    ``ClassLabel`` features become classes in sorted order (a ``ClassLabel``'s own order), over both splits. Rows without text, label
-    (null, or negative in a ``ClassLabel``) or response are left out. `max_train_examples` and `max_test_examples` draw a subsample
-    that depends on nothing but the data, so that it is the same for every run seed.
+    Labels are read if `response_column` is empty and the data has the column `label_column`. Strings, whole numbers,
+    booleans and ``ClassLabel`` features become classes in sorted order (a ``ClassLabel``'s own order), over both
+    splits. Rows without text, label (null, or negative in a ``ClassLabel``) or response are left out.
+    `max_train_examples` and `max_test_examples` draw a subsample that depends on nothing but the data, so that it is
+    the same for every run seed.
 
     Args:
         settings: The group ``data`` of the run config.
@@ -129,8 +130,9 @@ def _read_hub(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
             reason = str(error).strip().split("\n")[0]
             where = f"data.{which}-split = {split!r}" if "split" in reason.lower() else f"data.name = {settings.name!r}"
             raise ConfigError(
-                f"{where}: the hub data set {settings.name!r} (subset {settings.subset!r}, split {split!r}) cannot be loaded "
-                f"({reason}); check data.name, data.subset and data.{which}-split, or give a local file or an embedded data set"
+                f"{where}: the hub data set {settings.name!r} (subset {settings.subset!r}, split {split!r}) cannot be "
+                f"loaded ({reason}); check data.name, data.subset and data.{which}-split, or give a local file or an "
+                "embedded data set"
             ) from error
     return found[0], found[1] if settings.test_split else None
 
@@ -174,11 +176,9 @@ def _encode_labels(
 def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.ChunkedArray:
     """Labels as strings or int64; booleans stay; anything else is refused."""
     kind = labels.type
-    if pa.types.is_dictionary(kind):
-        return labels.cast(pa.string())
     if pa.types.is_boolean(kind) or pa.types.is_string(kind):
         return labels
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if pa.types.is_large_string(kind):
         return labels.cast(pa.string())
     if pa.types.is_floating(kind):
         labels = pc.if_else(pc.is_nan(labels), None, labels)
@@ -186,8 +186,8 @@ def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.Chunke
         return labels.cast(pa.int64())
     except pa.ArrowException:
         raise ConfigError(
-            f"data.label-column = {settings.label_column!r}: holds {kind} values that are not classes; name a column of strings or whole "
-            "numbers, or leave it empty for language modelling"
+            f"data.label-column = {settings.label_column!r}: holds {kind} values that are not classes; name a column "
+            "of strings or whole numbers, or leave it empty for language modelling"
         ) from None
 
 
@@ -208,8 +208,8 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
         keep &= column(data, settings.label_column).is_valid().to_numpy()
     if not keep.any():
         raise ConfigError(
-            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response; check data.text-column, "
-            "data.label-column and data.response-column"
+            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response; check "
+            "data.text-column, data.label-column and data.response-column"
         )
     if keep.all():
         return data

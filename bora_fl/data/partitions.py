@@ -3,7 +3,8 @@
 import contextlib
 import io
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,26 +12,26 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data.loading import RawData, column, load_dataset, quiet
+from bora_fl.data.loading import RawData, column, load_dataset
 from bora_fl.seeds import derive
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-_LEAST = 10  # examples a client should get in a Dirichlet split, where there are enough
+_LEAST = 2  # examples a client gets in a Dirichlet split: one to train on, one to hold out
 
 
 def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
     """Deal the rows of the training split to clients.
 
-    - ``iid``: equal parts of a shuffled order. ``linear``, ``square``, ``exponential``: of a shuffled order, client i gets a part
-      proportional to i + 1, (i + 1)², exp(i + 1).
-    - ``dirichlet``: each class is dealt by shares drawn from Dirichlet(alpha); drawn again while a client gets fewer than 10 examples
-      (or than half of an equal share, if that is less).
-    - ``pathological``: each client holds `classes_per_client` classes, the first of them in turn so that none is left out while there
-      are as many clients as classes.
-    - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`. With fewer clients than ids every client
-      holds whole ids, dealt from the largest to whoever has least.
+    - ``iid``: equal parts of a shuffled order. ``linear``, ``square``, ``exponential``: of a shuffled order, client i
+      gets a part proportional to i + 1, (i + 1)², exp(i + 1).
+    - ``dirichlet``: each class is dealt by shares drawn from Dirichlet(alpha); drawn again, up to
+      ten times, while a client gets fewer than two examples.
+    - ``pathological``: each client holds `classes_per_client` classes, the first of them in turn so that none is left
+      out while there are as many clients as classes.
+    - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`. With fewer clients than ids every
+      client holds whole ids, dealt from the largest to whoever has least.
 
     Where the data has no labels, ``dirichlet`` and ``pathological`` deal the values of `partition_by` in their stead.
 
@@ -61,7 +62,8 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
     held = len(np.unique(groups))
     if settings.partition == "pathological" and settings.classes_per_client > held:
         raise ConfigError(
-            f"data.classes-per-client = {settings.classes_per_client}: the training split has {held} classes; use at most that"
+            f"data.classes-per-client = {settings.classes_per_client}: the training split has {held} classes; use at "
+            "most that"
         )
     # Partitioners by size cut consecutive rows, and files are seldom in random order.
     order = np.random.default_rng(derive(seed, "partition")).permutation(rows)
@@ -86,7 +88,8 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
     values = column(raw.train, name)
     if values.null_count:
         raise ConfigError(
-            f"data.partition-by = {name!r}: {values.null_count} of {len(values)} rows have no id; fill them in or name another column"
+            f"data.partition-by = {name!r}: {values.null_count} of {len(values)} rows have no id; fill them in or name "
+            "another column"
         )
     if not pa.types.is_primitive(values.type):
         values = values.cast(pa.string())
@@ -108,8 +111,9 @@ def _owners(settings: DataSettings, raw: RawData, num_partitions: int) -> NDArra
     if num_partitions > len(ids):
         some = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
         raise ConfigError(
-            f"data.partition-by = {settings.partition_by!r}: {len(ids)} ids ({some}) cannot be dealt to {num_partitions} clients; use at "
-            f"most {len(ids)} clients (data.num-partitions or the federation's size), or set data.partition to dirichlet or iid"
+            f"data.partition-by = {settings.partition_by!r}: {len(ids)} ids ({some}) cannot be dealt to "
+            f"{num_partitions} clients; use at most {len(ids)} clients (data.num-partitions or the federation's size), "
+            "or set data.partition to dirichlet or iid"
         )
     owner = np.arange(len(ids))
     if num_partitions < len(ids):
@@ -129,7 +133,7 @@ def _partitioner(settings: DataSettings, num_partitions: int, rows: int, seed: i
         case "natural":
             return kinds.NaturalIdPartitioner(partition_by="group")
         case "dirichlet":
-            least = max(1, min(_LEAST, rows // num_partitions // 2))
+            least = min(_LEAST, rows // num_partitions)
             return kinds.DirichletPartitioner(
                 num_partitions, "group", settings.alpha, min_partition_size=least, shuffle=False, seed=number
             )
@@ -150,29 +154,30 @@ def _partitioner(settings: DataSettings, num_partitions: int, rows: int, seed: i
 def _deal(partitioner: "Partitioner", groups: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     from datasets import Dataset
 
-    partitioner.dataset = Dataset.from_dict({"row": np.arange(len(groups)), "group": groups})
-    with (
-        quiet(),
-        warnings.catch_warnings(),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # for a bar that nothing else turns off
+    class RowNumbers(Dataset):  # type: ignore[misc]
+        """Answers a selection with the rows selected: a Dataset would hash and copy them for every client."""
+
+        def select(self, indices: Iterable[int], **_: Any) -> NDArray[np.int64]:
+            return np.fromiter(indices, np.int64)
+
+    partitioner.dataset = RowNumbers.from_dict({"group": groups})
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing else turns off
         warnings.simplefilter("ignore")
-        parts = [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
-        return [column(part, "row").to_numpy().astype(np.int64) for part in parts]
+        return [partitioner.load_partition(i) for i in range(partitioner.num_partitions)]
 
 
 def _refusal(settings: DataSettings, num_partitions: int, rows: int) -> str:
     if settings.partition == "dirichlet":
         return (
-            f"data.alpha = {settings.alpha}: ten draws left one of {num_partitions} clients with next to none of {rows} examples; use a "
-            "larger alpha or fewer clients"
+            f"data.alpha = {settings.alpha}: ten draws left one of {num_partitions} clients with next to none of "
+            f"{rows} examples; use a larger alpha or fewer clients"
         )
     if settings.partition == "pathological":
         return (
-            f"data.classes-per-client = {settings.classes_per_client}: a class has fewer examples than clients that should hold it; use "
-            f"fewer than {num_partitions} clients or fewer classes per client"
+            f"data.classes-per-client = {settings.classes_per_client}: a class has fewer examples than clients that "
+            f"should hold it; use fewer than {num_partitions} clients or fewer classes per client"
         )
     return (
-        f"data.partition = {settings.partition!r}: the smallest of {num_partitions} clients would get none of {rows} examples; use fewer "
-        "clients or a milder skew (linear)"
+        f"data.partition = {settings.partition!r}: the smallest of {num_partitions} clients would get none of {rows} "
+        "examples; use fewer clients or a milder skew (linear)"
     )

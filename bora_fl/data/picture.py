@@ -17,8 +17,8 @@ def partition_table(settings: DataSettings, num_partitions: int, seed: int) -> l
     """What each client holds.
 
     Returns:
-        For each client ``client`` (partition id), ``examples``, ``ids`` (its natural ids, where the data has the column) and ``labels``
-        (class name to number of examples; empty where the data has no classes).
+        For each client ``client`` (partition id), ``examples``, ``ids`` (its natural ids, where the data has the
+        column) and ``labels`` (class name to number of examples; empty where the data has no classes).
 
     Raises:
         ConfigError: As `partition` does.
@@ -53,6 +53,7 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     raw = load_dataset(settings)
     parts = partition(settings, num_partitions, seed)
@@ -67,7 +68,7 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     for i, (bottom, name) in enumerate(zip(_bottoms(counts), names, strict=True)):
         axes.bar(np.arange(num_partitions), counts[:, i], bottom=bottom, color=colors[i], label=name, width=0.9)
     axes.set(xlabel="client", ylabel="training examples", title=f"{settings.name}, {_how(settings)}, seed {seed}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if 1 < len(names) <= _MOST_IN_LEGEND:
         axes.legend(
             loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, ncols=1 + len(names) // 14

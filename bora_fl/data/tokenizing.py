@@ -1,6 +1,7 @@
 """From text to tokens: classification inputs, plain text, and prompts with responses."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +19,11 @@ _ROWS = 2048  # tokenized at a time: enough for the tokenizer's threads, little 
 def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded:
     """Tokenize one split.
 
-    Classification and plain text are cut at `max_length` on the right; plain text begins with the tokenizer's BOS token, if it adds
-    one, and ends with EOS where that still fits. Instruction data goes through the tokenizer's chat template (user, then assistant),
-    or, without one, is the prompt, a newline, the response and EOS. When it is too long the prompt loses its beginning, down to half of
-    `max_length`, and then the response its end, so that every example keeps targets.
+    Classification and plain text are cut at `max_length` on the right; plain text begins with the tokenizer's BOS
+    token, if it adds one, and ends with EOS where that still fits. Instruction data goes through the tokenizer's chat
+    template (user, then assistant), or, without one, is the prompt, a newline, the response and EOS. When it is too
+    long the prompt loses its beginning, down to half of `max_length`, and then the response its end, so that every
+    example keeps targets.
 
     Args:
         raw: A split as `load_dataset` returns it.
@@ -35,27 +37,30 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
     classification = model.task == "classification"
     if classification:
         _check_labels(raw, data)
-    pieces: list[list[int]] = []
-    prompts: list[int] = []
     texts = column(raw, data.text_column)
     responses = column(raw, data.response_column) if data.response_column else None
+    tokens, lengths, prompts = [np.empty(0, np.int32)], [], []
     for start in range(0, len(raw), _ROWS):
         batch = texts.slice(start, _ROWS).to_pylist()
         if classification:
-            pieces += _ids(tokenizer, batch, truncation=True, max_length=model.max_length)
+            examples = [([], ids) for ids in _ids(tokenizer, batch, truncation=True, max_length=model.max_length)]
         elif responses is None:
-            pieces += _plain(tokenizer, batch, model.max_length)
+            examples = [([], ids) for ids in _plain(tokenizer, batch, model.max_length)]
         else:
-            for prompt, response in _dialogs(tokenizer, batch, responses.slice(start, _ROWS).to_pylist()):
-                prompt, response = _fit(prompt, response, model.max_length, tokenizer.bos_token_id)
-                pieces.append(prompt + response)
-                prompts.append(len(prompt))
-    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+            answers = responses.slice(start, _ROWS).to_pylist()
+            dialogs = _dialogs(tokenizer, batch, answers)
+            examples = [
+                _fit(prompt, response, model.max_length, tokenizer.bos_token_id) for prompt, response in dialogs
+            ]
+        prompts += [len(prompt) for prompt, _ in examples]
+        lengths += [len(prompt) + len(rest) for prompt, rest in examples]
+        tokens.append(np.fromiter(chain.from_iterable(chain.from_iterable(examples)), np.int32))
+    ends = np.cumsum(lengths, dtype=np.int64)
     return Encoded(
-        tokens=np.fromiter((token for piece in pieces for token in piece), np.int32, int(lengths.sum())),
-        begin=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        prompts=np.array(prompts or [0] * len(pieces), dtype=np.int64),
+        tokens=np.concatenate(tokens),
+        begin=ends - np.array(lengths, dtype=np.int64),
+        lengths=np.array(lengths, dtype=np.int64),
+        prompts=np.array(prompts, dtype=np.int64),
         classes=column(raw, data.label_column).to_numpy().astype(np.int64) if classification else None,
         pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         max_length=model.max_length,
@@ -65,13 +70,13 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
 def _check_labels(raw: "Dataset", data: DataSettings) -> None:
     if data.response_column:
         raise ConfigError(
-            f"data.response-column = {data.response_column!r} with model.task = 'classification': responses are for causal-lm; "
-            "set model.task to causal-lm or leave data.response-column empty"
+            f"data.response-column = {data.response_column!r} with model.task = 'classification': responses are for "
+            "causal-lm; set model.task to causal-lm or leave data.response-column empty"
         )
     if data.label_column not in raw.column_names:
         raise ConfigError(
-            f"data.label-column = {data.label_column!r} with model.task = 'classification': columns are {', '.join(raw.column_names)}; "
-            "name the column of the classes, or set model.task to causal-lm"
+            f"data.label-column = {data.label_column!r} with model.task = 'classification': columns are "
+            f"{', '.join(raw.column_names)}; name the column of the classes, or set model.task to causal-lm"
         )
 
 
@@ -120,7 +125,9 @@ def _after(head: str, whole: str, response: str) -> str:
     """What the template writes after the generation prompt: the response and whatever closes the turn."""
     if whole.startswith(head):
         return whole[len(head) :]
-    return whole[whole.rindex(response) :]  # a template whose generation prompt adds more than a turn's header
+    # Some templates' generation prompt holds more than the turn's header, and some trim the response.
+    _, found, closing = whole.rpartition(response.strip())
+    return response.strip() + closing if found else response
 
 
 def _fit(prompt: list[int], response: list[int], max_length: int, bos: int | None) -> tuple[list[int], list[int]]:
