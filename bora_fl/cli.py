@@ -85,7 +85,7 @@ def strategies() -> None:
 
     table = Table("name", "what it does", title="strategies")
     for name, preset in PRESETS.items():
-        table.add_row(name, preset.description)
+        table.add_row(name, preset.summary)
     console.print(table)
 
 

@@ -99,9 +99,8 @@ def run(
     with _superlink(environment, log) as home:
         environment["FLWR_HOME"] = str(home)
         status = _submit(app, overrides, "bora-fl", simulation, environment, log, show)
-        if log.is_file():
-            with log.open("a") as file, contextlib.suppress(OSError):
-                file.write((home / "superlink.log").read_text())
+        with contextlib.suppress(OSError):
+            shutil.copyfile(home / "superlink.log", folder / "superlink.log")
     return _judge(status, folder, log, settings.run.num_rounds)
 
 
@@ -170,12 +169,12 @@ def _status(run_id: str, connection: str | None, environment: Mapping[str, str])
 def _superlink(environment: Mapping[str, str], log: Path) -> Iterator[Path]:
     """A SuperLink in simulation mode, with a home of its own, gone with all its descendants at the end."""
     home = Path(tempfile.mkdtemp(prefix="bora-fl-"))
-    port, control = _free_port(), _free_port()
+    port = _free_port()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "bora-fl"\n\n[superlink.bora-fl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     command = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--log-file", str(home / "superlink.log")]
     process = subprocess.Popen(
         command,

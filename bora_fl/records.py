@@ -1,6 +1,7 @@
 """The wire: adapter states and instructions as Flower records, versioned, and every reply checked before any arithmetic."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,11 +22,12 @@ class RejectedReplyError(ValueError):
     Attributes:
         node_id: The node it came from.
         reason: What was wrong with it.
+        folds_held: The newest fold version its site holds, where it lacked folds.
     """
 
-    def __init__(self, node_id: int, reason: str) -> None:
+    def __init__(self, node_id: int, reason: str, folds_held: int | None = None) -> None:
         super().__init__(f"node {node_id}: {reason}")
-        self.node_id, self.reason = node_id, reason
+        self.node_id, self.reason, self.folds_held = node_id, reason, folds_held
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def to_arrays(flat: Mapping[str, Tensor]) -> ArrayRecord:
     arrays = {}
     for name, tensor in flat.items():
         wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-        arrays[name] = Array(np.ascontiguousarray(wide.detach().cpu().numpy()))
+        arrays[name] = Array(np.array(wide.detach().cpu().numpy(), order="C"))
     return ArrayRecord(arrays)
 
 
@@ -144,6 +146,32 @@ def reply_content(
     )
 
 
+def refusal(reason: str, *, folds_held: int | None = None) -> RecordDict:
+    """A reply of a site that could not do what it was asked.
+
+    Args:
+        reason: In words, for the server's log and metrics.
+        folds_held: The newest fold version the site holds, if folds were what it lacked.
+    """
+    reply: dict[str, int | str] = {"schema": SCHEMA, "refused": reason}
+    return RecordDict({REPLY: ConfigRecord(reply | ({} if folds_held is None else {"folds-held": folds_held}))})
+
+
+def _reply_record(message: Message) -> ConfigRecord:
+    """The reply record of a message that is neither an error, nor a refusal, nor of another schema."""
+    node = message.metadata.src_node_id
+    if message.has_error():
+        words = re.sub(r"\x1b\[[0-9;]*m", "", str(message.error.reason)).split()
+        raise RejectedReplyError(node, f"error {message.error.code}: {' '.join(words)[:500]}")
+    reply = message.content.config_records.get(REPLY, ConfigRecord())
+    if reply.get("schema") != SCHEMA:
+        raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    if "refused" in reply:
+        held = reply.get("folds-held")
+        raise RejectedReplyError(node, str(reply["refused"])[:500], held if isinstance(held, int) else None)
+    return reply
+
+
 def read_reply(message: Message, sent: AdapterState, parts: frozenset[str], round: int) -> tuple[AdapterState, dict[str, float]]:
     """Check a train reply and complete it with what the client was sent.
 
@@ -161,12 +189,7 @@ def read_reply(message: Message, sent: AdapterState, parts: frozenset[str], roun
             or dtype, a value that is not finite, or a weight that is not positive and finite.
     """
     node = message.metadata.src_node_id
-    if message.has_error():
-        raise RejectedReplyError(node, f"error {message.error.code}: {message.error.reason}")
-    content = message.content
-    reply = content.config_records.get(REPLY, ConfigRecord())
-    if reply.get("schema") != SCHEMA:
-        raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    reply, content = _reply_record(message), message.content
     if reply.get("round") != round:
         raise RejectedReplyError(node, f"reply of round {reply.get('round')!r} in round {round}")
     metrics = _metrics(node, content.metric_records.get(METRICS, MetricRecord()))
@@ -186,11 +209,7 @@ def read_roll_call(message: Message) -> tuple[int, int]:
         RejectedReplyError: For an error reply, another schema, or no valid partition.
     """
     node = message.metadata.src_node_id
-    if message.has_error():
-        raise RejectedReplyError(node, f"error {message.error.code}: {message.error.reason}")
-    reply = message.content.config_records.get(REPLY, ConfigRecord())
-    if reply.get("schema") != SCHEMA:
-        raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    reply = _reply_record(message)
     partition, count = reply.get("partition"), reply.get("num-partitions")
     if not isinstance(partition, int) or not isinstance(count, int) or not 0 <= partition < count:
         raise RejectedReplyError(node, f"partition {partition!r} of {count!r} is not a partition")

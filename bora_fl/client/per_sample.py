@@ -110,8 +110,9 @@ class SampleGradients:
             for parameter, gradient in self._rule(layer, x, dy).items():
                 seen = self._gradients.get(parameter)
                 # Unequal sizes are reported by `take`; adding them would broadcast.
-                adds_up = seen is not None and seen.shape == gradient.shape
-                self._gradients[parameter] = torch.add(seen, gradient) if adds_up else gradient
+                if seen is not None and seen.shape == gradient.shape:
+                    gradient = seen + gradient
+                self._gradients[parameter] = gradient
 
     def _rule(self, layer: nn.Module, x: Tensor, dy: Tensor) -> dict[nn.Parameter, Tensor]:
         trained = {name: p for name, p in layer.named_parameters(recurse=False) if any(p is q for q in self.parameters)}

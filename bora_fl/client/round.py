@@ -5,7 +5,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
-from bora_fl.blocks import fix_gauge, truncate
 from bora_fl.client.device import autocast, settle
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, learning_rate_factor, train
@@ -118,6 +117,8 @@ def _receive(
     model = site.model(rank)
     site.fold_to(model, instruction.run_id, instruction.fold_version)
     if rank and any(f.rank != rank for f in state.layers.values()):
+        from bora_fl.blocks import fix_gauge, truncate
+
         transform = site.settings.adapter.sigma_transform
         cut = {
             name: fix_gauge(truncate(f, rank), sigma_transform=transform if f.num_blocks > 1 else "identity")

@@ -17,7 +17,6 @@ from bora_fl.records import (
     FOLDS,
     INSTRUCTION,
     METRICS,
-    REPLY,
     SCHEMA,
     STATE,
     Instruction,
@@ -135,7 +134,7 @@ class FederatedStrategy(Strategy):
             shares=self.aggregator.shares(),
             evaluate=evaluate,
             fold_version=self.state.fold_version,
-            sparsity=self.aggregator.sparsity,
+            sparsity=self.settings.strategy.upload_fraction if self.aggregator.preset.sparse else 1.0,
         )
         messages = []
         for node in nodes:
@@ -207,13 +206,12 @@ class FederatedStrategy(Strategy):
             node = message.metadata.src_node_id
             report.bytes_up += _size(message.content) if message.has_content() else 0
             try:
-                if message.has_content() and "folds-held" in message.content.config_records.get(REPLY, {}):
-                    self._held[node] = int(message.content.config_records[REPLY]["folds-held"])  # type: ignore[arg-type]
-                    raise RejectedReplyError(node, "its frozen weights are out of date; the folds are sent again")
                 state, metrics = read_reply(message, sent, parts, server_round)
                 client = self._roster[node]
             except RejectedReplyError as rejected:
-                self._set_aside(rejected.node_id, rejected.reason)
+                if rejected.folds_held is not None:
+                    self._held[node] = rejected.folds_held  # what it lacks is sent with the next round
+                self._set_aside(node, rejected.reason)
                 continue
             self._held[node] = self.state.fold_version
             weight = metrics["num-examples"] if self.settings.strategy.weighting == "examples" else 1.0
