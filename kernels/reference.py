@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bora_fl.kernels.dropout import keep_mask
+from bora_fl.kernels.dropout import keep_mask, keep_scale
 
 
 class Gradients(NamedTuple):
@@ -90,8 +90,8 @@ def in_functorch() -> bool:
 
 
 def apply_dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
-    """Return x̂: x where `keep` holds, divided by `1 - p`, zero elsewhere; x itself without a mask."""
-    return x if keep is None else x * keep * (1.0 / (1.0 - dropout_p))
+    """Return x̂: x where `keep` holds, scaled to keep its mean, zero elsewhere; x itself without a mask."""
+    return x if keep is None else x * keep * keep_scale(dropout_p)
 
 
 def branch_forward(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
