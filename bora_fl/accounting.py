@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,10 +25,12 @@ Accountant = Literal["prv", "rdp"]
 Unit = Literal["record", "client"]
 
 # Opacus' orders, and some above them for the small ε of a large noise.
-_RDP_ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(12, 64), 80, 96, 128, 192, 256, 512]
+_RDP_ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(12, 64), 96, 192]
 # Beyond this ε no guarantee is left to refine, and PRV's grid would only grow with it.
 _LARGEST_PRV_EPSILON = 50.0
 _LARGEST_NOISE = 1e6
+# Share of a target that solved noise may leave unspent.
+_SLACK = 0.005
 
 
 class Spent(NamedTuple):
@@ -142,20 +145,33 @@ def solve_noise(
     def spent(noise_multiplier: float) -> float:
         return epsilon([(noise_multiplier, sample_rate, total_steps)], delta, accountant)
 
-    low, high = 0.0, 1.0
-    while spent(high) > target_epsilon:
-        low, high = high, 2 * high
+    low = high = 1.0
+    at_low = at_high = spent(1.0)
+    while at_high > target_epsilon:
+        low, at_low = high, at_high
+        high *= 2
+        at_high = spent(high)
         if high > _LARGEST_NOISE:
             raise ValueError(
-                f"target_epsilon = {target_epsilon} at delta = {delta} is out of reach for {total_steps} steps; raise it, or"
-                " plan fewer steps (the PRV accountant cannot certify less than 0.01)"
+                f"target_epsilon = {target_epsilon} at delta = {delta} is out of reach for {total_steps} steps; raise"
+                " it, or plan fewer steps (the PRV accountant cannot certify less than 0.01)"
             )
-    while target_epsilon - spent(high) > 0.005 * target_epsilon and high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        if spent(middle) <= target_epsilon:
-            high = middle
+    while at_low <= target_epsilon:
+        high, at_high = low, at_low
+        low /= 2
+        at_low = spent(low)
+    # log ε is close to linear in log noise: interpolate, a little on the safe side, and never hug an end.
+    while at_high < (1 - _SLACK) * target_epsilon:
+        share = (
+            math.log(at_low / (1 - _SLACK / 2) / target_epsilon) / math.log(at_low / at_high) if at_high > 0 else 0.5
+        )
+        share = min(max(share, 0.02), 0.98) if math.isfinite(at_low) else 0.5
+        middle = low * (high / low) ** share
+        at_middle = spent(middle)
+        if at_middle <= target_epsilon:
+            high, at_high = middle, at_middle
         else:
-            low = middle
+            low, at_low = middle, at_middle
     return high
 
 
@@ -189,12 +205,20 @@ def _require_accountant(accountant: str) -> None:
 
 
 def _epsilon_by_rdp(history: list[Spent], delta: float) -> float:
-    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    accountant = RDPAccountant()
-    accountant.history = [tuple(entry) for entry in history]
     with _quiet():
-        return max(0.0, float(accountant.get_epsilon(delta, alphas=_RDP_ORDERS)))
+        rdp = sum(entry.steps * _rdp_of_a_step(entry.noise_multiplier, entry.sample_rate) for entry in history)
+        found, _ = get_privacy_spent(orders=_RDP_ORDERS, rdp=rdp, delta=delta)
+    return max(0.0, float(found))
+
+
+@lru_cache(maxsize=1024)
+def _rdp_of_a_step(noise_multiplier: float, sample_rate: float) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    found = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=_RDP_ORDERS)
+    return np.asarray(found, dtype=np.float64)
 
 
 def _epsilon_by_prv(history: list[Spent], delta: float, fallback: float) -> float:

@@ -127,13 +127,13 @@ class Ledger:
             entries = self._read()
             before = [spent for _, spent in entries]
             after = [*before, Spent(noise_multiplier, sample_rate, steps)]
+            reached = []
             for budget, source in self._budgets():
-                requested = epsilon(after, budget.delta, self._accountant)
-                if requested > budget.epsilon:
-                    raise self._refusal(before, after, budget, source, requested)
-            entries.append((self._run, Spent(noise_multiplier, sample_rate, steps)))
-            self._write(entries)
-        return epsilon(after, self.budget.delta, self._accountant)
+                reached.append(epsilon(after, budget.delta, self._accountant))
+                if reached[-1] > budget.epsilon:
+                    raise self._refusal(before, after, budget, source, reached[-1])
+            self._write([*entries, (self._run, after[-1])])
+        return reached[0]
 
     def epsilon(self, run_id: str | None = None) -> float:
         """Return ε spent on the data set at the budget's δ, by all runs or by one."""

@@ -1,0 +1,79 @@
+"""A sample's loss, and so its clipped gradient, must not depend on the other samples."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bora_fl.client.losses import sample_losses
+from bora_fl.client.per_sample import SampleGradients
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    return model
+
+
+def batches():
+    torch.manual_seed(1)
+    tokens = torch.randint(17, (4, 6))
+    labels = tokens.clone()
+    masked = labels.clone()
+    masked[1:, :5] = -100
+    return tokens, labels, masked
+
+
+def norm_of_sample_0(llama, tokens, loss):
+    with SampleGradients(llama) as collector:
+        loss(llama(input_ids=tokens)).sum().backward()
+        return next(iter(collector.take(4).values()))[0].norm()
+
+
+def test_masking_other_sequences_leaves_a_sequence_alone(llama):
+    tokens, labels, masked = batches()
+    norms = [norm_of_sample_0(llama, tokens, lambda out, y=y: sample_losses(out.logits, y)) for y in (labels, masked)]
+    assert torch.equal(*norms)
+
+
+def test_the_loss_of_the_model_itself_would_couple_them(llama):
+    """Why it is not used: the same change moves sample 0's gradient."""
+    tokens, labels, masked = batches()
+    norms = [
+        norm_of_sample_0(llama, tokens, lambda out, y=y: llama.loss_function(out.logits, y, vocab_size=17))
+        for y in (labels, masked)
+    ]
+    assert norms[1] > 1.5 * norms[0]
+
+
+def test_value_is_the_mean_over_a_sequence_s_own_targets():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    labels[0, 3:] = -100
+    found = sample_losses(logits, labels)
+    expected = [
+        functional.cross_entropy(logits[0, :2], labels[0, 1:3]),
+        functional.cross_entropy(logits[1, :4], labels[1, 1:]),
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_a_sequence_without_targets_has_loss_0():
+    assert sample_losses(torch.randn(1, 3, 5), torch.full((1, 3), -100)).item() == 0.0
+
+
+def test_classes():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(
+        sample_losses(logits, labels), functional.cross_entropy(logits, labels, reduction="none")
+    )
