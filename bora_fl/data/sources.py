@@ -102,7 +102,7 @@ def _newsgroups20(archives: Sequence[Path]) -> Iterator[Row]:
 
 
 def _docstrings4(archives: Sequence[Path]) -> Iterator[Row]:
-    """Signatures of public Python functions, with the first paragraph of what they say they do; a package is a domain."""
+    """Signatures of public Python functions, and the first paragraph of their docstrings; a package is a domain."""
     for archive in archives:
         domain = archive.name.split("-")[0]
         with zipfile.ZipFile(archive) as wheel:

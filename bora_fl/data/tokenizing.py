@@ -40,6 +40,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
     texts = column(raw, data.text_column)
     responses = column(raw, data.response_column) if data.response_column else None
     tokens, lengths, prompts = [np.empty(0, np.int32)], [], []
+    examples: list[tuple[list[int], list[int]]]
     for start in range(0, len(raw), _ROWS):
         batch = texts.slice(start, _ROWS).to_pylist()
         if classification:
