@@ -12,7 +12,9 @@ from rich.table import Table
 from bora_fl import tracking
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 
-cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters.")
+cli = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters."
+)
 console = Console()
 
 DEMO: dict[str, Scalar] = {"strategy.min-nodes": 4}
@@ -90,7 +92,9 @@ def strategies() -> None:
 
 
 @cli.command()
-def fetch(names: Annotated[list[str] | None, typer.Argument(help="embedded data sets; sentiment4 by default")] = None) -> None:
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="embedded data sets; sentiment4 by default")] = None,
+) -> None:
     """Get embedded data sets into the cache, so that later runs need no network."""
     from bora_fl.data import fetch as fetch_data
 

@@ -1,7 +1,7 @@
 """One typed view of the run config, checked once.
 
-Flower hands ServerApp and ClientApps a flat mapping of ``group.key`` to bool, int, float or str. `parse` turns it into a
-frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines name the key, its value and the remedy.
+Flower hands ServerApp and ClientApps a flat mapping of ``group.key`` to bool, int, float or str. `parse` turns it into
+a frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines name the key, its value and the remedy.
 """
 
 import difflib
@@ -115,9 +115,13 @@ class StrategySettings(_Group):
 
     name: str = Field("refactor", description="a row of `bora-fl strategies`")
     fraction_train: Fraction = Field(1.0, description="share of the nodes sampled each round")
-    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of nodes in a separate evaluation round")
+    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of nodes in a separate evaluation round"
+    )
     evaluate_in_train: bool = Field(True, description="clients evaluate the received adapter in the train reply")
-    min_nodes: CountOrZero = Field(0, description="nodes to wait for before round 1; 0 is the federation's size if known, else 2")
+    min_nodes: CountOrZero = Field(
+        0, description="nodes to wait for before round 1; 0 is the federation's size if known, else 2"
+    )
     min_replies: Count = Field(1, description="usable replies below which a round changes nothing")
     wait_seconds: Positive = Field(600.0, description="how long to wait for min-nodes before the run stops")
     timeout: Positive = Field(3600.0, description="seconds a round waits for replies")
@@ -131,12 +135,16 @@ class StrategySettings(_Group):
         "none", description="robust rule on the clients' products"
     )
     byzantine: CountOrZero = Field(1, description="clients assumed bad (krum, trimmed-mean)")
-    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = Field("none", description="FedAvgM, FedAdam, FedYogi")
+    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
+        "none", description="FedAvgM, FedAdam, FedYogi"
+    )
     server_learning_rate: Positive = Field(1.0, description="step of the server optimizer")
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta 1")
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="beta 2 (adam, yogi)")
     server_epsilon: Positive = Field(1e-3, description="tau, the degree of adaptivity (adam, yogi)")
-    max_update_norm: NonNegative = Field(0.0, description="an update whose product moved further is set aside; 0 is off")
+    max_update_norm: NonNegative = Field(
+        0.0, description="an update whose product moved further is set aside; 0 is off"
+    )
     min_cosine: Annotated[float, Field(ge=-1, le=1)] = Field(
         -1.0, description="an update whose cosine with the others' mean is lower is set aside; -1 is off"
     )
@@ -166,7 +174,9 @@ class RunSettings(_Group):
     resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
     evaluate_every: Count = Field(1, description="rounds between central evaluations; the last is always evaluated")
     keep_checkpoints: Count = Field(2, description="checkpoints kept")
-    threads: CountOrZero = Field(0, description="torch threads per process; 0 is cores divided by the processes Flower runs")
+    threads: CountOrZero = Field(
+        0, description="torch threads per process; 0 is cores divided by the processes Flower runs"
+    )
 
 
 class Settings(_Group):
@@ -184,13 +194,13 @@ class Settings(_Group):
     def _check_across_groups(self) -> Self:
         if self.privacy.mode == "record" and self.adapter.dropout > 0:
             raise ValueError(
-                f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are taken "
-                "without dropout; set adapter.dropout to 0"
+                f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "
+                "taken without dropout; set adapter.dropout to 0"
             )
         if self.strategy.residual != "drop" and self.strategy.residual_rank == 0:
             raise ValueError(
-                f"strategy.residual-rank = 0 with strategy.residual = '{self.strategy.residual}': nothing would be kept; "
-                "set a rank of 1 or more, or strategy.residual to drop"
+                f"strategy.residual-rank = 0 with strategy.residual = '{self.strategy.residual}': nothing would be "
+                "kept; set a rank of 1 or more, or strategy.residual to drop"
             )
         return self
 
@@ -204,7 +214,7 @@ def parse(run_config: Mapping[str, Scalar]) -> Settings:
     """Check a flat run config and give it types.
 
     Args:
-        run_config: Flower's ``context.run_config``: ``group.key`` to bool, int, float or str. Missing keys take defaults.
+        run_config: Flower's ``context.run_config``: ``group.key`` to bool, int, float or str; missing keys default.
 
     Returns:
         The frozen settings.

@@ -1,4 +1,4 @@
-"""Base models and their adapters: load any Hugging Face model, adapt it by the settings, read and write what is trained."""
+"""Base models and adapters: load any Hugging Face model, adapt it by the settings, read and write what is trained."""
 
 import importlib.util
 import logging
@@ -89,7 +89,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     return tokenizer
 
 
-def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int) -> nn.Module:
+def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int) -> Any:
     """Load the frozen base model on the CPU.
 
     Args:
@@ -189,10 +189,10 @@ class FederatedModel:
         rank: The adapter's rank, which may be smaller than the federation's.
     """
 
-    def __init__(self, base: nn.Module, adapter: AdapterSettings, model: ModelSettings, seed: int) -> None:
+    def __init__(self, base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int) -> None:
         self.adapter, self.task, self.rank = adapter, model.task, adapter.rank
         if adapter.method == "full":
-            self.model = base
+            self.model: Any = base
         else:
             from peft import get_peft_model
 
@@ -202,7 +202,8 @@ class FederatedModel:
                     self.model = get_peft_model(base, peft_config(adapter, model))
                 except ValueError as error:
                     raise ConfigError(
-                        f"adapter.target-modules = {adapter.target_modules!r}, adapter.num-blocks = {adapter.num_blocks}: {error}"
+                        f"adapter.target-modules = {adapter.target_modules!r}, "
+                        f"adapter.num-blocks = {adapter.num_blocks}: {error}"
                     ) from error
         self._modules: dict[str, Any] = {_plain(name): m for name, m in self.model.named_modules()}
         self._factors = self._factor_parameters()

@@ -1,4 +1,4 @@
-"""The wire: adapter states and instructions as Flower records, versioned, and every reply checked before any arithmetic."""
+"""The wire: adapter states and instructions as Flower records, versioned; every reply is checked before arithmetic."""
 
 import math
 import re
@@ -77,7 +77,7 @@ class Instruction:
         values = content.config_records.get(INSTRUCTION, ConfigRecord())
         if values.get("schema") != SCHEMA:
             raise ValueError(
-                f"the server speaks wire schema {values.get('schema')}, this site {SCHEMA}: "
+                f"the server speaks wire schema {values.get('schema')!r}, this site {SCHEMA}: "
                 "install the same bora-fl version on the server and on every site"
             )
         return cls(
@@ -141,7 +141,7 @@ def reply_content(
         {
             STATE: to_arrays(entries),
             REPLY: ConfigRecord({"schema": SCHEMA, "round": round}),
-            METRICS: MetricRecord({k: v for k, v in metrics.items()}),
+            METRICS: MetricRecord(dict(metrics)),
         }
     )
 
@@ -153,8 +153,10 @@ def refusal(reason: str, *, folds_held: int | None = None) -> RecordDict:
         reason: In words, for the server's log and metrics.
         folds_held: The newest fold version the site holds, if folds were what it lacked.
     """
-    reply: dict[str, int | str] = {"schema": SCHEMA, "refused": reason}
-    return RecordDict({REPLY: ConfigRecord(reply | ({} if folds_held is None else {"folds-held": folds_held}))})
+    reply = ConfigRecord({"schema": SCHEMA, "refused": reason})
+    if folds_held is not None:
+        reply["folds-held"] = folds_held
+    return RecordDict({REPLY: reply})
 
 
 def _reply_record(message: Message) -> ConfigRecord:
@@ -172,7 +174,9 @@ def _reply_record(message: Message) -> ConfigRecord:
     return reply
 
 
-def read_reply(message: Message, sent: AdapterState, parts: frozenset[str], round: int) -> tuple[AdapterState, dict[str, float]]:
+def read_reply(
+    message: Message, sent: AdapterState, parts: frozenset[str], round: int
+) -> tuple[AdapterState, dict[str, float]]:
     """Check a train reply and complete it with what the client was sent.
 
     Args:
@@ -236,7 +240,9 @@ def _complete(node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor],
             raise RejectedReplyError(node, f"{name} is {tensor.dtype}, expected {sent[name].dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise RejectedReplyError(node, f"{name} holds values that are not finite")
-    missing = sorted(name for name in sent if name not in flat and (part_of(name) in parts or part_of(name) == "scaling"))
+    missing = sorted(
+        name for name in sent if name not in flat and (part_of(name) in parts or part_of(name) == "scaling")
+    )
     if missing:
         raise RejectedReplyError(node, f"{len(missing)} entries are missing, among them {missing[0]!r}")
     other_rank = {name for name in flat if part_of(name) in PARTS and flat[name].shape != sent[name].shape}
@@ -250,7 +256,9 @@ def _complete(node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor],
     state = unflatten(full)
     for layer, factors in state.layers.items():
         if not 1 <= factors.rank <= sent[f"layers/{layer}/A"].shape[0] or factors.scaling <= 0:
-            raise RejectedReplyError(node, f"layer {layer}: rank {factors.rank}, scaling {factors.scaling} are out of range")
+            raise RejectedReplyError(
+                node, f"layer {layer}: rank {factors.rank}, scaling {factors.scaling} are out of range"
+            )
     return state
 
 

@@ -1,4 +1,4 @@
-"""What a federation trains and sends: the block factors of every adapted layer and whatever else is trained beside them."""
+"""What a federation trains and sends: block factors of every adapted layer, and whatever is trained beside them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,8 +47,8 @@ def flatten(state: AdapterState) -> dict[str, Tensor]:
     """The state as named tensors, for the wire and for checkpoints.
 
     Returns:
-        ``layers/<layer>/B [m, r]``, ``…/sigma [b, b, r]``, ``…/A [r, n]``, ``…/scaling []`` (float64) for each layer and
-        ``tensors/<name>`` for the rest, sorted by name.
+        ``layers/<layer>/B [m, r]``, ``…/sigma [b, b, r]``, ``…/A [r, n]``, ``…/scaling []`` (float64) for each layer
+        and ``tensors/<name>`` for the rest, sorted by name.
     """
     flat = flatten_factors(state.layers, "layers/")
     flat |= {f"tensors/{name}": tensor for name, tensor in state.tensors.items()}

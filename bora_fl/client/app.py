@@ -33,8 +33,8 @@ def identify(message: Message, context: Context) -> Message:
     """Say which partition this node serves."""
 
     def handle(who: ClientIdentity) -> RecordDict:
-        reply = {"schema": SCHEMA, "partition": who.partition, "num-partitions": who.num_partitions}
-        return RecordDict({REPLY: ConfigRecord(reply)})
+        reply = ConfigRecord({"schema": SCHEMA, "partition": who.partition, "num-partitions": who.num_partitions})
+        return RecordDict({REPLY: reply})
 
     return _answer(message, context, handle)
 
@@ -55,6 +55,6 @@ def evaluate(message: Message, context: Context) -> Message:
 
     def handle(who: ClientIdentity) -> RecordDict:
         metrics = evaluate_round(site(parse(context.run_config)), message.content, who, context.state)
-        return RecordDict({METRICS: MetricRecord(metrics)})
+        return RecordDict({METRICS: MetricRecord(dict(metrics))})
 
     return _answer(message, context, handle)

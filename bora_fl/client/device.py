@@ -52,9 +52,9 @@ def _granted(resource: str) -> float:
 @cache
 def _bf16_pays(device_type: str) -> bool:
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without tile or dot-product instructions, bf16 on a CPU is emulated and slower than float32.
-    return device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return device_type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -51,7 +51,9 @@ class ClientIdentity:
                 f"node {node_id} has no partition-id and num-partitions; start the SuperNode with "
                 '--node-config "partition-id=0 num-partitions=3"'
             )
-        return cls(int(node_config["partition-id"]), int(node_config["num-partitions"]), int(node_config.get("rank", 0)))
+        return cls(
+            int(node_config["partition-id"]), int(node_config["num-partitions"]), int(node_config.get("rank", 0))
+        )
 
 
 def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> RecordDict:
@@ -103,7 +105,12 @@ def evaluate_round(site: Site, content: RecordDict, who: ClientIdentity, memory:
 
 
 def _receive(
-    site: Site, content: RecordDict, instruction: Instruction, sent: AdapterState, who: ClientIdentity, memory: RecordDict
+    site: Site,
+    content: RecordDict,
+    instruction: Instruction,
+    sent: AdapterState,
+    who: ClientIdentity,
+    memory: RecordDict,
 ) -> tuple[FederatedModel, AdapterState]:
     """Bring the model to what was sent: folds into the frozen weights, local factors, the client's own rank."""
     if FOLDS in content.array_records:
@@ -148,7 +155,9 @@ def _named(metrics: Metrics) -> dict[str, float | int]:
 
 def _remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:
     """Keep what does not leave the client."""
-    local = {name: t for name, t in flatten(trained).items() if part_of(name) in instruction.trains - instruction.shares}
+    local = {
+        name: t for name, t in flatten(trained).items() if part_of(name) in instruction.trains - instruction.shares
+    }
     if local:
         memory[LOCAL] = to_arrays(local)
 

@@ -1,4 +1,4 @@
-"""What one process of a client's site holds: the base model and the tokenized data, loaded once and shared by all clients there."""
+"""What one process of a site holds: base model and tokenized data, loaded once, shared by all clients there."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ from bora_fl.client.device import set_threads
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, client_data, load_dataset
 from bora_fl.models import FederatedModel, cache_folder, load_base, load_tokenizer
-from bora_fl.state import flatten_factors, unflatten_factors
+from bora_fl.state import unflatten_factors
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Site:
         set_threads(settings.run.threads)
         self._tokenizer: Any = load_tokenizer(settings.model)
         raw = load_dataset(settings.data)
-        self._base = load_base(settings.model, raw.label_names, settings.run.seed)
+        self._base: Any = load_base(settings.model, raw.label_names, settings.run.seed)
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
         self._originals: dict[str, torch.Tensor] = {}
@@ -36,7 +36,9 @@ class Site:
     def data(self, partition: int, num_partitions: int) -> ClientData:
         """A client's training and evaluation examples."""
         s = self.settings
-        return client_data(s.data, s.model, self._tokenizer, partition, s.data.num_partitions or num_partitions, s.run.seed)
+        return client_data(
+            s.data, s.model, self._tokenizer, partition, s.data.num_partitions or num_partitions, s.run.seed
+        )
 
     def model(self, rank: int | None = None) -> FederatedModel:
         """The adapted model at a rank (the run's own by default); the base model is shared by all ranks."""

@@ -111,8 +111,8 @@ def train(
             loss += part_loss.item()
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss became {loss} in step {step} of {steps}; lower train.learning-rate ({settings.learning_rate}) "
-                f"or set train.max-grad-norm ({settings.max_grad_norm})"
+                f"the loss became {loss} in step {step} of {steps}; lower train.learning-rate "
+                f"({settings.learning_rate}) or set train.max-grad-norm ({settings.max_grad_norm})"
             )
         for parameter, anchor in zip(parameters, anchors, strict=False):
             if parameter.grad is not None:

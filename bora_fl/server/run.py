@@ -88,8 +88,8 @@ class Server:
 
     def on_start(self, num_partitions: int) -> None:
         """Draw how the data is dealt to the clients, in ``partition.png``."""
-        data = self.settings.data
-        partition_picture(data, data.num_partitions or num_partitions, self.settings.run.seed, self.folder / "partition.png")
+        data, seed = self.settings.data, self.settings.run.seed
+        partition_picture(data, data.num_partitions or num_partitions, seed, self.folder / "partition.png")
 
     # --- what the strategy calls -------------------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ class FederatedStrategy(Strategy):
         return messages
 
     def gather(self, grid: Grid) -> int:
-        """Wait for the federation before round 1: ``strategy.min-nodes``, or as many nodes as the first ones say there are.
+        """Wait before round 1 for ``strategy.min-nodes``, or for as many nodes as the first ones say there are.
 
         Returns:
             The number of partitions.
