@@ -8,19 +8,29 @@ distance and fit can be had from the cores.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bora_fl.blocks.targets import StackTarget
+from bora_fl.blocks.targets import StackTarget, Target
 
 
-class Basis:
-    """Orthonormal basis of the columns of every block, kept as Householder reflectors.
+class Basis(Protocol):
+    """Orthonormal vectors, a set for every block."""
 
-    Args:
-        columns: `[b, p, R]`, any rank.
-    """
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """Vectors `[b, p, r]` from coordinates `[b, k, r]`."""
+        ...
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Coordinates `[b, k, r]` of the projections of vectors `[b, p, r]`."""
+        ...
+
+
+class HouseholderBasis:
+    """Basis of the columns `[b, p, R]` of every block, kept as reflectors: half the cost of the vectors themselves."""
 
     def __init__(self, columns: Tensor) -> None:
         self.reflectors, self.tau = torch.geqrf(columns)
@@ -32,23 +42,47 @@ class Basis:
         return self.reflectors[:, : self.dim].triu()
 
     def expand(self, coordinates: Tensor) -> Tensor:
-        """Vectors `[b, p, r]` from coordinates `[b, min(p, R), r]`."""
+        """See `Basis.expand`."""
         b, p, _ = self.reflectors.shape
         full = coordinates.new_zeros(b, p, coordinates.shape[2])
         full[:, : self.dim] = coordinates
         return torch.ormqr(self.reflectors, self.tau, full)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Coordinates `[b, min(p, R), r]` of the projections of vectors `[b, p, r]`."""
+        """See `Basis.project`."""
         return torch.ormqr(self.reflectors, self.tau, vectors, transpose=True)[:, : self.dim]
 
 
-def compress_stack(left: Tensor, sigma: Tensor, right: Tensor) -> tuple[Basis, StackTarget, Basis]:
-    """Bases of the row and column blocks, and the stack in their coordinates."""
-    rows, columns = Basis(left), Basis(right)
-    return rows, StackTarget.of(rows.triangle, sigma, columns.triangle), columns
+@dataclass(frozen=True)
+class ExplicitBasis:
+    """Orthonormal `vectors [b, p, k]`."""
+
+    vectors: Tensor
+
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """See `Basis.expand`."""
+        return self.vectors @ coordinates
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See `Basis.project`."""
+        return self.vectors.mT @ vectors
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A block matrix `rows_i target_ij columns_jᵀ` of the weight's size, kept in pieces."""
+
+    rows: Basis
+    target: Target
+    columns: Basis
+
+
+def compress_stack(left: Tensor, sigma: Tensor, right: Tensor) -> Compressed:
+    """Compress the stack `left [b, p, R]`, `sigma [b, b, R]`, `right [b, q, R]` losslessly."""
+    rows, columns = HouseholderBasis(left), HouseholderBasis(right)
+    return Compressed(rows, StackTarget.of(rows.triangle, sigma, columns.triangle), columns)
 
 
 def stack_norm(left: Tensor, sigma: Tensor, right: Tensor) -> float:
     """Frobenius norm of a stack, accurate to rounding even where its components cancel."""
-    return math.sqrt(compress_stack(left, sigma, right)[1].squared_norm)
+    return math.sqrt(compress_stack(left, sigma, right).target.squared_norm)

@@ -92,37 +92,104 @@ def update_left(target: Target, fit: Fit) -> Fit:
     return normalized(replace(fit, left=left))
 
 
-def update_sigma(target: Target, fit: Fit) -> Fit:
-    """Best Sigma for the present left and right factors."""
+def update_right_orthonormal(target: Target, fit: Fit) -> Fit:
+    """Best right factors with orthonormal columns: the polar factor of `Σ_i M_ijᵀ left_i diag(Sigma_ij)`."""
+    u, _, vh = torch.linalg.svd(target.T.apply(fit.left, fit.sigma.transpose(0, 1)), full_matrices=False)
+    return replace(fit, right=u @ vh)
+
+
+def update_sigma(target: Target, fit: Fit, floor: float | None = None) -> Fit:
+    """Best Sigma for the present left and right factors.
+
+    With a floor, best subject to `Sigma ≥ floor` where the unconstrained optimum allows it, and otherwise better than
+    before: coordinate descent from the present Sigma.
+    """
     normal = (fit.left.mT @ fit.left).unsqueeze(1) * (fit.right.mT @ fit.right).unsqueeze(0)
     rhs = target.diagonal(fit.left, fit.right)
     sigma = _proximal_solve(normal, rhs.unsqueeze(-1), fit.sigma.unsqueeze(-1)).squeeze(-1)
+    if floor is not None:
+        bounded = _coordinate_descent(normal, rhs, fit.sigma.clamp_min(floor), floor)
+        sigma = torch.where((sigma >= floor).all(-1, keepdim=True), sigma, bounded)
     return replace(fit, sigma=sigma)
 
 
-def sweep(target: Target, fit: Fit) -> Fit:
+def _coordinate_descent(normal: Tensor, rhs: Tensor, present: Tensor, floor: float, passes: int = 3) -> Tensor:
+    """Lower `xᵀ normal x − 2 rhsᵀ x` subject to `x ≥ floor`, from a feasible `present`."""
+    x = present.clone()
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    for _ in range(passes):
+        for k in range(x.shape[-1]):
+            slope = rhs[..., k] - (normal[..., k, :] * x).sum(-1)
+            curvature = diagonal[..., k]
+            step = torch.where(curvature > 0, slope / curvature.clamp_min(1e-300), 0.0)
+            x[..., k] = (x[..., k] + step).clamp_min(floor)
+    return x
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a fit must satisfy.
+
+    Args:
+        floor: Smallest value of Sigma while columns have unit norm; none allows every sign.
+        orthonormal_right: Keep the columns of every right block orthonormal (the Stiefel form).
+    """
+
+    floor: float | None = None
+    orthonormal_right: bool = False
+
+
+def sweep(target: Target, fit: Fit, constraints: Constraints) -> Fit:
     """One pass over left, right and Sigma."""
     fit = update_left(target, fit)
-    fit = update_left(target.T, fit.T).T
-    return update_sigma(target, fit)
+    if constraints.orthonormal_right:
+        fit = update_right_orthonormal(target, fit)
+    else:
+        fit = update_left(target.T, fit.T).T
+    return update_sigma(target, fit, constraints.floor)
 
 
-def fit_from(target: Target, start: Fit, sweeps: int, tolerance: float) -> tuple[Fit, list[float]]:
+def fit_from(
+    target: Target, start: Fit, sweeps: int, tolerance: float, constraints: Constraints | None = None
+) -> tuple[Fit, list[float]]:
     """Sweep from a start until the error falls by less than `tolerance` of itself.
 
+    Between sweeps a longer step along the last change is tried and kept if it lowers the error, which shortens the long
+    valleys of alternating least squares.
+
     Returns:
-        The best fit and the relative error before the first and after every sweep.
+        The best fit and the relative error before the first and after every sweep, never increasing.
     """
+    constraints = constraints or Constraints()
     fit = normalized(start)
     history = [relative_error_of(target, fit)]
+    stretch, error = 1.0, history[0]
     for _ in range(sweeps):
-        candidate = sweep(target, fit)
+        previous, error_before = fit, error
+        candidate = sweep(target, fit, constraints)
         error = relative_error_of(target, candidate)
-        if not error < history[-1]:
+        if not error < error_before:
+            error = error_before
             break
-        gain = (history[-1] - error) / history[-1]
         fit = candidate
+        gain = (error_before - error) / error_before
+        if gain >= tolerance and len(history) > 2 and not constraints.orthonormal_right:
+            longer = _extrapolated(previous, fit, stretch, constraints.floor)
+            longer_error = relative_error_of(target, longer)
+            if longer_error < error:
+                fit, error = longer, longer_error
+                stretch = min(2 * stretch, 64.0)
+            else:
+                stretch = max(stretch / 2, 0.5)
         history.append(error)
         if gain < tolerance:
             break
     return fit, history
+
+
+def _extrapolated(previous: Fit, fit: Fit, stretch: float, floor: float | None) -> Fit:
+    left = fit.left + stretch * (fit.left - previous.left)
+    right = fit.right + stretch * (fit.right - previous.right)
+    sigma = fit.sigma + stretch * (fit.sigma - previous.sigma)
+    longer = normalized(Fit(left, sigma, right))
+    return longer if floor is None else replace(longer, sigma=longer.sigma.clamp_min(floor))

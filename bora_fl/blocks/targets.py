@@ -28,6 +28,10 @@ class Target(Protocol):
         """Block row i, `[b, k, l]`."""
         ...
 
+    def restricted(self, rows: Tensor, columns: Tensor) -> CoreTarget:
+        """`rows_iᵀ M_ij columns_j` for orthonormal `rows [b, k, s]` and `columns [b, l, t]`."""
+        ...
+
     @property
     def T(self) -> Target:  # noqa: N802 - the transpose's usual name
         """The transposed block matrix."""
@@ -69,6 +73,11 @@ class StackTarget:
         """See `Target.row`."""
         return (self.left[i] * self.sigma[i].unsqueeze(1)) @ self.right.mT
 
+    def restricted(self, rows: Tensor, columns: Tensor) -> CoreTarget:
+        """See `Target.restricted`."""
+        left, right = rows.mT @ self.left, columns.mT @ self.right
+        return CoreTarget.of((left.unsqueeze(1) * self.sigma.unsqueeze(2)) @ right.mT.unsqueeze(0))
+
     @property
     def T(self) -> StackTarget:  # noqa: N802
         """See `Target.T`."""
@@ -82,6 +91,11 @@ class CoreTarget:
     cores: Tensor
     squared_norm: float
 
+    @classmethod
+    def of(cls, cores: Tensor) -> CoreTarget:
+        """Build from the cores, with their norm."""
+        return cls(cores, float(cores.square().sum()))
+
     def apply(self, right: Tensor, sigma: Tensor) -> Tensor:
         """See `Target.apply`."""
         return torch.einsum("ijuk,ijk->iuk", self.cores @ right, sigma)
@@ -93,6 +107,10 @@ class CoreTarget:
     def row(self, i: int) -> Tensor:
         """See `Target.row`."""
         return self.cores[i]
+
+    def restricted(self, rows: Tensor, columns: Tensor) -> CoreTarget:
+        """See `Target.restricted`."""
+        return CoreTarget.of(rows.mT.unsqueeze(1) @ self.cores @ columns.unsqueeze(0))
 
     @property
     def T(self) -> CoreTarget:  # noqa: N802

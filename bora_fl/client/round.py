@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
-from bora_fl.client.device import autocast, settle
+from bora_fl.device import autocast, settle
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, learning_rate_factor, train
 from bora_fl.data import Encoded

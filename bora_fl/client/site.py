@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bora_fl.client.device import set_threads
+from bora_fl.device import set_threads
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, client_data, load_dataset
 from bora_fl.models import FederatedModel, cache_folder, load_base, load_tokenizer

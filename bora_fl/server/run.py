@@ -12,6 +12,7 @@ from torch import Tensor
 from bora_fl import tracking
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
+from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import evaluate
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
@@ -38,6 +39,7 @@ class Server:
             sigma_transform=settings.adapter.sigma_transform,
             seed=settings.run.seed,
         )
+        set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
         base = load_base(settings.model, raw.label_names, settings.run.seed)
         self.model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
@@ -99,7 +101,10 @@ class Server:
         if self.test is None or (round % every and round != last):
             return None
         self._bring_to(state, folds)
-        metrics = evaluate(self.model.model, self.test, self.settings.train.evaluation_batch_size)
+        train, device = self.settings.train, settle(self.model.model)
+        metrics = evaluate(
+            self.model.model, self.test, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision)
+        )
         return metrics.loss, metrics.accuracy
 
     def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:

@@ -50,6 +50,58 @@ def align(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
     )
 
 
+def in_gauge_of(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
+    """The same update spelled like the reference, using all the freedom that a product leaves.
+
+    Strategies that refactorize return factors in coordinates of their own; a difference of factors means something only
+    after this.
+
+    Args:
+        factors: The factors to rewrite.
+        reference: Factors of the same shape, block count and rank.
+
+    Returns:
+        For one block `(B T⁻¹, T A)` with `T A` closest to the reference's A, its singular values kept within a factor
+        of ten so that B stays bounded, and the reference's Sigma. For more, the components matched and signed, every
+        A_j[k] at the norm it has in the reference, every `Sigma[i, :, k]` likewise, and B taking the rest.
+    """
+    if factors.num_blocks > 1:
+        return _at_scales_of(_match_components(factors, reference), reference)
+    shape = torch.where(reference.sigma == 0, 1.0, reference.sigma.double())[0, 0]
+    A = factors.A.double()
+    U, S, Vh = torch.linalg.svd(reference.A.double() @ torch.linalg.pinv(A))
+    if not bool(S[0] > 0):
+        return align(factors, reference)
+    S = S.clamp_min(0.1 * float(S[0]))
+    B = factors.B.double() * factors.sigma.double()[0, 0] @ ((Vh.T / S) @ U.T) / shape
+    return BlockFactors(
+        B.to(factors.B.dtype),
+        shape.expand_as(factors.sigma).to(factors.sigma.dtype),
+        ((U * S) @ Vh @ A).to(factors.A.dtype),
+        factors.scaling,
+    )
+
+
+def _at_scales_of(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
+    b, r = factors.num_blocks, factors.rank
+    A, wanted = (f.A.double().reshape(r, b, -1) for f in (factors, reference))
+    columns = _ratio(wanted.norm(dim=2), A.norm(dim=2))
+    sigma = factors.sigma.double() / columns.T
+    rows = _ratio(reference.sigma.double().norm(dim=1), sigma.norm(dim=1))
+    B = factors.B.double().reshape(b, -1, r) / rows[:, None]
+    return BlockFactors(
+        B.reshape(-1, r).to(factors.B.dtype),
+        (sigma * rows[:, None]).to(factors.sigma.dtype),
+        (A * columns[:, :, None]).reshape(r, -1).to(factors.A.dtype),
+        factors.scaling,
+    )
+
+
+def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
+    usable = (wanted > 0) & (found > 0)
+    return torch.where(usable, wanted, 1.0) / torch.where(usable, found, 1.0)
+
+
 def _overlap(B: Tensor, reference_B: Tensor, A: Tensor, reference_A: Tensor) -> Tensor:
     """`[r, r]`: likeness of component k (row) and the reference's component l (column), B and A each on its scale."""
     A, reference_A = A.double(), reference_A.double()

@@ -3,9 +3,9 @@
 import math
 
 import torch
+from torch import Tensor
 
 from bora_fl.blocks import BlockFactors, factor_mean, merge, refactorize, truncate
-from bora_fl.blocks.cores import compress_stack
 from bora_fl.blocks.factors import blocked
 from bora_fl.strategies.averaging import average
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
@@ -40,7 +40,7 @@ def florist(layer: LayerRound) -> LayerMerge:
     most the adapter's rank, per layer. What differs: the paper has no upper bound. For more than one block, where
     there is no spectrum, the energies are those of the components of the block fit.
     """
-    fit = block_fit(layer)
+    fit = truncated_svd(layer) if layer.current.num_blocks == 1 else block_fit(layer)
     energy = fit.component_energy().sort(descending=True).values.cumsum(0)
     total = max(size(layer.mean_product()) ** 2, float(energy[-1]))
     reached = energy >= layer.settings.threshold * total * (1 - 1e-9)
@@ -78,29 +78,28 @@ def truncated_svd(layer: LayerRound) -> BlockFactors:
     target = layer.mean_product()
     if size(target) == 0:
         return restore_range(layer.current, layer.sigma_transform)
-    rows, cores, columns = compress_stack(*blocked(target))
-    b = target.num_blocks
-    core = torch.cat([torch.cat(list(cores.row(i)), dim=1) for i in range(b)], dim=0)
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    rank = layer.rank
-    U, S, Vh = (torch.nn.functional.pad(t, pad) for t, pad in _to_rank(U, S, Vh, rank))
-    peak = Vh[:rank].gather(1, Vh[:rank].abs().argmax(1, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0).squeeze(1)  # an SVD leaves the signs open
-    U, Vh = U[:, :rank] * sign, Vh[:rank] * sign[:, None]
-    left = rows.expand((U * S[:rank]).reshape(b, -1, rank)).reshape(-1, rank)
-    right = columns.expand(Vh.reshape(rank, b, -1).permute(1, 2, 0)).permute(2, 0, 1).reshape(rank, -1)
+    left, sigma, right = blocked(target)
+    b, rank = target.num_blocks, layer.rank
+    rows, row_cores = torch.linalg.qr(left)
+    columns, column_cores = torch.linalg.qr(right)
+    cores = torch.einsum("ikc,ijc,jlc->ikjl", row_cores, sigma, column_cores)
+    U, S, Vh = torch.linalg.svd(cores.reshape(b * cores.shape[1], b * cores.shape[3]), full_matrices=False)
+    U, S, Vh = (_padded(t, rank) for t in (U.T, S, Vh))
+    peak = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0)  # an SVD leaves the signs open
+    B = (rows @ (U * S[:, None] * sign).T.reshape(b, -1, rank)).reshape(-1, rank)
+    A = (columns @ (Vh * sign).reshape(rank, b, -1).permute(1, 2, 0)).permute(2, 0, 1).reshape(rank, -1)
     norm = factor_mean(layer.updates, layer.weights).A.double().norm(dim=1).mean()
     dtype, scaling = layer.current.B.dtype, layer.current.scaling
-    sigma = torch.ones(b, b, rank, dtype=dtype)
-    factors = BlockFactors((left / (norm * scaling)).to(dtype), sigma, (right * norm).to(dtype), scaling)
+    ones = torch.ones(b, b, rank, dtype=dtype)
+    factors = BlockFactors((B / (norm * scaling)).to(dtype), ones, (A * norm).to(dtype), scaling)
     return restore_range(factors, layer.sigma_transform)
 
 
-def _to_rank(
-    U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int
-) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
-    missing = max(rank - S.numel(), 0)
-    return [(U, (0, missing)), (S, (0, missing)), (Vh, (0, 0, 0, missing))]
+def _padded(values: Tensor, rank: int) -> Tensor:
+    """The first `rank` rows, with zeros where there are fewer."""
+    missing = max(rank - values.shape[0], 0)
+    return torch.cat([values[:rank], values.new_zeros(missing, *values.shape[1:])])
 
 
 def _with_residual(layer: LayerRound, fit: BlockFactors) -> LayerMerge:

@@ -7,6 +7,7 @@ in the coordinates of what was sent (`alignment.align`), since the entries of a 
 forming it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -73,7 +74,7 @@ def norm_clip(robust: RobustRound) -> list[ClientUpdate]:
     """Shorten every update that moved further than the median one to that length (Sun et al., arXiv:1911.07963).
 
     An update is shortened along the straight line from what was sent, in its factors: exact where one factor trains,
-    and repeated until the product's change is within the bound where several do.
+    and searched for where several do, until the product's change is within 1 % of the bound.
     """
     norms = robust.gram().diagonal().clamp_min(0).sqrt()
     bound = float(norms.quantile(0.5))
@@ -88,14 +89,23 @@ def _shortened(update: ClientUpdate, robust: RobustRound, bound: float) -> Clien
     start = _at_rank_of(robust.current, update.state)
     before = to_coordinates(start, robust.sigma_transform, parts)
     after = to_coordinates(update.state, robust.sigma_transform, parts)
-    share, state = 1.0, update.state
-    for _ in range(50):
-        norm = float(gram_of_changes([state], robust.current, robust.shares)[0, 0]) ** 0.5
-        if norm <= bound * (1 + 1e-6):
-            break
-        share *= bound / norm
+
+    def moved(share: float) -> tuple[AdapterState, float]:
         line = {name: before[name] + share * (after[name] - before[name]) for name in before}
         state = from_coordinates(line, update.state, robust.sigma_transform)
+        return state, math.sqrt(max(float(gram_of_changes([state], robust.current, robust.shares)), 0.0))
+
+    low, high = 0.0, 1.0
+    state, guess = moved(0.0)[0], bound / moved(1.0)[1]
+    for _ in range(40):
+        candidate, norm = moved(guess)
+        if norm > bound:
+            high = guess
+        else:
+            state, low = candidate, guess
+            if norm >= 0.99 * bound:
+                break
+        guess = (low + high) / 2 if low > 0 else guess * min(bound / norm, 0.5)
     return replace(update, state=state)
 
 

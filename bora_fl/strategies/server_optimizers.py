@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bora_fl.config import StrategySettings
 from bora_fl.state import AdapterState
-from bora_fl.strategies.alignment import align
+from bora_fl.strategies.alignment import in_gauge_of
 from bora_fl.strategies.coordinates import from_coordinates, to_coordinates
 from bora_fl.strategies.layer_merge import Trains
 
@@ -46,9 +46,8 @@ def server_step(
     """
     memory = dict(memory)
     if {"A", "B", "sigma"} <= trains:
-        merged = AdapterState(
-            {name: align(factors, current.layers[name]) for name, factors in merged.layers.items()}, merged.tensors
-        )
+        spelled = {name: in_gauge_of(factors, current.layers[name]) for name, factors in merged.layers.items()}
+        merged = AdapterState(spelled, merged.tensors)
     before = to_coordinates(current, sigma_transform, trains)
     after = to_coordinates(merged, sigma_transform, trains)
     moved = {}
