@@ -1,0 +1,142 @@
+"""Server optimizers: against their recursions written out in NumPy, and the law that a plain step changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from bora_fl.blocks import BlockFactors
+from bora_fl.config import StrategySettings
+from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.alignment import in_gauge_of
+from bora_fl.strategies.layer_merge import ALL
+from bora_fl.strategies.presets import PRESETS
+
+STEPPABLE = [name for name, row in PRESETS.items() if not row.no_server_optimizer]
+FLEET_NAMES = ("bora exp_norm", "bora identity", "one block", "lora")
+
+
+def built(fleet, name, **settings):
+    return build(
+        StrategySettings(name=name, **settings),
+        adapter_method="lora" if fleet == "lora" else "bora",
+        sigma_transform="identity" if fleet in {"lora", "bora identity"} else "exp_norm",
+    )
+
+
+@pytest.mark.parametrize("fleet", FLEET_NAMES)
+@pytest.mark.parametrize("name", STEPPABLE)
+def test_a_full_step_without_momentum_is_no_optimizer(name, fleet, fleets, dense):
+    if fleet == "lora" and PRESETS[name].no_lora:
+        pytest.skip(PRESETS[name].no_lora)
+    plain = built(fleet, name)
+    stepped = built(fleet, name, server_optimizer="momentum", server_momentum=0.0)
+    state, updates = fleets[fleet].round(plain)
+    wanted, _ = plain.aggregate(state, updates, 1)
+    found, _ = stepped.aggregate(state, updates, 1)
+    torch.testing.assert_close(found.current.tensors["head"], wanted.current.tensors["head"])
+    if name == "fedsa":
+        torch.testing.assert_close(found.current.layers["query"].A, wanted.current.layers["query"].A)
+    else:
+        assert dense.gap(dense.model(found), dense.model(wanted)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "yogi"])
+def test_the_recursions(kind):
+    """Three rounds on a bare tensor, against the papers' recursions."""
+    settings = StrategySettings(
+        name="fedavg",
+        server_optimizer=kind,
+        server_learning_rate=0.3,
+        server_momentum=0.8,
+        server_beta2=0.9,
+        server_epsilon=0.05,
+    )
+    agg = build(settings, adapter_method="full")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=6)
+    state = ServerState.start(AdapterState({}, {"w": torch.tensor(x)}))
+    first, second = np.zeros(6), np.zeros(6)
+    for round in (1, 2, 3):
+        clients = rng.normal(size=(3, 6))
+        delta = clients.mean(0) - x
+        if kind == "momentum":
+            first = 0.8 * first + delta
+            x = x + 0.3 * first
+        else:
+            first = 0.8 * first + 0.2 * delta
+            sign = np.sign(second - delta**2)
+            second = 0.9 * second + 0.1 * delta**2 if kind == "adam" else second - 0.1 * delta**2 * sign
+            x = x + 0.3 * first / (np.sqrt(second) + 0.05)
+        updates = [ClientUpdate(k, 2.0, AdapterState({}, {"w": torch.tensor(c)})) for k, c in enumerate(clients)]
+        state, _ = agg.aggregate(state, updates, round)
+        np.testing.assert_allclose(state.current.tensors["w"].numpy(), x, rtol=1e-12)
+
+
+@pytest.mark.parametrize("fleet", FLEET_NAMES)
+def test_momentum_goes_on_where_the_clients_stop(fleet, fleets):
+    """After one round of change, a round in which no client moves still moves the model, the same way."""
+    agg = built(fleet, "refactor", server_optimizer="momentum", server_momentum=0.5)
+    fleets[fleet].drift = 0.1
+    start, updates = fleets[fleet].round(agg)
+    moved, _ = agg.aggregate(start, updates, 1)
+    still = [ClientUpdate(k, 1.0, moved.current) for k in range(3)]
+    after, _ = agg.aggregate(moved, still, 2)
+    head = [state.current.tensors["head"] for state in (start, moved, after)]
+    torch.testing.assert_close(head[2] - head[1], 0.5 * (head[1] - head[0]))
+    products = [state.current.layers["query"].dense() for state in (start, moved, after)]
+    ahead, before = products[2] - products[1], products[1] - products[0]
+    assert float((ahead * before).sum() / (ahead.norm() * before.norm())) > 0.5
+
+
+def test_a_frozen_factor_is_not_moved_by_its_old_moments(fleets):
+    agg = built("bora exp_norm", "rolora", server_optimizer="momentum", server_momentum=0.9)
+    fed = fleets["bora exp_norm"]
+    state, updates = fed.round(agg, round=1)
+    state, _ = agg.aggregate(state, updates, 1)
+    assert agg.trains(2) == {"A", "tensors"}
+    updates = [ClientUpdate(k, 1.0, fed.train(state.current, agg.trains(2), k)) for k in range(3)]
+    after, _ = agg.aggregate(state, updates, 2)
+    assert torch.equal(after.current.layers["query"].B, state.current.layers["query"].B)
+    assert not torch.equal(after.current.layers["query"].A, state.current.layers["query"].A)
+
+
+def test_moments_are_plain_tensors_by_name(fleets):
+    agg = built("lora", "fedavg", server_optimizer="adam", server_learning_rate=0.01)
+    state, updates = fleets["lora"].round(agg)
+    after, _ = agg.aggregate(state, updates, 1)
+    assert {"rank/query", "first/layers/query/B", "second/tensors/head"} <= after.memory.keys()
+    assert all(isinstance(t, torch.Tensor) for t in after.memory.values())
+    copied = ServerState(after.current, memory={name: t.clone() for name, t in after.memory.items()})
+    again = [ClientUpdate(k, 1.0, fleets["lora"].train(after.current, agg.trains(2), k)) for k in range(3)]
+    first, second = agg.aggregate(after, again, 2)[0], agg.aggregate(copied, again, 2)[0]
+    assert torch.equal(first.current.layers["query"].B, second.current.layers["query"].B)
+
+
+@pytest.mark.parametrize("fleet", FLEET_NAMES)
+def test_factors_in_another_gauge_are_brought_back(fleet, fleets):
+    """Rescaled, permuted (blocks) or mixed (one block) factors of a nearby update become nearby factors again."""
+    fed = fleets[fleet]
+    reference = fed.initial().layers["query"]
+    fed.drift = 0.01
+    near = fed.train(fed.initial(), ALL, 1).layers["query"]
+    g = torch.Generator().manual_seed(5)
+    b = near.num_blocks
+    if b == 1:
+        T = torch.randn(4, 4, generator=g, dtype=torch.float64) + 3 * torch.eye(4)
+        B = near.B * near.sigma[0, 0] @ torch.linalg.inv(T)
+        spelled = BlockFactors(B, torch.ones_like(near.sigma), T @ near.A, near.scaling)
+    else:
+        rows = torch.rand(b, 4, generator=g, dtype=torch.float64) + 0.5
+        columns = torch.rand(b, 4, generator=g, dtype=torch.float64) + 0.5
+        B = (near.B.reshape(b, -1, 4) / rows[:, None]).reshape(near.B.shape)
+        A = (near.A.reshape(4, b, -1) / columns.T[:, :, None]).reshape(near.A.shape)
+        order = [2, 3, 0, 1]
+        sigma = near.sigma * rows[:, None] * columns[None]
+        spelled = BlockFactors(B[:, order], sigma[..., order], A[order], near.scaling)
+    torch.testing.assert_close(spelled.dense(), near.dense())
+    back = in_gauge_of(spelled, reference)
+    torch.testing.assert_close(back.dense(), near.dense())
+    for part in ("B", "sigma", "A"):
+        moved = getattr(back, part) - getattr(reference, part)
+        assert float(moved.norm()) < 0.1 * float(getattr(reference, part).norm())
