@@ -1,0 +1,73 @@
+"""A tiny real BERT and a tiny data set with three natural clients, so that whole federations run in seconds."""
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+GOOD = ["good", "great", "fine", "happy", "nice"]
+BAD = ["bad", "awful", "sad", "poor", "wrong"]
+PLAIN = ["the", "a", "film", "book", "phone", "was", "is", "very", "it", "and"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained BERT of two layers, 16 wide, and its tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PLAIN, *GOOD, *BAD]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parquet file: 240 training and 60 test sentences of two classes, from three domains with different mixtures."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(300):
+        domain = ["films", "books", "phones"][number % 3]
+        label = int(rng.random() < [0.3, 0.5, 0.7][number % 3])
+        words = [*rng.sample(PLAIN, 4), *rng.sample(GOOD if label else BAD, 2)]
+        rng.shuffle(words)
+        split = "test" if number >= 240 else "train"
+        rows.append((f"{' '.join(words)}", label, ["bad", "good"][label], domain, split))
+    path = tmp_path_factory.mktemp("data") / "tiny.parquet"
+    pd.DataFrame(rows, columns=["text", "label", "label_name", "domain", "split"]).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, bool | int | float | str]:
+    """A run config of three short rounds over the three domains."""
+    return {
+        "model.name": str(tiny_model),
+        "model.max-length": 16,
+        "adapter.rank": 2,
+        "adapter.num-blocks": 4,
+        "adapter.alpha": 4.0,
+        "data.name": str(tiny_data),
+        "train.local-steps": 4,
+        "train.batch-size": 8,
+        "train.learning-rate": 0.02,
+        "train.precision": "fp32",
+        "run.num-rounds": 3,
+        "run.threads": 1,
+        "run.output-dir": str(tmp_path / "run"),
+    }

@@ -1,0 +1,44 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bora_fl.config import ConfigError, Settings, parse
+
+
+def test_the_app_declares_every_key_with_the_default_of_the_settings():
+    root = Path(__file__).resolve().parents[1]
+    groups = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    declared = {f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()}
+    assert declared == Settings().flat()
+    assert {key: type(value) for key, value in declared.items()} == {k: type(v) for k, v in Settings().flat().items()}
+
+
+def test_flat_settings_parse_back_to_themselves():
+    settings = parse({"adapter.rank": 3, "data.alpha": 0.1, "run.resume": True})
+    assert (settings.adapter.rank, settings.data.alpha, settings.run.resume) == (3, 0.1, True)
+    assert parse(settings.flat()) == settings
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"data.alph": 1.0}, ["data.alph", "data.alpha"]),
+        ({"data.alpha": 0.0}, ["data.alpha = 0.0", "greater than 0"]),
+        ({"adapter.rank": 0}, ["adapter.rank = 0", "greater than or equal to 1"]),
+        ({"train.batch-size": "many"}, ["train.batch-size = 'many'", "integer"]),
+        ({"data.partition": "random"}, ["data.partition = 'random'", "dirichlet"]),
+        ({"train.learning-rate": float("nan")}, ["train.learning-rate = nan", "finite"]),
+        ({"adapter.dropout": 0.1, "privacy.mode": "record"}, ["adapter.dropout = 0.1", "set adapter.dropout to 0"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(config: dict[str, float | str], words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        parse(config)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_all_wrong_settings_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        parse({"adapter.rank": -1, "data.alpha": -2.0})
+    assert len(str(error.value).splitlines()) == 2
