@@ -156,7 +156,7 @@ class _Branch(torch.autograd.Function):
         work = torch.promote_types(x.dtype, A.dtype)
         keep = None if seed is None else keep_mask(x.shape[0], x.shape[1], dropout_p, seed)
         factors = A.to(work), Sigma.to(work), B.to(work)
-        y, u = branch_forward(apply_dropout(x, keep, dropout_p).to(work), *factors, scaling)
+        y, u = branch_forward(apply_dropout(x.to(work), keep, dropout_p), *factors, scaling)
         ctx.save_for_backward(x, u, A, Sigma, B, seed)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         return y.to(x.dtype)
@@ -169,7 +169,7 @@ class _Branch(torch.autograd.Function):
         keep = None if seed is None else keep_mask(x.shape[0], x.shape[1], ctx.dropout_p, seed)
         grads = branch_backward(
             dy.to(work),
-            apply_dropout(x, keep, ctx.dropout_p).to(work),
+            apply_dropout(x.to(work), keep, ctx.dropout_p),
             u,
             A.to(work),
             Sigma.to(work),
