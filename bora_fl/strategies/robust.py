@@ -105,7 +105,7 @@ def _shortened(update: ClientUpdate, robust: RobustRound, bound: float) -> Clien
             state, low = candidate, guess
             if norm >= 0.99 * bound:
                 break
-        guess = (low + high) / 2 if low > 0 else guess * min(bound / norm, 0.5)
+        guess = math.sqrt(low * high) if low > 0 else guess * min(bound / norm, 0.5)
     return replace(update, state=state)
 
 
