@@ -1,13 +1,13 @@
 """One stated gauge for block factors, and what rests on it.
 
 For any `α [b, r]`, `β [b, r]` without zeros, the factors `B_i[:, k] α_ik`, `A_j[k, :] β_jk`,
-`Sigma[i, j, k] / (α_ik β_jk)` are the same update, as is any common permutation of `k`; for more than one block there is
-no further freedom (no rotation). The stated gauge:
+`Sigma[i, j, k] / (α_ik β_jk)` are the same update, as is any common permutation of `k`; for more than one block there
+is no further freedom (no rotation). The stated gauge:
 
 * every block row `A_j[k, :]` has the norm at which clients train it (`row_norms`);
-* Sigma has the scale at which clients train it: its root mean square over j (`"identity"`), or its geometric mean over j
-  (`"exp_norm"`), is `sigma_scale`; for `"exp_norm"` it is then moved as little as brings it into the transform's range
-  (`sigma_range.into_range`), the total norm of every row of A staying what it is;
+* Sigma has the scale at which clients train it: its root mean square over j (`"identity"`), or its geometric mean
+  over j (`"exp_norm"`), is `sigma_scale`; for `"exp_norm"` it is then moved as little as brings it into the
+  transform's range (`sigma_range.into_range`), the total norm of every row of A staying what it is;
 * B takes the rest;
 * the entry of largest magnitude in every row of A is positive, Sigma is positive where signs allow it;
 * components stand in order of energy.
@@ -39,7 +39,8 @@ def check_transform(sigma_transform: str) -> None:
 
 def block_row_norms(factors: BlockFactors) -> Tensor:
     """Norm of every block row `A_j[k, :]`, `[b, r]` in float64."""
-    return blocked(factors)[2].norm(dim=1)
+    norms: Tensor = blocked(factors)[2].norm(dim=1)
+    return norms
 
 
 def sigma_scales(factors: BlockFactors, sigma_transform: str) -> Tensor:
@@ -47,7 +48,8 @@ def sigma_scales(factors: BlockFactors, sigma_transform: str) -> Tensor:
     size = factors.sigma.double().abs()
     if sigma_transform == "exp_norm":
         return size.clamp_min(torch.finfo(torch.float64).tiny).log().mean(1).exp()
-    return size.square().mean(1).sqrt()
+    rms: Tensor = size.square().mean(1).sqrt()
+    return rms
 
 
 def fix_gauge(
@@ -75,7 +77,8 @@ def fix_gauge(
         the stated scale.
 
     Raises:
-        ValueError: If the transform is unknown, or is `"exp_norm"` and Sigma has signs or a spread that no gauge removes.
+        ValueError: If the transform is unknown, or it is `"exp_norm"` and Sigma has signs or a spread that no gauge
+            removes.
     """
     check_transform(sigma_transform)
     left, sigma, right = blocked(factors)
@@ -90,7 +93,7 @@ def fix_gauge(
     left = torch.where(row_alive.unsqueeze(1), left, 0.0)
 
     beta = torch.ones_like(right_norm) if orthonormal else target_norm / torch.where(right_norm > 0, right_norm, 1.0)
-    row_sign, column_sign = _signs(torch.where(sigma < 0, -energy, energy), right)
+    row_sign, column_sign = positive_signs(torch.where(sigma < 0, -energy, energy), right)
     beta = beta * column_sign
     right = right * beta.unsqueeze(1)
     sigma = sigma / beta.unsqueeze(0) * row_sign.unsqueeze(1)
@@ -136,15 +139,12 @@ def _as_tensor(value: Tensor | float, like: Tensor) -> Tensor:
 def _block_norms(row_norms: Tensor | float | None, right: Tensor) -> Tensor:
     b, _, r = right.shape
     norms = _as_tensor(INITIAL_ROW_NORM if row_norms is None else row_norms, right)
-    if norms.ndim == 2:
-        norms = norms.expand(b, r)
-    else:
-        norms = (norms / math.sqrt(b)).expand(b, r)
+    norms = norms.expand(b, r) if norms.ndim == 2 else (norms / math.sqrt(b)).expand(b, r)
     return torch.where(norms > 0, norms, INITIAL_ROW_NORM / math.sqrt(b))
 
 
-def _signs(weighted: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Signs of rows and columns, `[b, r]` each, that make most of a signed energy `[b, b, r]` positive, all if possible.
+def positive_signs(weighted: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs of rows and columns, `[b, r]` each, that make a signed energy `[b, b, r]` positive, where they can.
 
     Started from the most energetic row of every component, whose signs are those of the columns if any choice is exact.
     """
@@ -171,19 +171,3 @@ def _shifts(difference: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     row = known.nanmean(1).nan_to_num()
     column = (known - row.unsqueeze(1)).nanmean(0).nan_to_num()
     return row, column
-
-
-def truncate(factors: BlockFactors, rank: int) -> BlockFactors:
-    """Keep the `rank` components of most energy, most energetic first.
-
-    Args:
-        factors: Any block factors.
-        rank: Between 1 and `factors.rank`.
-
-    Raises:
-        ValueError: If the rank is out of that range.
-    """
-    if not 1 <= rank <= factors.rank:
-        raise ValueError(f"rank is {rank}; choose one between 1 and {factors.rank}, the rank of the factors")
-    keep = torch.argsort(factors.component_energy(), descending=True, stable=True)[:rank]
-    return BlockFactors(factors.B[:, keep], factors.sigma[..., keep], factors.A[keep], factors.scaling)

@@ -142,10 +142,8 @@ class Constraints:
 def sweep(target: Target, fit: Fit, constraints: Constraints) -> Fit:
     """One pass over left, right and Sigma."""
     fit = update_left(target, fit)
-    if constraints.orthonormal_right:
-        fit = update_right_orthonormal(target, fit)
-    else:
-        fit = update_left(target.T, fit.T).T
+    orthonormal = constraints.orthonormal_right
+    fit = update_right_orthonormal(target, fit) if orthonormal else update_left(target.T, fit.T).T
     return update_sigma(target, fit, constraints.floor)
 
 

@@ -11,25 +11,25 @@ stated gauge (`gauge`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bora_fl.blocks.cores import Compressed, compress_stack
+from bora_fl.blocks.block_cores import BlockCores, compressed
+from bora_fl.blocks.cores import Compressed
 from bora_fl.blocks.factors import BlockFactors, blocked, unblocked
-from bora_fl.blocks.gauge import block_row_norms, check_transform, fix_gauge, sigma_scales, truncate
+from bora_fl.blocks.gauge import block_row_norms, check_transform, fix_gauge, positive_signs, sigma_scales
 from bora_fl.blocks.initial_guess import cold_starts
 from bora_fl.blocks.least_squares import Constraints, Fit, fit_from, normalized, relative_error_of
-from bora_fl.blocks.merging import merge
 from bora_fl.blocks.metrics import distance
+from bora_fl.blocks.resizing import padded
 from bora_fl.blocks.sigma_range import least_floor
-from bora_fl.blocks.streaming import BlockCores
 from bora_fl.blocks.targets import Target
 
-_SMALLEST_SIGMA = 1e-8  # relative to the largest: how near zero a positive Sigma may come before the range is imposed
+_SMALLEST_SIGMA = 1e-8  # of ‖M‖: how near zero a positive Sigma may come before its range is imposed
 _CANDIDATE_SWEEPS = 10
+_RANGE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Refactorization:
         factors: The fit, in the stated gauge, in the dtype of what was fitted.
         relative_error: `‖M − fit‖ / ‖M‖`, rounding to that dtype included; zero if both vanish.
         history: Relative error of the kept fit at its start and after every sweep, never increasing.
-        warm_error: Relative error of the given start, None without one. `relative_error` is never above it but for
-            rounding, unless the start breaks a constraint that the fit must keep.
-        origin: Where the kept fit started: `"svd"` (one block), `"start"`, `"cold"` or `"exact"` (the rank suffices).
+        start_error: Relative error of the given start, None without one. `relative_error` is not above it but for
+            rounding, unless the start breaks a constraint that the fit keeps.
+        origin: Where the kept fit comes from: `"start"`, `"cold"`, `"svd"` (one block), `"exact"` (rank suffices).
     """
 
     factors: BlockFactors
     relative_error: float
     history: tuple[float, ...]
-    warm_error: float | None
+    start_error: float | None
     origin: str
 
 
@@ -63,7 +63,6 @@ def refactorize(
     sweeps: int = 50,
     tolerance: float = 1e-3,
     reference_norms: Tensor | float | None = None,
-    scaling: float | None = None,
 ) -> Refactorization:
     """Fit block factors of a given rank to an update.
 
@@ -71,42 +70,226 @@ def refactorize(
         factors: The update M: stacked factors of any rank, or the cores of a streaming merge.
         rank: Rank r of the fit, at least 1.
         start: Where the warm fit starts, of rank r: the clients' factor mean, say. The fit is never worse.
-        cold: Attempts of the cold start, each costing several times a warm fit; the best of all is kept. Default: none
-            with a start, two without. The cheap algebraic guess is tried whenever this is not zero.
+        cold: Attempts of the cold start against noise, each costing several times a warm fit; the best of all is kept.
+            The cheap algebraic guess is tried as well unless this is 0. Default: 0 with a start, 2 without.
         sigma_transform: `"identity"`, or `"exp_norm"` for a Sigma that must be one of its values.
         orthonormal: Keep the rows of every A_j orthonormal (Stiefel form), which bounds the gradient of B.
         sweeps: Most sweeps of alternating least squares.
         tolerance: Stop when a sweep lowers the error by less than this fraction of itself.
-        reference_norms: Norms of A's rows in the stated gauge, as in `fix_gauge`. Default: the start's, component by
-            component, or without a start those of a fresh initialization.
-        scaling: Scaling of the fit. Default: the start's, else that of the stack.
+        reference_norms: Norms of A's rows in the stated gauge, as `row_norms` of `fix_gauge`. Default: the start's,
+            component by component, or without a start those of a fresh initialization.
 
     Returns:
-        The fit with its errors.
+        The fit with its errors; its scaling is the start's, else that of the stack.
 
     Raises:
         ValueError: If the rank or an option is out of range, or the start does not fit the update.
     """
     check_transform(sigma_transform)
     _check(factors, rank, start, orthonormal)
-    problem = _Problem.of(factors, rank, start, sigma_transform, orthonormal)
-    target, constraints = problem.compressed.target, problem.constraints
+    if isinstance(factors, BlockFactors) and factors.rank <= rank:
+        factors = padded(factors, rank)
+        exact = None if orthonormal else _exact(factors, start, sigma_transform, reference_norms)
+        if exact is not None:
+            return exact
+    whole = compressed(factors)
+    target = whole.target
+    size = math.sqrt(target.squared_norm)
+    if size == 0:
+        return _vanishing(factors, rank, start)
+    floor = _SMALLEST_SIGMA * size if sigma_transform == "exp_norm" else None
+    constraints = Constraints(floor, orthonormal)
 
-    warm_error = None
+    start_error = None
     candidates: list[tuple[str, Fit]] = []
     if start is not None:
-        warm = problem.coordinates(start)
-        warm_error = relative_error_of(target, warm)
+        warm = _coordinates(start, whole)
+        start_error = relative_error_of(target, warm)
         candidates.append(("start", warm))
-    attempts = (0 if start is not None else 2) if cold is None else cold
-    if factors.num_blocks == 1 and not orthonormal:
-        candidates = [("svd", _by_svd(target, rank))]
+    attempts = (2 if start is None else 0) if cold is None else cold
+    if target.num_blocks == 1 and not orthonormal:
+        candidates = [("svd", _svd(target, rank))]
     elif attempts > 0 or start is None:
         candidates += [("cold", fit) for fit in cold_starts(target, rank, attempts)]
 
-    origin, fit, history = _best(target, candidates, constraints, sweeps, tolerance)
-    if sigma_transform == "exp_norm":
-        fit, history = _in_range(target, fit, history, constraints, sweeps, tolerance)
-    result = problem.stated(fit, origin, reference_norms, scaling)
-    error = math.hypot(history[-1], problem.rounding(fit, result) / math.sqrt(target.squared_norm or 1.0))
-    return Refactorization(result, error, tuple(history), warm_error, origin)
+    feasible = [(origin, _feasible(fit, constraints)) for origin, fit in candidates]
+    origin, fit, history = _best(target, feasible, constraints, sweeps, tolerance)
+    if floor is not None:
+        origin, fit, history = _in_range(target, feasible[0][1], (origin, fit, history), constraints, sweeps, tolerance)
+    unrounded, dtype = _expanded(fit, whole, start, factors), _dtype(factors)
+    result = _stated(unrounded, origin, start, sigma_transform, orthonormal, reference_norms).to(dtype)
+    rounding = 0.0 if dtype == torch.float64 else distance(unrounded, result) / size
+    return Refactorization(result, math.hypot(history[-1], rounding), tuple(history), start_error, origin)
+
+
+def _check(update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None, orthonormal: bool) -> None:
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; give at least 1")
+    if start is not None and (start.shape, start.num_blocks, start.rank) != (update.shape, update.num_blocks, rank):
+        raise ValueError(
+            f"start is of a {start.shape} weight in {start.num_blocks} blocks and has rank {start.rank}; the fit is of"
+            f" a {update.shape} one in {update.num_blocks} and has rank {rank}: give a start that fits"
+        )
+    columns = update.shape[1] // update.num_blocks
+    if orthonormal and rank > columns:
+        raise ValueError(
+            f"rank is {rank} and a block of A has {columns} columns, so its rows cannot be orthonormal; lower the rank"
+            " or the number of blocks"
+        )
+
+
+def _dtype(update: BlockFactors | BlockCores) -> torch.dtype:
+    return update.B.dtype if isinstance(update, BlockFactors) else update.rows.dtype
+
+
+def _exact(
+    factors: BlockFactors, start: BlockFactors | None, sigma_transform: str, norms: Tensor | float | None
+) -> Refactorization | None:
+    """The update itself in the stated gauge, unless its Sigma is out of range."""
+    try:
+        stated = _stated(factors, "exact", None, sigma_transform, False, norms)
+    except ValueError:
+        return None
+    size = factors.norm()
+    error = distance(factors, stated) / size if size > 0 else 0.0
+    start_error = None
+    if start is not None:
+        start_error = distance(factors, start) / size if size > 0 else (0.0 if start.norm() == 0 else math.inf)
+    return Refactorization(stated, error, (error,), start_error, "exact")
+
+
+def _vanishing(update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None) -> Refactorization:
+    """The fit of a zero update: B = 0, with the start's A and Sigma, so that it can be trained."""
+    if start is None:
+        m, n = update.shape
+        b = update.num_blocks
+        like = update.B if isinstance(update, BlockFactors) else update.rows
+        nothing = BlockFactors(like.new_zeros(m, 0), like.new_zeros(b, b, 0), like.new_zeros(0, n))
+        factors, start_error = padded(nothing, rank), None
+    else:
+        factors = BlockFactors(torch.zeros_like(start.B), start.sigma, start.A, start.scaling).to(_dtype(update))
+        start_error = 0.0 if start.norm() == 0 else math.inf
+    return Refactorization(factors, 0.0, (0.0,), start_error, "exact")
+
+
+def _coordinates(factors: BlockFactors, whole: Compressed) -> Fit:
+    left, sigma, right = blocked(factors)
+    return Fit(whole.rows.project(left), sigma, whole.columns.project(right))
+
+
+def _svd(target: Target, rank: int) -> Fit:
+    u, s, vh = torch.linalg.svd(target.row(0)[0], full_matrices=False)
+    kept = min(rank, s.shape[0])
+    left, right, sigma = u.new_zeros(1, u.shape[0], rank), u.new_zeros(1, vh.shape[1], rank), u.new_zeros(1, 1, rank)
+    left[0, :, :kept], right[0, :, :kept], sigma[0, 0, :kept] = u[:, :kept], vh[:kept].mT, s[:kept]
+    return Fit(left, sigma, right)
+
+
+def _feasible(fit: Fit, constraints: Constraints) -> Fit:
+    """The nearest cheap fit that keeps the constraints."""
+    if constraints.orthonormal_right:
+        u, _, vh = torch.linalg.svd(fit.right, full_matrices=False)
+        fit = replace(fit, right=u @ vh)
+    fit = normalized(fit)
+    if constraints.floor is not None:
+        row, column = positive_signs(fit.sigma * fit.sigma.abs(), fit.right)
+        sigma = (fit.sigma * row.unsqueeze(1) * column.unsqueeze(0)).clamp_min(constraints.floor)
+        fit = Fit(fit.left * row.unsqueeze(1), sigma, fit.right * column.unsqueeze(1))
+    return fit
+
+
+_Candidate = tuple[str, Fit, list[float]]
+
+
+def _best(
+    target: Target, starts: list[tuple[str, Fit]], constraints: Constraints, sweeps: int, tolerance: float
+) -> _Candidate:
+    """Sweep all starts a little, then the best one to the end."""
+    if starts[0][0] == "svd" and constraints.floor is None:
+        return "svd", starts[0][1], [relative_error_of(target, starts[0][1])]
+    best: _Candidate | None = None
+    few = min(sweeps, _CANDIDATE_SWEEPS) if len(starts) > 1 else sweeps
+    for origin, start in starts:
+        fit, history = fit_from(target, start, few, tolerance, constraints)
+        if best is None or history[-1] < best[2][-1]:
+            best = origin, fit, history
+    assert best is not None
+    origin, fit, history = best
+    fit, more = fit_from(target, fit, sweeps - few, tolerance, constraints)
+    return origin, fit, history + more[1:]
+
+
+def _in_range(
+    target: Target, start: Fit, fitted: _Candidate, constraints: Constraints, sweeps: int, tolerance: float
+) -> _Candidate:
+    """Raise a floor under Sigma until the gauge can bring it into `exp_norm`'s range, refitting above it."""
+
+    def needed(fit: Fit) -> float:
+        return least_floor(fit.sigma, _alive(fit), columns=not constraints.orthonormal_right)
+
+    origin, fit, history = fitted
+    floor = needed(fit)
+    if floor == 0:
+        return fitted
+    best: tuple[Fit, list[float]] | None = None
+    for _ in range(_RANGE_ROUNDS):
+        raised = replace(fit, sigma=fit.sigma.clamp_min(floor))
+        fit, history = fit_from(target, raised, sweeps, tolerance, replace(constraints, floor=floor))
+        kept = replace(fit, sigma=fit.sigma.clamp_min(needed(fit)))
+        error = relative_error_of(target, kept)
+        if best is None or error < best[1][-1]:
+            best = kept, [*(e for e in history if e > error), error]
+        floor = max(floor, needed(fit))
+    assert best is not None
+    start_error = relative_error_of(target, start)
+    if start_error < best[1][-1] and needed(start) == 0:
+        return "start", start, [start_error]
+    return origin, *best
+
+
+def _alive(fit: Fit) -> Tensor:
+    rows, columns = fit.left.norm(dim=1) > 0, fit.right.norm(dim=1) > 0
+    alive: Tensor = rows.unsqueeze(1) & columns.unsqueeze(0)
+    return alive
+
+
+def _expanded(
+    fit: Fit, whole: Compressed, start: BlockFactors | None, update: BlockFactors | BlockCores
+) -> BlockFactors:
+    """The fit as factors in float64; a block row of A that vanished is replaced, so that it can be trained."""
+    scaling = start.scaling if start is not None else (update.scaling if isinstance(update, BlockFactors) else 1.0)
+    left, right = whole.rows.expand(fit.left), whole.columns.expand(fit.right)
+    gone = fit.right.norm(dim=1) == 0
+    if bool(gone.any()):
+        b, q, r = right.shape
+        generator = torch.Generator().manual_seed(r)
+        fresh = blocked(start)[2] if start is not None else torch.randn(b, q, r, generator=generator).to(right)
+        right = torch.where(gone.unsqueeze(1), fresh, right)
+        dead = gone.all(0)
+        left = torch.where(dead, 0.0, left)
+        sigma = torch.where(gone.unsqueeze(0) & ~dead, 0.0, fit.sigma)
+        fit = replace(fit, sigma=sigma)
+    return unblocked(left, fit.sigma, right, scaling or 1.0, torch.float64)
+
+
+def _stated(
+    factors: BlockFactors,
+    origin: str,
+    start: BlockFactors | None,
+    sigma_transform: str,
+    orthonormal: bool,
+    norms: Tensor | float | None,
+) -> BlockFactors:
+    """The stated gauge, at the start's scale: component by component if the fit comes from it, else pooled."""
+    scale: Tensor | float | None = None
+    if origin == "exact":
+        start = factors
+    if start is not None:
+        start_norms, scale = block_row_norms(start), sigma_scales(start, sigma_transform)
+        if origin not in ("start", "exact"):
+            start_norms = start_norms.square().mean().sqrt().expand_as(start_norms)
+            scale = scale.log().mean().exp() if bool((scale > 0).all()) else torch.ones(())
+        norms = start_norms if norms is None else norms
+    return fix_gauge(
+        factors, sigma_transform=sigma_transform, row_norms=norms, sigma_scale=scale, orthonormal=orthonormal
+    )

@@ -33,6 +33,11 @@ class Target(Protocol):
         ...
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks a side, `b`."""
+        ...
+
+    @property
     def T(self) -> Target:  # noqa: N802 - the transpose's usual name
         """The transposed block matrix."""
         ...
@@ -79,6 +84,11 @@ class StackTarget:
         return CoreTarget.of((left.unsqueeze(1) * self.sigma.unsqueeze(2)) @ right.mT.unsqueeze(0))
 
     @property
+    def num_blocks(self) -> int:
+        """See `Target.num_blocks`."""
+        return self.sigma.shape[0]
+
+    @property
     def T(self) -> StackTarget:  # noqa: N802
         """See `Target.T`."""
         return StackTarget(self.right, self.sigma.transpose(0, 1), self.left, self.squared_norm)
@@ -111,6 +121,11 @@ class CoreTarget:
     def restricted(self, rows: Tensor, columns: Tensor) -> CoreTarget:
         """See `Target.restricted`."""
         return CoreTarget.of(rows.mT.unsqueeze(1) @ self.cores @ columns.unsqueeze(0))
+
+    @property
+    def num_blocks(self) -> int:
+        """See `Target.num_blocks`."""
+        return self.cores.shape[0]
 
     @property
     def T(self) -> CoreTarget:  # noqa: N802
