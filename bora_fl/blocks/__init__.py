@@ -1,11 +1,13 @@
 """The algebra of block-diversified low-rank updates: pure functions on factors, nothing of the weight's size."""
 
 from bora_fl.blocks.block_cores import BlockCores
+from bora_fl.blocks.conversion import compress, convert_blocks, stiefel
 from bora_fl.blocks.factors import BlockFactors
 from bora_fl.blocks.gauge import fix_gauge
 from bora_fl.blocks.merging import factor_mean, merge
 from bora_fl.blocks.metrics import distance, inner, relative_error
 from bora_fl.blocks.refactorization import Refactorization, refactorize
+from bora_fl.blocks.residual import residual
 from bora_fl.blocks.resizing import padded, truncate
 from bora_fl.blocks.streaming import StreamingMerge
 
@@ -14,6 +16,8 @@ __all__ = [
     "BlockFactors",
     "Refactorization",
     "StreamingMerge",
+    "compress",
+    "convert_blocks",
     "distance",
     "factor_mean",
     "fix_gauge",
@@ -22,5 +26,7 @@ __all__ = [
     "padded",
     "refactorize",
     "relative_error",
+    "residual",
+    "stiefel",
     "truncate",
 ]

@@ -104,15 +104,6 @@ def _parts(fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
     return fit.left, fit.sigma, fit.right
 
 
-def by_svd(cores: Tensor, rank: int) -> Fit:
-    """The truncated SVD of the whole block matrix `[b, b, k, l]`, as block factors with Sigma equal in all blocks."""
-    b, _, k, d = cores.shape
-    u, s, vh = torch.linalg.svd(cores.permute(0, 2, 1, 3).reshape(b * k, b * d), full_matrices=False)
-    left = u[:, :rank].reshape(b, k, -1)
-    right = vh[:rank].mT.reshape(b, d, -1)
-    return normalized(Fit(left, s[:rank].expand(b, b, -1), right))
-
-
 def _powered(cores: Tensor, power: float) -> Tensor:
     u, s, vh = torch.linalg.svd(cores, full_matrices=False)
     powered: Tensor = (u * s.pow(power).unsqueeze(-2)) @ vh

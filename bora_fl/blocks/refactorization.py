@@ -23,8 +23,9 @@ from bora_fl.blocks.gauge import block_row_norms, check_transform, fix_gauge, po
 from bora_fl.blocks.initial_guess import cold_starts
 from bora_fl.blocks.least_squares import Constraints, Fit, fit_from, normalized, relative_error_of
 from bora_fl.blocks.metrics import distance
-from bora_fl.blocks.resizing import padded
+from bora_fl.blocks.resizing import padded, truncate
 from bora_fl.blocks.sigma_range import least_floor
+from bora_fl.blocks.svd import leading_svd
 from bora_fl.blocks.targets import Target
 
 _SMALLEST_SIGMA = 1e-8  # of ‖M‖: how near zero a positive Sigma may come before its range is imposed
@@ -42,7 +43,7 @@ class Refactorization:
         history: Relative error of the kept fit at its start and after every sweep, never increasing.
         start_error: Relative error of the given start, None without one. `relative_error` is not above it but for
             rounding, unless the start breaks a constraint that the fit keeps.
-        origin: Where the kept fit comes from: `"start"`, `"cold"`, `"svd"` (one block), `"exact"` (rank suffices).
+        origin: Where the kept fit comes from: `"start"`, `"cold"`, `"svd"`, `"truncated"`, `"exact"` (rank suffices).
     """
 
     factors: BlockFactors
@@ -107,9 +108,12 @@ def refactorize(
         start_error = relative_error_of(target, warm)
         candidates.append(("start", warm))
     attempts = (2 if start is None else 0) if cold is None else cold
-    if target.num_blocks == 1 and not orthonormal:
-        candidates = [("svd", _svd(target, rank))]
+    if target.num_blocks == 1:
+        candidates = [("svd", leading_svd(target, rank))]
     elif attempts > 0 or start is None:
+        if isinstance(factors, BlockFactors):
+            candidates.append(("truncated", _coordinates(truncate(factors, rank), whole)))
+        candidates.append(("svd", leading_svd(target, rank)))
         candidates += [("cold", fit) for fit in cold_starts(target, rank, attempts)]
 
     feasible = [(origin, _feasible(fit, constraints)) for origin, fit in candidates]
@@ -177,14 +181,6 @@ def _coordinates(factors: BlockFactors, whole: Compressed) -> Fit:
     return Fit(whole.rows.project(left), sigma, whole.columns.project(right))
 
 
-def _svd(target: Target, rank: int) -> Fit:
-    u, s, vh = torch.linalg.svd(target.row(0)[0], full_matrices=False)
-    kept = min(rank, s.shape[0])
-    left, right, sigma = u.new_zeros(1, u.shape[0], rank), u.new_zeros(1, vh.shape[1], rank), u.new_zeros(1, 1, rank)
-    left[0, :, :kept], right[0, :, :kept], sigma[0, 0, :kept] = u[:, :kept], vh[:kept].mT, s[:kept]
-    return Fit(left, sigma, right)
-
-
 def _feasible(fit: Fit, constraints: Constraints) -> Fit:
     """The nearest cheap fit that keeps the constraints."""
     if constraints.orthonormal_right:
@@ -205,7 +201,7 @@ def _best(
     target: Target, starts: list[tuple[str, Fit]], constraints: Constraints, sweeps: int, tolerance: float
 ) -> _Candidate:
     """Sweep all starts a little, then the best one to the end."""
-    if starts[0][0] == "svd" and constraints.floor is None:
+    if target.num_blocks == 1 and constraints.floor is None:
         return "svd", starts[0][1], [relative_error_of(target, starts[0][1])]
     best: _Candidate | None = None
     few = min(sweeps, _CANDIDATE_SWEEPS) if len(starts) > 1 else sweeps
