@@ -172,7 +172,7 @@ class RunSettings(_Group):
     seed: CountOrZero = Field(0, description="every other seed derives from (seed, round, client)")
     output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
     resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
-    evaluate_every: Count = Field(1, description="rounds between central evaluations; the last is always evaluated")
+    evaluate_every: Count = Field(1, description="rounds between evaluations; the last is always evaluated")
     keep_checkpoints: Count = Field(2, description="checkpoints kept")
     threads: CountOrZero = Field(
         0, description="torch threads per process; 0 is cores divided by the processes Flower runs"

@@ -119,9 +119,9 @@ class FederatedStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Evaluation messages, if the config asks for a round of its own."""
-        fraction = self.settings.strategy.fraction_evaluate
-        if fraction == 0:
+        """Evaluation messages, if the config asks for a round of its own; as often as the server itself evaluates."""
+        fraction, run = self.settings.strategy.fraction_evaluate, self.settings.run
+        if fraction == 0 or (server_round % run.evaluate_every and server_round != run.num_rounds):
             return []
         nodes = self._sample(fraction, server_round, "evaluate")
         return self._messages(nodes, "evaluate", server_round, arrays, True)
@@ -262,6 +262,8 @@ class FederatedStrategy(Strategy):
                 continue
             node = str(message.metadata.src_node_id)
             found[node] = {k: float(v) for k, v in record.items() if not isinstance(v, list)}
+            client = str(self._roster.get(message.metadata.src_node_id, node))
+            self._report.per_client[client] = self._report.per_client.get(client, {}) | found[node]
         if not found:
             return None
         _summarize_evaluation(self._report, list(found.values()))
