@@ -70,6 +70,7 @@ def _from_gguf(path: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        model.hf_quantizer = None  # the weights are plain float32 by now; with it save_pretrained refuses
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
         try:
