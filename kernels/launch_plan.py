@@ -85,8 +85,10 @@ def _tile(kernel: str, shape: LayerShape) -> _Tile:
     if kernel == "up":
         return _Tile(64, 128, 4, 1) if half else _Tile(64, 64, 4, 1)
     if half:
-        return _Tile(128, 64, 4 if rank <= 32 else 8, 2)
-    return _Tile(64, 32, 4 if rank <= 32 else 8, 1)
+        return _Tile(128, 64, 4, 2) if rank <= 32 else _Tile(64, 32, 8, 2)
+    if rank <= 64:
+        return _Tile(64, 32, 4 if rank <= 32 else 8, 1)
+    return _Tile(32, 16, 4, 1)
 
 
 def _mix_rows(shape: LayerShape) -> int:

@@ -58,6 +58,7 @@ def _run(launches: list[Launch], device: torch.device, arguments: dict[str, Any]
                 **{**given, **launch.integers, **launch.constants},
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
+                enable_fp_fusion=True,
             )
 
 
