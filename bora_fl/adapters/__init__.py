@@ -4,11 +4,24 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from .config import BoraConfig
+from .convert import adapter_to_lora, save_as_lora
 from .layer import BoraAdapter, BoraLayer
 from .model import BoraModel
 from .peft_type import BORA
+from .state import named_layers, read_factors, write_factors
 
-__all__ = ["BORA", "BoraAdapter", "BoraConfig", "BoraLayer", "BoraModel"]
+__all__ = [
+    "BORA",
+    "BoraAdapter",
+    "BoraConfig",
+    "BoraLayer",
+    "BoraModel",
+    "adapter_to_lora",
+    "named_layers",
+    "read_factors",
+    "save_as_lora",
+    "write_factors",
+]
 
 if BORA not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="bora", config_cls=BoraConfig, model_cls=BoraModel)

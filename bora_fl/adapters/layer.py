@@ -253,11 +253,13 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _base_can_be_fused(self, x: Tensor) -> bool:
         """Whether the base layer is nothing but a frozen weight and bias in x's dtype.
 
-        Anything that happens in its call (a subclass, hooks, a parametrization, offloaded or sharded weights) or a
-        gradient of its own needs the call.
+        Anything that happens in its call (quantization, a subclass, hooks, offloaded or sharded weights) or a gradient
+        of its own needs the call.
         """
         base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
+        if self.quantization_backend is not None or type(base) not in (nn.Linear, Conv1D):
+            return False
+        if "forward" in base.__dict__:  # replaced, as accelerate does to load offloaded weights
             return False
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False

@@ -51,8 +51,12 @@ def test_layer_is_the_base_plus_the_dense_update(
     assert relative_error(layer(x), expected) <= ROUNDING[dtype]
     delta = layer.get_delta_weight("default")
     assert relative_error(delta.T if base == "conv1d" else delta, dense_update(adapter)) <= ROUNDING[dtype]
+    before = layer.weight.detach().clone()
     layer.merge(safe_merge=True)
     assert relative_error(layer(x), expected) <= ROUNDING[dtype]
+    rounding = ROUNDING[dtype] * layer.weight.double().norm().item()
+    layer.unmerge()
+    assert (layer.weight - before).double().norm().item() <= rounding
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 4])
