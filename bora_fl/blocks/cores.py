@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bora_fl.blocks.targets import StackTarget, Target
+from bora_fl.blocks.targets import CoreTarget, StackTarget, Target
 
 
 class Basis(Protocol):
@@ -80,7 +80,29 @@ class Compressed:
 def compress_stack(left: Tensor, sigma: Tensor, right: Tensor) -> Compressed:
     """Compress the stack `left [b, p, R]`, `sigma [b, b, R]`, `right [b, q, R]` losslessly."""
     rows, columns = HouseholderBasis(left), HouseholderBasis(right)
-    return Compressed(rows, StackTarget.of(rows.triangle, sigma, columns.triangle), columns)
+    return Compressed(rows, _target(rows.triangle, sigma, columns.triangle), columns)
+
+
+def _target(left: Tensor, sigma: Tensor, right: Tensor) -> Target:
+    """The stack, or its cores where they are the smaller form."""
+    b, k, rank = left.shape
+    width = right.shape[1]
+    if rank * (k + width + b) <= b * k * width:
+        return StackTarget.of(left, sigma, right)
+    return CoreTarget.of((left.unsqueeze(1) * sigma.unsqueeze(2)) @ right.mT.unsqueeze(0))
+
+
+def compress_stack_and(
+    left: Tensor, sigma: Tensor, right: Tensor, extra_left: Tensor, extra_right: Tensor
+) -> tuple[Compressed, Tensor, Tensor]:
+    """Compress a stack in bases that span further vectors too, and return those vectors' coordinates."""
+    rows = HouseholderBasis(torch.cat([left, extra_left], dim=2))
+    columns = HouseholderBasis(torch.cat([right, extra_right], dim=2))
+    size = sigma.shape[2]
+    inner_left, outer_left = rows.triangle.tensor_split([size], dim=2)
+    inner_right, outer_right = columns.triangle.tensor_split([size], dim=2)
+    whole = Compressed(rows, _target(inner_left, sigma, inner_right), columns)
+    return whole, outer_left, outer_right
 
 
 def stack_norm(left: Tensor, sigma: Tensor, right: Tensor) -> float:

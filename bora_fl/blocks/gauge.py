@@ -9,7 +9,8 @@ is no further freedom (no rotation). The stated gauge:
   over j (`"exp_norm"`), is `sigma_scale`; for `"exp_norm"` it is then moved as little as brings it into the
   transform's range (`sigma_range.into_range`), the total norm of every row of A staying what it is;
 * B takes the rest;
-* the entry of largest magnitude in every row of A is positive, Sigma is positive where signs allow it;
+* the entry of largest magnitude in every row of A (block rows at equal norms) is positive, Sigma is positive where
+  signs allow it;
 * components stand in order of energy.
 
 A and B are never balanced against each other: B is nearly zero in the first rounds.
@@ -158,9 +159,9 @@ def positive_signs(weighted: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         if bool((new == column).all()):
             break
         column = new
-    flat = right.permute(2, 0, 1).flatten(1)
-    signed = (right * column.unsqueeze(1)).permute(2, 0, 1).flatten(1)
-    peak = signed.gather(1, flat.abs().argmax(1, keepdim=True)).squeeze(1)
+    signed = right / right.norm(dim=1, keepdim=True).clamp_min(1e-300) * column.unsqueeze(1)
+    flat = signed.permute(2, 0, 1).flatten(1)
+    peak = flat.gather(1, flat.abs().argmax(1, keepdim=True)).squeeze(1)
     flip = torch.where(peak < 0, -1.0, 1.0)
     return row * flip, column * flip
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bora_fl.blocks.block_cores import BlockCores, compressed
-from bora_fl.blocks.cores import Compressed
+from bora_fl.blocks.cores import Compressed, compress_stack_and
 from bora_fl.blocks.factors import BlockFactors, blocked, unblocked
 from bora_fl.blocks.gauge import block_row_norms, check_transform, fix_gauge, positive_signs, sigma_scales
 from bora_fl.blocks.initial_guess import cold_starts
@@ -93,7 +93,7 @@ def refactorize(
         exact = None if orthonormal else _exact(factors, start, sigma_transform, reference_norms)
         if exact is not None:
             return exact
-    whole = compressed(factors)
+    whole, warm = _compressed_with(factors, start)
     target = whole.target
     size = math.sqrt(target.squared_norm)
     if size == 0:
@@ -103,8 +103,7 @@ def refactorize(
 
     start_error = None
     candidates: list[tuple[str, Fit]] = []
-    if start is not None:
-        warm = _coordinates(start, whole)
+    if warm is not None:
         start_error = relative_error_of(target, warm)
         candidates.append(("start", warm))
     attempts = (2 if start is None else 0) if cold is None else cold
@@ -174,6 +173,18 @@ def _vanishing(update: BlockFactors | BlockCores, rank: int, start: BlockFactors
         factors = BlockFactors(torch.zeros_like(start.B), start.sigma, start.A, start.scaling).to(_dtype(update))
         start_error = 0.0 if start.norm() == 0 else math.inf
     return Refactorization(factors, 0.0, (0.0,), start_error, "exact")
+
+
+def _compressed_with(update: BlockFactors | BlockCores, start: BlockFactors | None) -> tuple[Compressed, Fit | None]:
+    """The update as a target, and the start in its coordinates; a stack's bases are made to hold the start."""
+    if start is None:
+        return compressed(update), None
+    left, sigma, right = blocked(start)
+    if isinstance(update, BlockFactors):
+        whole, left, right = compress_stack_and(*blocked(update), left, right)
+        return whole, Fit(left, sigma, right)
+    whole = compressed(update)
+    return whole, _coordinates(start, whole)
 
 
 def _coordinates(factors: BlockFactors, whole: Compressed) -> Fit:

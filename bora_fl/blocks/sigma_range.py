@@ -20,7 +20,9 @@ from torch import Tensor
 _BISECTIONS = 60
 
 
-def interaction(log_sigma: Tensor, alive: Tensor, columns: bool = True, sweeps: int = 20) -> Tensor:
+def interaction(
+    log_sigma: Tensor, alive: Tensor, columns: bool = True, sweeps: int = 20, enough: float = 0.0
+) -> Tensor:
     """What is left of `log Sigma [b, b, r]` after the row (and column) shifts that nearly minimize `mean|·|`.
 
     Median polish, started from the least-squares shifts; entries that are not alive (their component vanishes in that
@@ -31,6 +33,7 @@ def interaction(log_sigma: Tensor, alive: Tensor, columns: bool = True, sweeps: 
         alive: `[b, b, r]`, bool.
         columns: Whether column shifts are free too.
         sweeps: Passes at most.
+        enough: Stop as soon as the mean magnitude is not above this.
     """
     kept = torch.where(alive, log_sigma, torch.nan)
     if columns:
@@ -39,11 +42,13 @@ def interaction(log_sigma: Tensor, alive: Tensor, columns: bool = True, sweeps: 
             kept = kept - kept.nanmean(0, keepdim=True).nan_to_num()
     best, best_size = kept.nan_to_num(), float(kept.abs().nansum())
     for _ in range(sweeps):
+        if best_size <= enough * kept.numel():
+            break
         kept = kept - _median(kept, 1)
         if columns:
             kept = kept - _median(kept, 0)
         size = float(kept.abs().nansum())
-        if not size < best_size * (1 - 1e-9):
+        if not size < best_size * (1 - 1e-6):
             break
         best, best_size = kept.nan_to_num(), size
     return best
@@ -57,8 +62,8 @@ def _median(values: Tensor, dim: int) -> Tensor:
 
 
 def spread(sigma: Tensor, alive: Tensor, columns: bool = True) -> float:
-    """The least `mean|log Sigma|` the gauge can reach: Sigma can be brought into range if it is at most one."""
-    return float(interaction(sigma.log(), alive, columns).abs().mean())
+    """The least `mean|log Sigma|` the gauge can reach, or any value it can reach that is at most one."""
+    return float(interaction(sigma.log(), alive, columns, enough=1.0).abs().mean())
 
 
 def least_floor(sigma: Tensor, alive: Tensor, columns: bool = True) -> float:
@@ -82,7 +87,7 @@ def least_floor(sigma: Tensor, alive: Tensor, columns: bool = True) -> float:
             high = middle
         else:
             low = middle
-        if high - low < 1e-9:
+        if high - low < 1e-6:
             break
     return float(top * math.exp(high))
 

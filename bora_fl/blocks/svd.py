@@ -16,8 +16,9 @@ _ITERATIONS = 8
 def leading_svd(target: Target, rank: int) -> Fit:
     """The best approximation of (ordinary) rank `rank` to the whole block matrix, as block factors.
 
-    Its Sigma is the same in every block: the singular values. Exact for one block and for small targets; for larger ones a randomized
-    subspace iteration under a fixed seed, exact but for what lies between neighbouring singular values.
+    Its Sigma is the same in every block: the singular values. Exact for one block and for small targets; for larger
+    ones a randomized subspace iteration under a fixed seed, exact but for what lies between neighbouring singular
+    values.
 
     Args:
         target: Block matrix with cores `[k, l]`.

@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Below this ratio of the sum's energy to that of its components, rounding of Gram matrices would show.
+_CANCELLATION = 1e-4
+
 
 class Target(Protocol):
     """A block matrix `M` with blocks `M_ij [k, l]`, `b` of them a side."""
@@ -59,9 +62,17 @@ class StackTarget:
 
     @classmethod
     def of(cls, left: Tensor, sigma: Tensor, right: Tensor) -> StackTarget:
-        """Build from the factors; the norm is summed over explicit blocks, one block row at a time."""
+        """Build from the factors, with the norm: from Gram matrices, or block by block where components cancel."""
         target = cls(left, sigma, right, 0.0)
-        squared_norm = sum(float(target.row(i).square().sum()) for i in range(left.shape[0]))
+        gram_left, gram_right = left.mT @ left, right.mT @ right
+        b, largest = left.shape[0], 0.0
+        squared_norm = 0.0
+        for i in range(b):
+            mixed = (sigma[i].unsqueeze(2) * gram_right * sigma[i].unsqueeze(1)).sum(0)
+            squared_norm += float((gram_left[i] * mixed).sum())
+            largest += float((gram_left[i].diagonal() * mixed.diagonal()).sum())
+        if not squared_norm > _CANCELLATION * largest:
+            squared_norm = sum(float(target.row(i).square().sum()) for i in range(b))
         return cls(left, sigma, right, squared_norm)
 
     def apply(self, right: Tensor, sigma: Tensor) -> Tensor:

@@ -5,17 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bora_fl.blocks import BlockFactors, distance, factor_mean, inner, merge, truncate
-
-
-def random_factors(seed: int, m: int = 24, n: int = 32, b: int = 4, r: int = 3, scaling: float = 0.5) -> BlockFactors:
-    g = torch.Generator().manual_seed(seed)
-    return BlockFactors(
-        torch.randn(m, r, generator=g, dtype=torch.float64),
-        torch.randn(b, b, r, generator=g, dtype=torch.float64),
-        torch.randn(r, n, generator=g, dtype=torch.float64),
-        scaling,
-    )
+from bora_fl.blocks import BlockFactors, distance, factor_mean, inner, merge, padded, truncate
+from bora_fl.blocks.planted import random_factors
 
 
 def by_definition(f: BlockFactors) -> torch.Tensor:
@@ -58,6 +49,17 @@ def test_truncation_keeps_the_most_energetic_components(rank: int) -> None:
     f = random_factors(2)
     kept = truncate(f, rank).component_energy()
     torch.testing.assert_close(kept, f.component_energy().sort(descending=True).values[:rank])
+
+
+def test_padding_adds_trainable_components_and_changes_nothing() -> None:
+    f = random_factors(2)
+    more = padded(f, 5)
+    assert more.rank == 5
+    torch.testing.assert_close(by_definition(more), by_definition(f), rtol=0, atol=0)
+    assert bool((more.A[3:].norm(dim=1) > 0.1).all())
+    assert bool((more.B[:, 3:] == 0).all())
+    with pytest.raises(ValueError, match="at least 3"):
+        padded(f, 2)
 
 
 def test_merge_is_the_weighted_sum_of_products_for_any_ranks_and_scalings() -> None:
