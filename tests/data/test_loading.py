@@ -1,6 +1,7 @@
 """Any local data set reads the same; what cannot serve ends in a message that names key, value and remedy."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,23 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     assert load_dataset(settings) is first
     as_parquet(tmp_path / "d.parquet", pa.table(ROWS).slice(1))
     assert len(load_dataset(settings).train) == 3
+
+
+def test_a_change_that_keeps_the_size_is_seen(tmp_path: Path) -> None:
+    settings = DataSettings(name=str(tmp_path / "d.csv"), test_split="")
+    (tmp_path / "d.csv").write_text("text,label\nsun,a\nsea,b\n")
+    assert load_dataset(settings).train["text"][:] == ["sun", "sea"]
+    (tmp_path / "d.csv").write_text("text,label\nfog,a\nsea,b\n")
+    os.utime(tmp_path / "d.csv", (1, 1))
+    assert load_dataset(settings).train["text"][:] == ["fog", "sea"]
+
+
+def test_lines_inside_csv_cells_survive_long_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bora_fl.data.files._BLOCK_BYTES", 256)
+    texts = [f"{i}\n{'word ' * (i % 7)}end\n" for i in range(200)]
+    rows = "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate(texts))
+    (tmp_path / "d.csv").write_text("text,label\n" + rows)
+    assert load_dataset(DataSettings(name=str(tmp_path / "d.csv"), test_split="")).train["text"][:] == texts
 
 
 def test_without_a_test_split_there_is_no_test_set(tmp_path: Path) -> None:
