@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from bora_fl.kernels.dropout import draw_seed
 from bora_fl.kernels.layer_op import Layer, fused_layer
-from bora_fl.kernels.reference import bora_branch_reference
+from bora_fl.kernels.reference import bora_branch_reference, in_functorch
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ def explain(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, *, base_weight: Tens
     for path, reason in (("triton", _why_not_triton(x, A, Sigma, B)), ("cpu", _why_not_cpu(x, A, B))):
         if base_weight is not None and base_weight.requires_grad:
             reason = "the base weight is trained, and the fused paths hold it frozen"
+        elif in_functorch():
+            reason = "a torch.func transform is tracing, and only plain torch operations may run"
         elif base_weight is not None and base_weight.dtype != x.dtype:
             reason = f"x is {x.dtype} and the base weight {base_weight.dtype}"
         if reason is None and wanted in ("auto", path):
