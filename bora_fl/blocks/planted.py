@@ -49,7 +49,8 @@ def planted(seed: int, b: int, r: int, side: int) -> BlockFactors:
     def columns() -> torch.Tensor:
         frame = torch.linalg.qr(torch.randn(b, side, r, generator=g, dtype=F64)).Q
         frame = frame + 0.3 * torch.randn(b, side, r, generator=g, dtype=F64) / math.sqrt(side)
-        return frame * 10 ** (2 * torch.rand(b, 1, r, generator=g, dtype=F64) - 1)
+        scaled: torch.Tensor = frame * 10 ** (2 * torch.rand(b, 1, r, generator=g, dtype=F64) - 1)
+        return scaled
 
     left, right = columns(), columns()
     sigma = 10 ** (4 * torch.rand(b, b, r, generator=g, dtype=F64) - 2)

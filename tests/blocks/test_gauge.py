@@ -52,7 +52,8 @@ def test_exp_norm_gauge_is_in_range_with_rows_at_their_norms(b: int) -> None:
 
 def test_a_constant_sigma_reaches_the_range_too() -> None:
     f = random_factors(0, b=4)
-    lora_like = BlockFactors(f.B, torch.full_like(f.sigma, 0.37), f.A, f.scaling)
+    level = (f.A.reshape(3, 4, 8) / f.A.reshape(3, 4, 8).norm(dim=2, keepdim=True)).reshape(3, 32)
+    lora_like = BlockFactors(f.B, torch.full_like(f.sigma, 0.37), level, f.scaling)
     fixed = fix_gauge(lora_like, sigma_transform="exp_norm")
     torch.testing.assert_close(fixed.sigma, torch.full_like(f.sigma, torch.e))
     assert distance(fixed, lora_like) < 1e-13 * lora_like.norm()

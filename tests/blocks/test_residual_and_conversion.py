@@ -78,7 +78,18 @@ def test_the_iterated_svd_of_a_large_target_is_the_dense_one() -> None:
 
 @pytest.mark.parametrize(
     ("b", "to", "rank"),
-    [(4, 4, 3), (4, 8, 3), (4, 1, 12), (4, 2, 12), (8, 4, 12), (8, 1, 24), (2, 3, 6), (1, 8, 3), (6, 4, 12)],
+    [
+        (4, 4, 3),
+        (4, 8, 3),
+        (4, 1, 12),
+        (4, 2, 12),
+        (8, 4, 12),
+        (8, 1, 24),
+        (2, 3, 6),
+        (1, 8, 3),
+        (6, 4, 18),
+        (8, 6, 24),
+    ],
 )
 def test_converting_blocks_is_exact_and_of_the_stated_rank(b: int, to: int, rank: int) -> None:
     f = random_factors(b, 24, 48, b=b)
