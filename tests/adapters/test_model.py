@@ -20,9 +20,6 @@ import bora_fl.adapters.model
 from bora_fl.adapters import BoraConfig, BoraLayer
 from bora_fl.adapters.state import named_layers
 
-# PEFT asks models for an attribute that transformers renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 TOKENS = torch.arange(12).reshape(2, 6)
 
 
