@@ -48,6 +48,50 @@ class Spent(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Budget:
+    """The most that may be spent.
+
+    Args:
+        epsilon: ε, above 0; infinity only keeps the account.
+        delta: δ, in (0, 1).
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon = {self.epsilon}: a budget is above 0")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta = {self.delta}: it is a probability; use a value well below 1 / (number of units)")
+
+
+class BudgetExceeded(RuntimeError):  # noqa: N818  (named for what happened, as it reads in a log)
+    """Training was refused, and nothing was trained: it would have spent more than the budget.
+
+    Args:
+        source: Whose budget it is, for the message.
+        budget: What is allowed.
+        spent: ε spent so far.
+        refused: The steps that were asked for.
+        requested: ε that they would have led to.
+        unit: Whose presence is hidden.
+    """
+
+    def __init__(self, source: str, budget: Budget, spent: float, refused: Spent, requested: float, unit: Unit) -> None:
+        super().__init__(
+            f"privacy budget: {source} allows epsilon = {budget.epsilon:g} per {unit} at delta = {budget.delta:g}; "
+            f"{spent:.4g} is spent, and {refused.steps} more steps (noise multiplier {refused.noise_multiplier:g}, "
+            f"sample rate {refused.sample_rate:g}) would make it {requested:.4g}. Nothing was trained. Take fewer "
+            "steps or rounds, or solve the noise for all of them; a larger budget is the data owner's decision."
+        )
+        self.spent, self.requested, self.budget = spent, requested, budget.epsilon
+
+
+@dataclass(frozen=True)
 class EpsilonSummary:
     """ε over clients: each protects its own units, so the largest is the guarantee and a sum means nothing.
 

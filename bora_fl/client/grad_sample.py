@@ -12,6 +12,8 @@ The last line is `exp_norm`'s; under `identity` dsigma = dSigma. The cost is tha
 result is `r·(m + n)` numbers a sample where its activations are `tokens·(m + n)`: a second backward pass gains nothing.
 """
 
+import math
+
 import torch
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from torch import Tensor, nn
@@ -39,30 +41,66 @@ def adapter_sample_gradients(adapter: BoraAdapter, x: Tensor, dy: Tensor, wanted
         raise ValueError(
             f"bora_dropout={adapter.dropout_p}: per-sample gradients are taken without dropout; set bora_dropout to 0"
         )
-    A, B = adapter.A.detach(), adapter.B.detach()
-    Sigma = adapter.effective_sigma().detach()
-    samples, (b, _, r) = x.shape[0], Sigma.shape
-    x = (
-        x.detach().to(A.dtype).reshape(samples, -1, b, A.shape[1] // b)
-        if x.numel()
-        else x.new_zeros(0, 0, b, A.shape[1] // b)
-    )
-    dy = dy.to(A.dtype).reshape(*x.shape[:2], b, B.shape[0] // b)
-
+    factors = _Factors(adapter)
+    tokens = math.prod(x.shape[1:-1])
+    x = x.detach().to(factors.dtype).reshape(len(x), tokens, factors.b, factors.p)
+    dy = dy.to(factors.dtype).reshape(len(x), tokens, factors.b, factors.q)
+    found = {name: x.new_empty(len(x), *factors.layout(name)) for name in wanted}
+    _fill(factors, x, dy, found)
     gradients = {}
-    if wanted & {"B", "sigma"}:
-        u = torch.einsum("stjp,rjp->stjr", x, A.view(r, b, -1))
-    if "B" in wanted:
-        z = torch.einsum("ijr,stjr->stir", Sigma, u)
-        gradients["B"] = torch.einsum("stiq,stir->siqr", dy, z).reshape(samples, *B.shape) * adapter.scaling
-    if wanted & {"A", "sigma"}:
-        dz = torch.einsum("stiq,iqr->stir", dy, B.view(b, -1, r)) * adapter.scaling
-    if "sigma" in wanted:
-        gradients["sigma"] = _through_transform(adapter, Sigma, torch.einsum("stir,stjr->sijr", dz, u))
     if "A" in wanted:
-        du = torch.einsum("ijr,stir->stjr", Sigma, dz)
-        gradients["A"] = torch.einsum("stjr,stjp->srjp", du, x).reshape(samples, *A.shape)
+        gradients["A"] = found["A"].transpose(1, 2).reshape(-1, *adapter.A.shape)
+    if "sigma" in wanted:
+        gradients["sigma"] = _through_transform(adapter, factors.Sigma, found["sigma"].permute(0, 2, 3, 1))
+    if "B" in wanted:
+        gradients["B"] = found["B"].transpose(2, 3).reshape(-1, *adapter.B.shape)
     return gradients
+
+
+class _Factors:
+    """An adapter's factors in the layouts that the products want."""
+
+    def __init__(self, adapter: BoraAdapter) -> None:
+        A, B, self.Sigma = adapter.A.detach(), adapter.B.detach(), adapter.effective_sigma().detach()
+        self.b, self.r, self.scaling, self.dtype = adapter.num_blocks, adapter.rank, adapter.scaling, A.dtype
+        self.p, self.q = A.shape[1] // self.b, B.shape[0] // self.b
+        self.A = A.view(self.r, self.b, self.p).permute(1, 2, 0).contiguous()  # [b, p, r]
+        self.B = B.view(self.b, self.q, self.r)  # [b, q, r]
+        self.mix = (self.Sigma * self.scaling).permute(2, 0, 1).contiguous()  # [r, i, j]
+        self.mix_back = self.mix.transpose(1, 2).contiguous()  # [r, j, i]
+
+    def layout(self, name: str) -> tuple[int, ...]:
+        """The shape in which one sample's gradient is summed."""
+        b, r = self.b, self.r
+        return {"A": (b, r, self.p), "sigma": (r, b, b), "B": (b, r, self.q)}[name]
+
+
+def _fill(factors: _Factors, x: Tensor, dy: Tensor, out: dict[str, Tensor]) -> None:
+    """Write the gradients of samples, `x [s, t, b, p]` and `dy [s, t, b, q]`, in `_Factors.layout`.
+
+    No factor of a product is copied but the narrow ones: u and dz are `[b, r, s·t]`, z and du `[r, b, s·t]`, so that
+    one sample's tokens are a contiguous row of each.
+    """
+    (samples, tokens, b, _), r = x.shape, factors.r
+    u = _project(x, factors.A) if out.keys() & {"B", "sigma"} else None
+    dz = _project(dy, factors.B) if out.keys() & {"A", "sigma"} else None
+    if "B" in out and u is not None:
+        z = torch.bmm(factors.mix, u.transpose(0, 1)).view(r, b, samples, tokens)
+        for i in range(b):
+            out["B"][:, i] = torch.bmm(z[:, i].transpose(0, 1), dy[:, :, i])
+    if "sigma" in out and u is not None and dz is not None:
+        left, right = (part.view(b, r * samples, tokens) for part in (dz, u))
+        products = torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).view(r, samples, b, b)
+        out["sigma"].copy_(products.transpose(0, 1)).mul_(factors.scaling)
+    if "A" in out and dz is not None:
+        du = torch.bmm(factors.mix_back, dz.transpose(0, 1)).view(r, b, samples, tokens)
+        for j in range(b):
+            out["A"][:, j] = torch.bmm(du[:, j].transpose(0, 1), x[:, :, j])
+
+
+def _project(blocks: Tensor, factor: Tensor) -> Tensor:
+    """Multiply `[s, t, b, width]` by `[b, width, r]`, laid out `[b, r, s·t]`."""
+    return torch.bmm(blocks.flatten(0, 1).transpose(0, 1), factor).transpose(1, 2).contiguous()
 
 
 def _through_transform(adapter: BoraAdapter, Sigma: Tensor, dSigma: Tensor) -> Tensor:

@@ -14,51 +14,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bora_fl.accounting import Accountant, Spent, Unit, epsilon, merge_history
+from bora_fl.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
 
 _VERSION = 1
-
-
-class BudgetExceeded(RuntimeError):  # noqa: N818  (named for what happened, as it reads in a log)
-    """Training was refused, and nothing was trained: it would have spent more than the budget.
-
-    Attributes:
-        spent: ε spent so far.
-        requested: ε that the refused steps would have led to.
-        budget: ε allowed.
-    """
-
-    def __init__(self, message: str, spent: float, requested: float, budget: float) -> None:
-        super().__init__(message)
-        self.spent, self.requested, self.budget = spent, requested, budget
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most that may be spent on a data set.
-
-    Args:
-        epsilon: ε, above 0; infinity only keeps the account.
-        delta: δ, in (0, 1).
-
-    Raises:
-        ValueError: If one is out of range.
-    """
-
-    epsilon: float
-    delta: float
-
-    def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon = {self.epsilon}: a budget is above 0")
-        if not 0 < self.delta < 1:
-            raise ValueError(
-                f"delta = {self.delta}: it is a probability; use a value well below 1 / (number of records)"
-            )
 
 
 class Ledger:
@@ -131,7 +92,8 @@ class Ledger:
             for budget, source in self._budgets():
                 reached.append(epsilon(after, budget.delta, self._accountant))
                 if reached[-1] > budget.epsilon:
-                    raise self._refusal(before, after, budget, source, reached[-1])
+                    spent = epsilon(before, budget.delta, self._accountant)
+                    raise BudgetExceeded(source, budget, spent, after[-1], reached[-1], self.unit)
             self._write([*entries, (self._run, after[-1])])
         return reached[0]
 
@@ -151,19 +113,6 @@ class Ledger:
                 yield Budget(**json.loads(limit.read_text())), f"the site's limit ({limit})"
             except (TypeError, ValueError) as error:
                 raise ValueError(f'{limit}: {error}; write {{"epsilon": 8.0, "delta": 1e-5}}') from error
-
-    def _refusal(
-        self, before: list[Spent], after: list[Spent], budget: Budget, source: str, requested: float
-    ) -> BudgetExceeded:
-        spent = epsilon(before, budget.delta, self._accountant)
-        last = after[-1]
-        message = (
-            f"privacy budget: {source} allows epsilon = {budget.epsilon:g} per {self.unit} at delta = {budget.delta:g};"
-            f" {spent:.4g} is spent, and {last.steps} more steps (noise multiplier {last.noise_multiplier:g}, sample "
-            f"rate {last.sample_rate:g}) would make it {requested:.4g}. Nothing was trained. Take fewer steps or rounds"
-            ", or solve the noise for all of them; a larger budget is the data owner's decision."
-        )
-        return BudgetExceeded(message, spent, requested, budget.epsilon)
 
     def _read(self) -> list[tuple[str, Spent]]:
         if not self._file.exists():

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bora_fl.accounting import Budget, BudgetExceeded
 from bora_fl.adapters.layer import BoraAdapter
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.client.ledger import Budget, BudgetExceeded, Ledger, fingerprint
+from bora_fl.client.ledger import Ledger, fingerprint
 from bora_fl.gaussian import SeededRandomness, SystemRandomness, poisson_sample
 from tests.client.toy_model import Toy, collate, losses, make_records
 
