@@ -1,0 +1,238 @@
+"""The cells of a comparison: which runs there are, and which there cannot be."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from bora_fl.config import ConfigError, Scalar, Settings, parse
+from bora_fl.models import peft_config
+from bora_fl.simulations.scenarios import Scenario, near_misses, scenario
+from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.presets import PRESETS
+
+# Methods with what they need to train well from the defaults, which are made for low-rank adapters.
+METHODS: dict[str, dict[str, Scalar]] = {
+    "bora": {},
+    "lora": {},
+    "dora": {},
+    "gralora": {},
+    "lokr": {},
+    "vera": {"train.learning-rate": 2e-2},  # it trains two vectors a layer, which must move far
+    "hra": {},
+    "full": {"train.learning-rate": 5e-5},  # weights that are trained already
+}
+# What a comparison sets itself: its axes, and where and how cells run.
+AXES = {
+    "strategy.name": "--strategies",
+    "adapter.method": "--methods",
+    "run.seed": "--seeds",
+    "run.output-dir": "--output",
+    "run.resume": "nothing: finished cells are kept, others start anew",
+    "run.threads": "--threads",
+    "data.num-partitions": "--clients",
+}
+_NO_IDENTITY = ("run.output-dir", "run.threads", "run.resume", "run.keep-checkpoints")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: an adapter method under a strategy."""
+
+    method: str
+    strategy: str
+
+    @property
+    def personal(self) -> bool:
+        """Whether clients keep some of what they train, so that the server's own model is not the result."""
+        row = PRESETS[self.strategy]
+        return any(parts - row.shares for parts in row.schedule)
+
+    def __str__(self) -> str:
+        return f"{self.method}/{self.strategy}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a variant in a scenario with a seed.
+
+    Attributes:
+        scenario: Name of the scenario.
+        variant: Method and strategy.
+        seed: The run seed: the partition, the clients sampled, the order of the data and all noise derive from it.
+        num_clients: Number of clients.
+        node_configs: More node config by partition.
+        settings: Everything else.
+        root: The comparison's folder.
+    """
+
+    scenario: str
+    variant: Variant
+    seed: int
+    num_clients: int
+    settings: Settings
+    root: Path
+    node_configs: dict[int, dict[str, Scalar]] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """What decides the result; a finished cell of the same identity is not run again."""
+        config = {key: value for key, value in self.settings.flat().items() if key not in _NO_IDENTITY}
+        ranks = {str(i): node["rank"] for i, node in self.node_configs.items()}
+        return {"config": config, "num_clients": self.num_clients, "ranks": ranks}
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the cell runs; other settings make another folder, so that no result is ever overwritten."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{self.variant.method}-{self.variant.strategy}"
+        return self.root / "cells" / self.scenario / name / f"seed-{self.seed}-{digest}"
+
+    @property
+    def run_settings(self) -> Settings:
+        """The settings with the cell's own folder."""
+        return parse(self.settings.flat() | {"run.output-dir": str(self.folder)})
+
+    @property
+    def cost(self) -> float:
+        """Client steps in all: what the estimate of the time left goes by."""
+        s = self.settings
+        a_round = max(1.0, s.strategy.fraction_train * self.num_clients) * max(s.train.local_steps, 1)
+        return s.run.num_rounds * a_round
+
+    def __str__(self) -> str:
+        return f"{self.scenario} {self.variant} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells, in the order in which they run, and what cannot run, with the reason."""
+
+    cells: list[Cell]
+    left_out: dict[tuple[str, Variant], str]
+    scenarios: list[Scenario]
+    variants: list[Variant]
+
+    def label(self, variant: Variant) -> str:
+        """A variant's name in tables: without the method where all have the same, starred if it is personal."""
+        name = variant.strategy if len({v.method for v in self.variants}) == 1 else str(variant)
+        return f"{name} *" if variant.personal else name
+
+    def reasons(self) -> list[str]:
+        """What is left out and why, a line for each variant and reason."""
+        where: dict[tuple[Variant, str], list[str]] = {}
+        for (name, variant), reason in self.left_out.items():
+            where.setdefault((variant, reason), []).append(name)
+        return [
+            f"{variant} in {'every scenario' if len(names) == len(self.scenarios) else ', '.join(names)}: {reason}"
+            for (variant, reason), names in where.items()
+        ]
+
+
+def plan(
+    base: dict[str, Scalar],
+    *,
+    strategies: Sequence[str],
+    scenarios: Sequence[str],
+    methods: Sequence[str],
+    seeds: int,
+    clients: int,
+    root: Path,
+    threads: int,
+    chosen: dict[str, Scalar] | None = None,
+) -> Plan:
+    """Lay out a comparison.
+
+    Args:
+        base: Run config of all cells, before the scenario's own keys.
+        strategies: Names of presets, or ``all``.
+        scenarios: Names of scenarios.
+        methods: Adapter methods.
+        seeds: Seeds 0 … seeds - 1.
+        clients: Number of clients where the scenario has no number of its own.
+        root: The comparison's folder.
+        threads: Torch threads per cell.
+        chosen: The user's own run config; it wins over `base` and over what a method needs.
+
+    Returns:
+        The plan. The cells of one scenario, seed and method are neighbours, so that a worker finds the base model and
+        the data in memory.
+
+    Raises:
+        ConfigError: For unknown names, keys that are axes of the comparison, or if nothing at all can run.
+    """
+    chosen = chosen or {}
+    rows = [scenario(name) for name in dict.fromkeys(scenarios)]
+    _check_chosen(chosen, rows)
+    variants = [Variant(m, s) for m in dict.fromkeys(methods) for s in _strategies(strategies)]
+    for name, value in (("--seeds", seeds), ("--clients", clients), ("--threads", threads)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: give at least 1")
+    left_out: dict[tuple[str, Variant], str] = {}
+    cells = []
+    for row in rows:
+        for seed in range(seeds):
+            for variant in variants:
+                own: dict[str, Scalar] = {
+                    "strategy.name": variant.strategy,
+                    "adapter.method": variant.method,
+                    "run.seed": seed,
+                    "run.threads": threads,
+                    "run.keep-checkpoints": 1,
+                }
+                flat = base | METHODS.get(variant.method, {}) | chosen | own
+                settings = row.settings(parse(flat))
+                num_clients = row.clients(clients)
+                node_configs = row.node_configs(num_clients, settings.adapter.rank)
+                if reason := _impossible(settings, variant, bool(node_configs)):
+                    left_out[row.name, variant] = reason
+                    continue
+                cells.append(Cell(row.name, variant, seed, num_clients, settings, root, node_configs))
+    result = Plan(cells, left_out, rows, variants)
+    if not cells:
+        raise ConfigError("\n".join(result.reasons()))
+    return result
+
+
+def _strategies(names: Sequence[str]) -> list[str]:
+    if list(names) == ["all"]:
+        return list(PRESETS)
+    for name in names:
+        if name not in PRESETS:
+            raise ConfigError(f"--strategies {name!r}: no such strategy; {near_misses(name, [*PRESETS, 'all'])}")
+    return list(dict.fromkeys(names))
+
+
+def _check_chosen(chosen: dict[str, Scalar], scenarios: Sequence[Scenario]) -> None:
+    problems = [
+        f"{key} = {chosen[key]!r}: a comparison sets it itself; use {option}"
+        for key, option in AXES.items()
+        if key in chosen
+    ]
+    for key in sorted(chosen):
+        owners = ", ".join(row.name for row in scenarios if key in row.overrides)
+        problems += [f"{key} = {chosen[key]!r}: set by {owners}; leave out the key or the scenarios"] if owners else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _impossible(settings: Settings, variant: Variant, mixed_ranks: bool) -> str:
+    """Why a variant cannot run under these settings; empty if it can."""
+    if variant.method not in {*METHODS, "full"}:
+        peft_config(settings.adapter, settings.model)  # names the methods there are if this is none
+    try:
+        build(
+            settings.strategy,
+            adapter_method=variant.method,
+            sigma_transform=settings.adapter.sigma_transform,
+            seed=settings.run.seed,
+        )
+    except ValueError as error:
+        return str(error)
+    if mixed_ranks and PRESETS[variant.strategy].same_rank:
+        return f"clients have different ranks: {PRESETS[variant.strategy].same_rank}"
+    if mixed_ranks and variant.method not in {"bora", "lora"}:
+        return "clients have different ranks, and this method has no factors to cut"
+    return ""

@@ -1,0 +1,173 @@
+"""``bora-fl compare``: strategies × scenarios × seeds, on the in-process engine."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bora_fl.config import ConfigError, Scalar
+from bora_fl.simulations.scenarios import SCENARIOS, near_misses
+
+if TYPE_CHECKING:
+    from bora_fl.simulations.results import Results
+
+# Clients are evaluated after the merge, not before they train: the last round counts too.
+BASE: dict[str, Scalar] = {
+    "strategy.fraction-evaluate": 1.0,
+    "strategy.evaluate-in-train": False,
+    "train.local-steps": 15,
+    "run.num-rounds": 8,
+    "data.max-test-examples": 2000,
+}
+# Made to fit 72 runs of eight strategies into ten minutes on two cores: short sequences, small batches, few rounds of
+# enough steps for clients to drift apart, and evaluation at the end only.
+QUICK: dict[str, Scalar] = BASE | {
+    "model.max-length": 24,
+    "train.batch-size": 8,
+    "train.local-steps": 8,
+    "run.num-rounds": 3,
+    "run.evaluate-every": 3,
+    "data.max-train-examples": 3000,
+    "data.max-test-examples": 600,
+    "data.evaluation-fraction": 0.05,
+}
+QUICK_STRATEGIES = "fedavg,ffa,flora,flexlora,fedex,rolora,cyclic,refactor"
+QUICK_SCENARIOS = "dirichlet-0.1,dirichlet-1,dirichlet-100"
+QUICK_CLIENTS, CLIENTS = 4, 8
+
+console = Console()
+
+
+def compare(
+    output: Annotated[Path, typer.Option(help="folder of the cells and the report; run again to go on")] = Path(
+        "runs/compare"
+    ),
+    strategies: Annotated[str, typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them")] = "",
+    scenarios: Annotated[str, typer.Option(help="comma-separated, or all; --list shows them")] = "",
+    methods: Annotated[
+        str, typer.Option(help="comma-separated: bora, lora, dora, gralora, lokr, vera, hra, full or another of PEFT")
+    ] = "bora",
+    seeds: Annotated[int, typer.Option(help="number of seeds, from 0")] = 3,
+    clients: Annotated[
+        int, typer.Option(help="clients where the scenario has no number of its own; 0 is 8, quick 4")
+    ] = 0,
+    baseline: Annotated[str, typer.Option(help="strategy, or method/strategy, that differences are from")] = "fedavg",
+    target: Annotated[float, typer.Option(help="accuracy for bytes to target; 0 is the baseline's own")] = 0.0,
+    workers: Annotated[int, typer.Option(help="runs at once; 0 is cores divided by --threads")] = 0,
+    threads: Annotated[int, typer.Option(help="torch threads per run")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="a reduced comparison, ten minutes on two cores")] = False,
+    list_scenarios: Annotated[bool, typer.Option("--list", help="list the scenarios and stop")] = False,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option("--run-config", "-c", help="key=value for all runs, may be given several times"),
+    ] = None,
+) -> None:
+    """Compare strategies, and adapter methods, across non-IID scenarios and seeds.
+
+    Writes results.csv, results.json, table.md, report.html and PNGs. A run that is finished is not run again; a crash
+    loses one run and stands in the report with its reason.
+    """
+    if list_scenarios:
+        _show_scenarios()
+        return
+    # The rest needs torch, which the command's help does not.
+    from bora_fl.cli import overrides
+    from bora_fl.data import fetch
+    from bora_fl.simulations import report, results
+    from bora_fl.simulations.cells import plan
+    from bora_fl.simulations.sweep import sweep
+
+    chosen = overrides(run_config)
+    if not 0 <= target <= 1:
+        raise ConfigError(f"--target {target:g}: an accuracy is between 0 and 1; 0 takes the baseline's own")
+    if workers < 0:
+        raise ConfigError(f"--workers {workers}: give at least 1, or 0 for cores divided by --threads")
+    laid_out = plan(
+        QUICK if quick else BASE,
+        strategies=_names("--strategies", strategies or (QUICK_STRATEGIES if quick else "all")),
+        scenarios=_scenario_names(scenarios or (QUICK_SCENARIOS if quick else "all")),
+        methods=_names("--methods", methods),
+        seeds=seeds,
+        clients=clients or (QUICK_CLIENTS if quick else CLIENTS),
+        root=output.expanduser().resolve(),
+        threads=threads,
+        chosen=chosen,
+    )
+    reference = _baseline(baseline, [str(v) for v in laid_out.variants])
+    for data in {cell.settings.data.name for cell in laid_out.cells}:
+        if data.startswith("embedded:"):
+            fetch(data)  # once, before the workers ask for it
+    for reason in laid_out.reasons():
+        console.print(f"left out: {reason}", highlight=False, markup=False)
+    at_once = min(workers or max(1, _cores() // threads), len(laid_out.cells))
+    root = laid_out.cells[0].root
+    console.print(f"{len(laid_out.cells)} runs, {at_once} at once, in {root}", highlight=False, soft_wrap=True)
+    sweep(laid_out.cells, root, workers=at_once, threads=threads, console=console)
+    found = results.collect(laid_out, next(v for v in laid_out.variants if str(v) == reference), target or None)
+    paths = [*results.write(found, root), *report.write(found, root)]
+    _show(found)
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    if found.failures:
+        console.print(f"[bold red]{len(found.failures)} of {len(found.outcomes)} runs failed[/]; see report.html")
+        sys.exit(1)
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"{option} {text!r}: name at least one")
+    return names
+
+
+def _scenario_names(text: str) -> list[str]:
+    names = _names("--scenarios", text)
+    return list(SCENARIOS) if names == ["all"] else names
+
+
+def _baseline(name: str, variants: list[str]) -> str:
+    for variant in variants:
+        if name in (variant, variant.partition("/")[2]):
+            return variant
+    known = [*variants, *dict.fromkeys(v.partition("/")[2] for v in variants)]
+    raise ConfigError(f"--baseline {name!r}: it is not among what is compared; {near_misses(name, known)}")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _show_scenarios() -> None:
+    table = Table("name", "what it is", "clients", title="scenarios")
+    for row in SCENARIOS.values():
+        table.add_row(row.name, row.summary, str(row.num_clients or "--clients"))
+    table.add_row("dirichlet-<alpha>", "label skew for any alpha", "--clients")
+    console.print(table)
+
+
+def _show(found: "Results") -> None:
+    from bora_fl.simulations.figures import interval
+
+    for scenario in found.plan.scenarios:
+        if not (summaries := found.of(scenario.name)):
+            continue
+        table = Table(title=f"{scenario.name}: {scenario.summary}", box=box.SIMPLE)
+        for name in ("strategy", "accuracy %", "difference", "worst client %", "merge error %", "MB"):
+            table.add_column(name, no_wrap=True, justify="left" if name == "strategy" else "right")
+        for s in summaries:
+            table.add_row(
+                found.plan.label(s.variant),
+                interval(s.accuracy, 100),
+                interval(s.difference, 100, sign=True),
+                interval(s.client_accuracy_min, 100),
+                interval(s.merge_error, 100, 2),
+                interval(s.megabytes, digits=2),
+            )
+        console.print(table)

@@ -1,0 +1,205 @@
+"""The report of a comparison: one HTML file that needs nothing beside it, and a Markdown table to paste."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from bora_fl.simulations.figures import draw, interval
+from bora_fl.simulations.results import Results, Summary
+
+_COLUMNS = (
+    "strategy",
+    "accuracy %",
+    "difference, points",
+    "clients' mean %",
+    "worst client %",
+    "spread over clients",
+    "merge error %",
+    "rank",
+    "MB",
+    "MB to target",
+    "seconds",
+    "server seconds",
+)
+_NOTES = (
+    "Accuracy is of the server's model on the central test set after the last round. A difference is paired by seed "
+    "with the baseline {baseline} and bold where its interval excludes zero; nothing is corrected for the number of "
+    "comparisons.",
+    "± is half a 95 % Student t interval over seeds. Runs with one seed share the partition, the clients sampled, the "
+    "order of the data and the initial adapter.",
+    "Strategies marked * keep part of the adapter on the clients: no server model is their result, and their "
+    "difference and bytes to target are of the clients' mean.",
+    "Clients' mean, worst client and spread (standard deviation, points) are on what each client holds out, after the "
+    "last merge.",
+    "Merge error is ‖adapter + folds - mean of the clients' products‖ / ‖that mean‖, mean over rounds. Bytes are the "
+    "arrays of training rounds. Seconds are wall clock, of cells that shared the machine: compare them loosely.",
+    "MB to target: bytes until the first evaluation at the target accuracy or above, over the seeds that got there.",
+)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { cursor: pointer; background: #f5f5f5; }
+img { max-width: 100%; } .wide { overflow-x: auto; } .note { color: #555; font-size: 13px; }
+"""
+_SORT = """
+document.querySelectorAll('th').forEach(th => th.addEventListener('click', () => {
+  const body = th.closest('table').tBodies[0], text = row => row.cells[th.cellIndex].textContent;
+  const number = row => { const v = parseFloat(text(row)); return isNaN(v) ? -1e99 : v; };
+  const up = th.dataset.up = th.dataset.up ? '' : '1';
+  const compare = th.cellIndex ? (a, b) => number(a) - number(b) : (a, b) => text(a).localeCompare(text(b));
+  [...body.rows].sort((a, b) => (up ? 1 : -1) * compare(a, b)).forEach(row => body.append(row));
+}));
+"""
+
+
+def markdown(results: Results) -> str:
+    """Accuracy by variant and scenario, the differences from the baseline, and a table per scenario."""
+    scenarios = [row.name for row in results.plan.scenarios if results.of(row.name)]
+    lines = ["## Accuracy after the last round (%), mean ± 95 % interval", ""]
+    lines += _table(["strategy", *scenarios], _overview(results, scenarios, difference=False))
+    lines += ["", f"## Difference from {results.plan.label(results.baseline)} (points), paired by seed", ""]
+    lines += _table(["strategy", *scenarios], _overview(results, scenarios, difference=True))
+    for scenario in results.plan.scenarios:
+        if summaries := results.of(scenario.name):
+            lines += ["", f"## {scenario.name}: {scenario.summary}", ""]
+            lines += _table(_COLUMNS, [_details(s, results) for s in summaries])
+    lines += [""] + [f"- {note.format(baseline=results.plan.label(results.baseline))}" for note in _NOTES]
+    if results.failures:
+        lines += ["", "## Without a result", ""] + [f"- {cell}: {reason}" for cell, reason in results.failures]
+    return "\n".join(lines) + "\n"
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write ``report.html``, ``table.md`` and the PNGs.
+
+    Returns:
+        The paths of the report and the table.
+    """
+    figures = draw(results, folder)
+    report, table = folder / "report.html", folder / "table.md"
+    report.write_text(_page(results, figures), encoding="utf-8")
+    table.write_text(markdown(results), encoding="utf-8")
+    return [report, table]
+
+
+def _overview(results: Results, scenarios: Sequence[str], *, difference: bool) -> list[list[str]]:
+    found = {(s.scenario, s.variant): s for s in results.summaries}
+    best = {name: max((s.accuracy.mean for s in results.of(name) if s.accuracy), default=0.0) for name in scenarios}
+    rows = []
+    for variant in results.plan.variants:
+        cells = []
+        for name in scenarios:
+            summary = found.get((name, variant))
+            if summary is None:
+                cells.append("-")
+            elif difference:
+                cells.append(_difference(summary))
+            else:
+                text = interval(summary.accuracy, 100)
+                cells.append(f"**{text}**" if summary.accuracy and summary.accuracy.mean == best[name] else text)
+        rows.append([results.plan.label(variant), *cells])
+    return rows
+
+
+def _details(summary: Summary, results: Results) -> list[str]:
+    to_target = interval(summary.megabytes_to_target, digits=2)
+    if summary.reached < len(summary.seeds):
+        to_target = f"{to_target} ({summary.reached}/{len(summary.seeds)} seeds)"
+    return [
+        results.plan.label(summary.variant),
+        interval(summary.accuracy, 100),
+        _difference(summary),
+        interval(summary.client_accuracy, 100),
+        interval(summary.client_accuracy_min, 100),
+        interval(summary.client_accuracy_sd, 100),
+        interval(summary.merge_error, 100, 2),
+        interval(summary.rank),
+        interval(summary.megabytes, digits=2),
+        to_target,
+        interval(summary.seconds),
+        interval(summary.server_seconds, digits=2),
+    ]
+
+
+def _difference(summary: Summary) -> str:
+    text = interval(summary.difference, 100, sign=True)
+    return f"**{text}**" if summary.difference is not None and summary.difference.excludes_zero else text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _page(results: Results, figures: dict[str, list[tuple[str, Figure]]]) -> str:
+    scenarios = [row for row in results.plan.scenarios if results.of(row.name)]
+    names = [row.name for row in scenarios]
+    seeds = len({cell.seed for cell in results.plan.cells})
+    finished = len(results.outcomes) - len(results.failures)
+    parts = [
+        f"<h1>Federated fine-tuning, compared</h1><p>{len(results.plan.variants)} variants, "
+        f"{len(results.plan.scenarios)} scenarios, {seeds} seeds each; {finished} of {len(results.outcomes)} runs "
+        f"finished; baseline {html.escape(results.plan.label(results.baseline))}.</p>",
+        "<h2>Accuracy after the last round (%)</h2>",
+        _html_table(["strategy", *names], _overview(results, names, difference=False)),
+        f"<h2>Difference from {html.escape(results.plan.label(results.baseline))} (points)</h2>",
+        _html_table(["strategy", *names], _overview(results, names, difference=True)),
+    ]
+    for scenario in scenarios:
+        target = next((s.target for s in results.of(scenario.name) if not s.variant.personal), None)
+        parts.append(f"<h2>{html.escape(scenario.name)}: {html.escape(scenario.summary)}</h2>")
+        parts.append(f"<p class=note>Target accuracy: {'-' if target is None else f'{100 * target:.1f} %'}</p>")
+        parts += [_image(figure, f"{scenario.name}: {name}") for name, figure in figures[scenario.name]]
+        parts.append(_html_table(_COLUMNS, [_details(s, results) for s in results.of(scenario.name)]))
+    if results.failures:
+        items = "".join(f"<li>{html.escape(f'{cell}: {reason}')}</li>" for cell, reason in results.failures)
+        parts.append(f"<h2>Without a result</h2><ul>{items}</ul>")
+    if results.plan.left_out:
+        items = "".join(f"<li>{html.escape(reason)}</li>" for reason in results.plan.reasons())
+        parts.append(f"<h2>Left out</h2><ul>{items}</ul>")
+    notes = "".join(
+        f"<li>{html.escape(note.format(baseline=results.plan.label(results.baseline)))}</li>" for note in _NOTES
+    )
+    parts += [f"<h2>How to read this</h2><ul class=note>{notes}</ul>", _settings(results)]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>bora-fl compare</title>'
+        f"<style>{_STYLE}</style></head><body>{body}<script>{_SORT}</script></body></html>\n"
+    )
+
+
+def _settings(results: Results) -> str:
+    """The run config that all cells share."""
+    configs = [cell.identity["config"] for cell in results.plan.cells]
+    first = configs[0] if isinstance(configs[0], dict) else {}
+    shared = {
+        key: value for key, value in first.items() if all(c[key] == value for c in configs if isinstance(c, dict))
+    }
+    lines = "\n".join(f"{key} = {value}" for key, value in shared.items())
+    return f"<details><summary>Settings that all runs share</summary><pre>{html.escape(lines)}</pre></details>"
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cell(text: str) -> str:
+        strong = text.startswith("**")
+        text = html.escape(text.strip("*") if strong else text)
+        return f"<td><b>{text}</b></td>" if strong else f"<td>{text}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _image(figure: Figure, description: str) -> str:
+    """An SVG as a data URL: sharp at any size, and its ids cannot clash with another's."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bora-fl"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue().encode()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}">'

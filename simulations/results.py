@@ -1,0 +1,289 @@
+"""What the cells measured: rows by round, and their summary over seeds."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bora_fl import tracking
+from bora_fl.simulations.cells import Cell, Plan, Variant
+from bora_fl.simulations.statistics import Estimate, estimate, paired, spread
+from bora_fl.simulations.sweep import outcome
+
+
+@dataclass(frozen=True)
+class Row:
+    """One round of one cell; bytes and seconds add up from the first round on.
+
+    Attributes:
+        scenario: Name of the scenario.
+        method: Adapter method.
+        strategy: Name of the strategy.
+        seed: Run seed.
+        round: From 1.
+        accuracy: Of the server's model on the central test set; None in rounds without evaluation, and for strategies
+            whose result lies with the clients.
+        loss: Likewise.
+        train_loss: Mean over clients of the loss while training.
+        client_accuracy: Mean over clients, by examples, on what each held out, after the merge.
+        client_accuracy_min: The worst client's.
+        client_accuracy_sd: Standard deviation over clients.
+        merge_error: ‖what clients receive next - mean of their products‖ / ‖mean of their products‖.
+        rank: Of the adapter, mean over layers.
+        bytes_up: All clients to the server.
+        bytes_down: The server to all clients, evaluation left out.
+        seconds: Wall clock.
+        server_seconds: Of merging.
+        clients: Replies that were merged.
+        rejected: Replies set aside.
+    """
+
+    scenario: str
+    method: str
+    strategy: str
+    seed: int
+    round: int
+    accuracy: float | None
+    loss: float | None
+    train_loss: float | None
+    client_accuracy: float | None
+    client_accuracy_min: float | None
+    client_accuracy_sd: float | None
+    merge_error: float | None
+    rank: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    server_seconds: float
+    clients: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A variant in a scenario over the seeds that ran to their end.
+
+    Attributes:
+        scenario: Name of the scenario.
+        variant: Method and strategy.
+        seeds: The seeds that finished.
+        accuracy: After the last round, on the central test set.
+        difference: Of that, paired by seed, from the baseline; of the clients' mean for personal strategies.
+        client_accuracy: After the last round, mean over clients.
+        client_accuracy_min: After the last round, the worst client.
+        client_accuracy_sd: After the last round, spread over clients.
+        merge_error: Mean over rounds.
+        rank: After the last round.
+        seconds: Of the whole run.
+        server_seconds: Of all merges.
+        megabytes: Up and down, 10⁶ bytes.
+        target: The accuracy to reach: the user's, else the baseline's mean at the end, measured as `difference` is.
+        megabytes_to_target: Up and down until the first evaluation at or above it, over the seeds that got there.
+        reached: How many seeds got there.
+    """
+
+    scenario: str
+    variant: Variant
+    seeds: list[int]
+    accuracy: Estimate | None
+    difference: Estimate | None
+    client_accuracy: Estimate | None
+    client_accuracy_min: Estimate | None
+    client_accuracy_sd: Estimate | None
+    merge_error: Estimate | None
+    rank: Estimate | None
+    seconds: Estimate | None
+    server_seconds: Estimate | None
+    megabytes: Estimate | None
+    target: float | None
+    megabytes_to_target: Estimate | None
+    reached: int
+
+
+def rows_of(cell: Cell) -> list[Row]:
+    """The rounds of one cell, from its ``metrics.jsonl``."""
+    every, last = cell.settings.run.evaluate_every, cell.settings.run.num_rounds
+    up = down = 0
+    seconds = server_seconds = 0.0
+    rows = []
+    for found in tracking.read(cell.folder / "metrics.jsonl"):
+        central = (found["round"] % every == 0 or found["round"] == last) and not cell.variant.personal
+        clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
+        up, down = up + found["bytes_up"], down + found["bytes_down"]
+        seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]
+        rows.append(
+            Row(
+                cell.scenario,
+                cell.variant.method,
+                cell.variant.strategy,
+                cell.seed,
+                found["round"],
+                accuracy=found["accuracy"] if central else None,
+                loss=found["loss"] if central else None,
+                train_loss=found["train_loss"],
+                client_accuracy=found["client_accuracy"],
+                client_accuracy_min=found["client_accuracy_min"],
+                client_accuracy_sd=spread(clients) if clients else None,
+                merge_error=found["strategy"].get("merge_error") if "rank" in found["strategy"] else None,
+                rank=found["strategy"].get("rank"),
+                bytes_up=up,
+                bytes_down=down,
+                seconds=seconds,
+                server_seconds=server_seconds,
+                clients=found["clients"],
+                rejected=found["rejected"],
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report is made of.
+
+    Attributes:
+        plan: What was to run.
+        outcomes: Each cell and how it ended.
+        rows: Of the finished cells.
+        summaries: Scenario by scenario, in the plan's order.
+        baseline: What differences are from.
+    """
+
+    plan: Plan
+    outcomes: list[tuple[Cell, dict[str, Any]]]
+    rows: list[Row]
+    summaries: list[Summary]
+    baseline: Variant
+
+    def of(self, scenario: str) -> list[Summary]:
+        """The summaries of a scenario."""
+        return [summary for summary in self.summaries if summary.scenario == scenario]
+
+    def curves(self, scenario: str, variant: Variant) -> list[list[Row]]:
+        """The rows of a variant in a scenario, a list per seed."""
+        seeds: dict[int, list[Row]] = {}
+        for row in self.rows:
+            if row.scenario == scenario and Variant(row.method, row.strategy) == variant:
+                seeds.setdefault(row.seed, []).append(row)
+        return list(seeds.values())
+
+    @property
+    def failures(self) -> list[tuple[Cell, str]]:
+        """The cells without a result, with the reason."""
+        return [(cell, str(end["reason"])) for cell, end in self.outcomes if end["status"] != "finished"]
+
+
+def collect(plan: Plan, baseline: Variant, target: float | None = None) -> Results:
+    """Read all cells and summarize them.
+
+    Args:
+        plan: The comparison.
+        baseline: What differences are from.
+        target: The accuracy that ``megabytes_to_target`` asks for; None is the baseline's own.
+    """
+    outcomes = [(cell, outcome(cell)) for cell in plan.cells]
+    cells: dict[tuple[str, Variant], dict[int, list[Row]]] = {}
+    for cell, end in outcomes:
+        if end["status"] == "finished":
+            cells.setdefault((cell.scenario, cell.variant), {})[cell.seed] = rows_of(cell)
+    summaries: list[Summary] = []
+    for scenario in plan.scenarios:
+        reference = cells.get((scenario.name, baseline), {})
+        summaries += [
+            _summarize(scenario.name, variant, seeds, reference, target)
+            for variant in plan.variants
+            if (seeds := cells.get((scenario.name, variant)))
+        ]
+    rows = [row for seeds in cells.values() for one in seeds.values() for row in one]
+    return Results(plan, outcomes, rows, summaries, baseline)
+
+
+def _summarize(
+    scenario: str,
+    variant: Variant,
+    seeds: Mapping[int, Sequence[Row]],
+    reference: Mapping[int, Sequence[Row]],
+    target: float | None,
+) -> Summary:
+    def last(field: str) -> Estimate | None:
+        return estimate(_last(seeds, field).values())
+
+    # At the server, or at the clients if they keep some of the result.
+    measure = "client_accuracy" if variant.personal else "accuracy"
+    theirs = _last(reference, measure)
+    if target is None and theirs:
+        target = sum(theirs.values()) / len(theirs)
+    errors = {seed: [r.merge_error for r in rows if r.merge_error is not None] for seed, rows in seeds.items()}
+    spent = [
+        next((r for r in rows if target is not None and (getattr(r, measure) or 0.0) >= target), None)
+        for rows in seeds.values()
+    ]
+    to_target = [(row.bytes_up + row.bytes_down) / 1e6 for row in spent if row is not None]
+    return Summary(
+        scenario,
+        variant,
+        sorted(seeds),
+        accuracy=last("accuracy"),
+        difference=None if seeds is reference else paired(_last(seeds, measure), theirs),
+        client_accuracy=last("client_accuracy"),
+        client_accuracy_min=last("client_accuracy_min"),
+        client_accuracy_sd=last("client_accuracy_sd"),
+        merge_error=estimate([sum(e) / len(e) for e in errors.values() if e]),
+        rank=last("rank"),
+        seconds=last("seconds"),
+        server_seconds=last("server_seconds"),
+        megabytes=estimate([(rows[-1].bytes_up + rows[-1].bytes_down) / 1e6 for rows in seeds.values()]),
+        target=target,
+        megabytes_to_target=estimate(to_target),
+        reached=len(to_target),
+    )
+
+
+def _last(seeds: Mapping[int, Sequence[Row]], field: str) -> dict[int, float]:
+    """A field after the last round, by seed, where it was measured."""
+    found = {seed: getattr(rows[-1], field) for seed, rows in seeds.items()}
+    return {seed: float(value) for seed, value in found.items() if value is not None}
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write ``results.csv`` (a line per round of each cell) and ``results.json`` (summaries, cells, what is left out).
+
+    Returns:
+        The two paths.
+    """
+    csv_path, json_path = folder / "results.csv", folder / "results.json"
+    names = list(Row.__dataclass_fields__)
+    with csv_path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in results.rows)
+    content = {
+        "format": 1,
+        "baseline": str(results.baseline),
+        "scenarios": {row.name: row.summary for row in results.plan.scenarios},
+        "summaries": [asdict(summary) for summary in results.summaries],
+        "left_out": _left_out(results.plan.left_out.items()),
+        "cells": [
+            {
+                "scenario": cell.scenario,
+                "method": cell.variant.method,
+                "strategy": cell.variant.strategy,
+                "seed": cell.seed,
+                "folder": str(cell.folder.relative_to(cell.root)),
+                "status": end["status"],
+                "reason": end["reason"],
+                "seconds": end.get("seconds"),
+                "versions": end.get("versions"),
+                **cell.identity,
+            }
+            for cell, end in results.outcomes
+        ],
+    }
+    json_path.write_text(json.dumps(content, indent=1) + "\n")
+    return [csv_path, json_path]
+
+
+def _left_out(items: Iterable[tuple[tuple[str, Variant], str]]) -> list[dict[str, str]]:
+    return [{"scenario": scenario, "variant": str(variant), "reason": reason} for (scenario, variant), reason in items]

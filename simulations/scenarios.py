@@ -1,0 +1,124 @@
+"""Named federations: how the data is dealt, who takes part, and how long clients train alone.
+
+Rounds × local steps is the same in every scenario, so that methods meet equal work under different drift.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from bora_fl.config import ConfigError, Scalar, Settings, parse
+
+_DIRICHLET = re.compile(r"dirichlet-(\d*\.?\d+)")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One non-IID setting.
+
+    Attributes:
+        name: What ``--scenarios`` takes.
+        summary: One line for lists and reports.
+        overrides: The run-config keys that make it what it is.
+        num_clients: Number of clients; 0 is the comparison's own number.
+        drift: Local steps are multiplied by it and rounds divided by it.
+        rank_shares: Ranks of the clients, in turn, as shares of the adapter's; empty where all have that.
+    """
+
+    name: str
+    summary: str
+    overrides: Mapping[str, Scalar] = field(default_factory=dict)
+    num_clients: int = 0
+    drift: float = 1.0
+    rank_shares: tuple[float, ...] = ()
+
+    def settings(self, base: Settings) -> Settings:
+        """The comparison's settings under this scenario.
+
+        Args:
+            base: The settings that all scenarios share.
+
+        Raises:
+            ConfigError: If the overrides do not make valid settings.
+        """
+        flat = base.flat() | dict(self.overrides)
+        if self.drift != 1:
+            if not base.train.local_steps:
+                raise ConfigError(
+                    f"train.local-steps = 0 with --scenarios {self.name}: it scales the local steps; set a number of "
+                    "them, or leave the scenario out"
+                )
+            steps = max(1, round(base.train.local_steps * self.drift))
+            rounds = max(1, round(base.run.num_rounds * base.train.local_steps / steps))
+            # As many evaluations as elsewhere, as far as there are rounds for them.
+            every = max(1, round(base.run.evaluate_every * rounds / base.run.num_rounds))
+            flat |= {"train.local-steps": steps, "run.num-rounds": rounds, "run.evaluate-every": every}
+        return parse(flat)
+
+    def clients(self, default: int) -> int:
+        """Number of clients, given the comparison's own number."""
+        return self.num_clients or default
+
+    def node_configs(self, num_clients: int, rank: int) -> dict[int, dict[str, Scalar]]:
+        """More node config by partition, as `simulations.engine.simulate` takes it."""
+        if not self.rank_shares:
+            return {}
+        ranks = [max(1, round(share * rank)) for share in self.rank_shares]
+        return {i: {"rank": ranks[i % len(ranks)]} for i in range(num_clients)}
+
+
+def dirichlet(alpha: str) -> Scenario:
+    """Labels dealt by shares drawn from Dirichlet(alpha); the text of the number is kept in the name."""
+    how = "severe" if float(alpha) < 0.3 else "mild" if float(alpha) > 3 else "moderate"
+    overrides: dict[str, Scalar] = {"data.partition": "dirichlet", "data.alpha": float(alpha)}
+    return Scenario(f"dirichlet-{alpha}", f"{how} label skew, Dirichlet({alpha})", overrides)
+
+
+_MODERATE: dict[str, Scalar] = {"data.partition": "dirichlet", "data.alpha": 0.5}
+
+_ROWS = (
+    Scenario("natural", "four silos, a domain each", {"data.partition": "natural"}, num_clients=4),
+    dirichlet("0.1"),
+    dirichlet("1"),
+    dirichlet("100"),
+    Scenario(
+        "pathological",
+        "a client holds two classes only",
+        {"data.partition": "pathological", "data.classes-per-client": 2},
+    ),
+    Scenario("size-skew", "the largest client has many times the smallest's examples", {"data.partition": "square"}),
+    Scenario("few-steps", "a quarter of the local steps, four times the rounds", _MODERATE, drift=0.25),
+    Scenario("many-steps", "four times the local steps, a quarter of the rounds", _MODERATE, drift=4.0),
+    Scenario("few-clients", "three clients, all of them every round", _MODERATE, num_clients=3),
+    Scenario(
+        "many-clients",
+        "forty clients, a fifth of them each round",
+        _MODERATE | {"strategy.fraction-train": 0.2},
+        num_clients=40,
+    ),
+    Scenario("mixed-ranks", "clients of a quarter, half and all of the rank", _MODERATE, rank_shares=(0.25, 0.5, 1)),
+)
+
+SCENARIOS: dict[str, Scenario] = {row.name: row for row in _ROWS}
+
+
+def scenario(name: str) -> Scenario:
+    """A row of `SCENARIOS`, or ``dirichlet-<alpha>`` for any alpha.
+
+    Raises:
+        ConfigError: For an unknown name, with near misses.
+    """
+    if name in SCENARIOS:
+        return SCENARIOS[name]
+    found = _DIRICHLET.fullmatch(name)
+    if found and float(found[1]) > 0:
+        return dirichlet(found[1])
+    raise ConfigError(f"--scenarios {name!r}: no such scenario; {near_misses(name, [*SCENARIOS, 'dirichlet-<alpha>'])}")
+
+
+def near_misses(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: what may have been meant, or all there is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
