@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bora_fl import tracking
 from bora_fl.config import ConfigError, Scalar, Settings, parse
+from bora_fl.simulations.command import compare
 
 cli = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters."
@@ -154,6 +155,7 @@ def _launch(
             console.print(f"  {outcome.folder / name}", highlight=False, soft_wrap=True)
 
 
+cli.command()(compare)
 logging.captureWarnings(True)
 if __name__ == "__main__":
     main()
