@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors, distance, factor_mean, merge, refactorize, relative_error
+from bora_fl.blocks.bench import LargestTensor
 from bora_fl.blocks.planted import F64, drifting_clients, from_dense, planted, random_factors
 
 
@@ -154,6 +155,15 @@ def test_orthonormal_rows_are_kept_and_the_fit_improves_on_its_start() -> None:
     assert fit.relative_error == pytest.approx(error_by_definition(fit.factors, merged.dense()), rel=1e-9)
     assert fit.history[-1] < fit.history[0]
     assert all(later <= earlier for earlier, later in itertools.pairwise(fit.history))
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp_norm"])
+def test_nothing_larger_than_the_stacked_factors_is_allocated(transform: str) -> None:
+    clients = [f.to(torch.float32) for f in drifting_clients(7, 10, 1024, 1024, b=8, r=4)]
+    with LargestTensor() as largest:
+        merged, mean = mean_of(clients)
+        refactorize(merged, 4, start=mean, sigma_transform=transform)
+    assert largest.elements <= (1024 + 1024) * 40
 
 
 def test_rank_larger_than_the_stack_is_exact() -> None:
