@@ -28,6 +28,7 @@ ConfigOption = Annotated[
 
 def main() -> None:
     """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
+    from bora_fl.data import FetchError
     from bora_fl.launch import LaunchError
 
     try:
@@ -36,7 +37,7 @@ def main() -> None:
         for line in str(error).splitlines():
             console.print(f"[bold red]error:[/] {line}", highlight=False)
         sys.exit(2)
-    except LaunchError as error:
+    except (LaunchError, FetchError) as error:
         console.print(f"[bold red]failed:[/] {error}", highlight=False, markup=True)
         sys.exit(1)
 

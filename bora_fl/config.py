@@ -69,7 +69,8 @@ class DataSettings(_Group):
 
     name: str = Field(
         "embedded:sentiment4",
-        description="hub id, local .parquet, .jsonl or .csv file, or embedded:sentiment4 | newsgroups20 | prose",
+        description="hub id, local .parquet, .jsonl, .json, .csv or .tsv file or folder, or "
+        "embedded:sentiment4 | newsgroups20 | docstrings4",
     )
     subset: str = Field("", description="configuration of a hub data set")
     train_split: str = Field("train", description="split (or value of a column named split) that clients train on")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bora_fl.blocks import BlockFactors
+from bora_fl.cache import cache_folder
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState
@@ -33,11 +34,6 @@ _lock = threading.Lock()
 def loads() -> int:
     """How many base models this process has loaded."""
     return _loads
-
-
-def cache_folder() -> Path:
-    """Where converted models and fetched data are kept: ``BORA_FL_CACHE``, else ``~/.cache/bora_fl``."""
-    return Path(os.environ.get("BORA_FL_CACHE") or Path.home() / ".cache" / "bora_fl")
 
 
 @cache

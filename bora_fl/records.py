@@ -175,7 +175,7 @@ def _reply_record(message: Message) -> ConfigRecord:
 
 
 def read_reply(
-    message: Message, sent: AdapterState, parts: frozenset[str], round: int
+    message: Message, sent: AdapterState, parts: frozenset[str], round: int, max_rank: int
 ) -> tuple[AdapterState, dict[str, float]]:
     """Check a train reply and complete it with what the client was sent.
 
@@ -184,6 +184,7 @@ def read_reply(
         sent: The state that the client was sent, at the federation's rank.
         parts: The parts that the reply must hold.
         round: The round it must belong to.
+        max_rank: The federation's rank; a client may train a smaller one.
 
     Returns:
         The client's full state, and its metrics as floats.
@@ -203,7 +204,7 @@ def read_reply(
         flat = from_arrays(content.array_records[STATE])
     except Exception as error:  # whatever a broken payload makes the decoder raise, the run goes on
         raise RejectedReplyError(node, f"unreadable arrays ({type(error).__name__}: {error})") from error
-    return _complete(node, flat, flatten(sent), parts), metrics
+    return _complete(node, flat, flatten(sent), parts, max_rank), metrics
 
 
 def read_roll_call(message: Message) -> tuple[int, int]:
@@ -232,7 +233,9 @@ def _metrics(node: int, record: MetricRecord) -> dict[str, float]:
     return metrics
 
 
-def _complete(node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor], parts: frozenset[str]) -> AdapterState:
+def _complete(
+    node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor], parts: frozenset[str], max_rank: int
+) -> AdapterState:
     for name, tensor in flat.items():
         if name not in sent:
             raise RejectedReplyError(node, f"unknown entry {name!r}")
@@ -255,7 +258,7 @@ def _complete(node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor],
             raise RejectedReplyError(node, f"{name} has shape {tuple(tensor.shape)}, expected {tuple(wanted)}")
     state = unflatten(full)
     for layer, factors in state.layers.items():
-        if not 1 <= factors.rank <= sent[f"layers/{layer}/A"].shape[0] or factors.scaling <= 0:
+        if not 1 <= factors.rank <= max_rank or factors.scaling <= 0:
             raise RejectedReplyError(
                 node, f"layer {layer}: rank {factors.rank}, scaling {factors.scaling} are out of range"
             )

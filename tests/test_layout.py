@@ -13,7 +13,7 @@ LEVELS = [
     {"kernels", "seeds"},
     {"blocks", "adapters"},
     {"state", "sparsity", "accounting", "gaussian"},
-    {"config"},
+    {"config", "cache"},
     {"records", "models", "data", "device", "evaluate", "tracking"},
     {"client", "strategies"},
     {"server", "audit"},

@@ -5,10 +5,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
-from bora_fl.device import autocast, settle
+from bora_fl.blocks import BlockFactors, refactorize, truncate
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, learning_rate_factor, train
 from bora_fl.data import Encoded
+from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel
 from bora_fl.records import FOLDS, Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
@@ -119,21 +120,29 @@ def _receive(
     if held < instruction.fold_version:
         raise MissingFoldsError(held, instruction.fold_version)
     state = _recall(memory, sent, instruction)
-    sent_rank = max((f.rank for f in sent.layers.values()), default=0)
-    rank = min(who.max_rank or sent_rank, sent_rank) or None
+    settings = site.settings.adapter
+    rank = min(who.max_rank or settings.rank, settings.rank)
     model = site.model(rank)
     site.fold_to(model, instruction.run_id, instruction.fold_version)
-    if rank and any(f.rank != rank for f in state.layers.values()):
-        from bora_fl.blocks import fix_gauge, truncate
-
-        transform = site.settings.adapter.sigma_transform
-        cut = {
-            name: fix_gauge(truncate(f, rank), sigma_transform=transform if f.num_blocks > 1 else "identity")
-            for name, f in state.layers.items()
-        }
-        state = AdapterState(cut, state.tensors)
+    layers = {name: at_rank(f, rank, settings.sigma_transform) for name, f in state.layers.items()}
+    state = AdapterState(layers, state.tensors)
     model.write(state)
     return model, state
+
+
+def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFactors:
+    """Factors at a client's own rank: refitted to a smaller one, or padded with components that start at zero.
+
+    Args:
+        factors: A layer's factors at the server's rank.
+        rank: The client's rank.
+        sigma_transform: Of the adapter; a single block of plain LoRA has Sigma = 1 and takes ``identity``.
+    """
+    if factors.rank == rank:
+        return factors
+    transform = sigma_transform if factors.num_blocks > 1 else "identity"
+    start = truncate(factors, rank) if factors.rank > rank else None
+    return refactorize(factors, rank, start=start, sigma_transform=transform).factors
 
 
 def _train(

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from bora_fl.cache import cache_folder
 from bora_fl.config import ConfigError
 from bora_fl.data.sources import SOURCES, Package, Row, Source
 
@@ -29,11 +30,6 @@ _LOCK_SECONDS = 600
 
 class FetchError(RuntimeError):
     """An embedded data set cannot be made here; the message names the cause and the remedy."""
-
-
-def cache_folder() -> Path:
-    """Where fetched data is kept: ``BORA_FL_CACHE``, else ``~/.cache/bora_fl``."""
-    return Path(os.environ.get("BORA_FL_CACHE") or Path.home() / ".cache" / "bora_fl")
 
 
 def fetch(name: str) -> Path:

@@ -206,7 +206,7 @@ class FederatedStrategy(Strategy):
             node = message.metadata.src_node_id
             report.bytes_up += _size(message.content) if message.has_content() else 0
             try:
-                state, metrics = read_reply(message, sent, parts, server_round)
+                state, metrics = read_reply(message, sent, parts, server_round, self.settings.adapter.rank)
                 client = self._roster[node]
             except RejectedReplyError as rejected:
                 if rejected.folds_held is not None:
