@@ -147,7 +147,8 @@ def bench_model(layers: int) -> Iterator[str]:
     """A whole model's adapters, layer by layer; the clients' factors are made outside the clock."""
     pool = [_clients(seed, CLIENTS) for seed in range(2)]
     wall, cpu = timed(lambda: [_merge_and_refactorize(pool[k % 2]) for k in range(layers)])
-    yield f"{layers} layers of {SIDE} x {SIDE}, r={RANK}, b={BLOCKS}, {CLIENTS} clients: {wall:.1f} s wall, {cpu:.1f} s CPU"
+    size = f"{layers} layers of {SIDE} x {SIDE}, r={RANK}, b={BLOCKS}, {CLIENTS} clients"
+    yield f"{size}: {wall:.1f} s wall, {cpu:.1f} s CPU"
 
 
 def main() -> None:
