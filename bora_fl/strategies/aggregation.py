@@ -15,7 +15,7 @@ from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound, Trains
 from bora_fl.strategies.presets import PRESETS, Preset
-from bora_fl.strategies.products import gram_of_products
+from bora_fl.strategies.products import sizes
 from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
 from bora_fl.strategies.server_optimizers import server_step
 
@@ -309,22 +309,20 @@ def _mean_tensors(
 
 
 def _report(rounds: Mapping[str, LayerRound], merges: Mapping[str, LayerMerge]) -> dict[str, float]:
-    """Norms over all layers, each from one small Gram matrix of the mean product and what became of it."""
+    """Norms over all layers, from the factors alone."""
     squares = dict.fromkeys(("error", "target", "update_norm", "fold_norm", "carried_norm"), 0.0)
     for name, layer in rounds.items():
         result = merges[name]
         kept = {"current": result.current, "carried_norm": result.carried, "fold_norm": result.fold}
         parts = {part: factors for part, factors in kept.items() if factors is not None}
-        gram = gram_of_products([layer.mean_product(), layer.current, *parts.values()])
-        ones = torch.ones(len(parts), dtype=gram.dtype)
-        error = torch.cat([torch.tensor([1.0, 0.0], dtype=gram.dtype), -ones])
-        change = torch.cat([torch.tensor([1.0, -1.0], dtype=gram.dtype), 0 * ones])
-        squares["target"] += float(gram[0, 0])
-        squares["error"] += max(float(error @ gram @ error), 0.0)
-        squares["update_norm"] += max(float(change @ gram @ change), 0.0)
-        for index, part in enumerate(parts, start=2):
-            if part in squares:
-                squares[part] += float(gram[index, index])
+        none = [0.0] * len(parts)
+        combinations = {"target": [1.0, 0.0, *none], "update_norm": [1.0, -1.0, *none]}
+        combinations["error"] = [1.0, 0.0, *[-1.0] * len(parts)]
+        for part in parts.keys() & squares.keys():
+            combinations[part] = [0.0, 0.0, *[float(part == other) for other in parts]]
+        norms = sizes([layer.mean_product(), layer.current, *parts.values()], list(combinations.values()))
+        for quantity, norm in zip(combinations, norms, strict=True):
+            squares[quantity] += norm**2
     report = {name: math.sqrt(square) for name, square in squares.items() if name.endswith("_norm")}
     report["merge_error"] = math.sqrt(squares["error"] / squares["target"]) if squares["target"] > 0 else 0.0
     if merges:

@@ -1,15 +1,13 @@
 """Merges that form the mean of the products exactly, in factored form, and then reduce it to the adapter's rank."""
 
-import math
-
 import torch
-from torch import Tensor
 
-from bora_fl.blocks import BlockFactors, factor_mean, merge, refactorize, truncate
-from bora_fl.blocks.factors import blocked
-from bora_fl.strategies.averaging import average
+from bora_fl.blocks import BlockFactors, factor_mean, fix_gauge, merge, padded, refactorize, residual, truncate
+from bora_fl.blocks.block_cores import compressed
+from bora_fl.blocks.factors import unblocked
+from bora_fl.blocks.svd import leading_svd
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
-from bora_fl.strategies.products import gram_of_products
+from bora_fl.strategies.products import size
 from bora_fl.strategies.sigma_range import restore_range
 
 
@@ -25,10 +23,10 @@ def refactor(layer: LayerRound) -> LayerMerge:
 def flexlora(layer: LayerRound) -> LayerMerge:
     """Truncate the SVD of the mean product to the adapter's rank (FlexLoRA, arXiv:2402.11505).
 
-    `M = U S Vᵀ`, `B = U_r S_r`, `A = V_rᵀ`. For more than one block the result is plain LoRA of rank r written in
-    block form, Sigma alike in every block pair: optimal among matrices of rank r, but a block adapter's product has
-    up to rank b·r, so its diversity is lost; that is the published method, and what `refactor` improves on. What
-    differs: M is never formed, the SVD is that of its cores.
+    `M = U S Vᵀ`, `B = U_r S_r`, `A = V_rᵀ`. For more than one block the result is plain LoRA of rank r written in block
+    form: optimal among matrices of rank r, but a block adapter's product has up to rank b·r, so its diversity is lost;
+    that is the published method, and what `refactor` improves on. What differs: M is never formed, the SVD is that of
+    its cores.
     """
     return _with_residual(layer, truncated_svd(layer))
 
@@ -37,8 +35,8 @@ def florist(layer: LayerRound) -> LayerMerge:
     """Keep as many components as hold a share of the energy (FLoRIST, arXiv:2506.09199).
 
     The rank is the smallest p with `Σ_{k≤p} s_k² ≥ threshold · Σ_k s_k²` over the spectrum of the stacked updates, at
-    most the adapter's rank, per layer. What differs: the paper has no upper bound. For more than one block, where
-    there is no spectrum, the energies are those of the components of the block fit.
+    most the adapter's rank, per layer. What differs: the paper has no upper bound. For more than one block, where there
+    is no spectrum, the energies are those of the components of the block fit.
     """
     fit = truncated_svd(layer) if layer.current.num_blocks == 1 else block_fit(layer)
     energy = fit.component_energy().sort(descending=True).values.cumsum(0)
@@ -49,82 +47,41 @@ def florist(layer: LayerRound) -> LayerMerge:
 
 
 def block_fit(layer: LayerRound) -> BlockFactors:
-    """The best block factors of the adapter's rank, warm-started from the factor mean."""
-    target = layer.mean_product()
-    if size(target) == 0:  # B is zero everywhere: nothing to fit, and A must stay trainable
-        return restore_range(layer.current, layer.sigma_transform)
+    """The best block factors of the adapter's rank, warm-started from the factor mean, in the blocks' stated gauge."""
     fit = refactorize(
-        target,
+        layer.mean_product(),
         layer.rank,
-        start=_start(layer),
+        start=padded(factor_mean(layer.updates, layer.weights), layer.rank),
         sigma_transform=layer.sigma_transform,
         sweeps=layer.settings.sweeps,
     )
-    if layer.sigma_transform == "exp_norm" and not bool((fit.factors.sigma > 0).all()):
-        return average(layer).current
     return restore_range(fit.factors, layer.sigma_transform)
 
 
-def _start(layer: LayerRound) -> BlockFactors | None:
-    mean = factor_mean(layer.updates, layer.weights)
-    return mean if mean.rank == layer.rank else None
-
-
 def truncated_svd(layer: LayerRound) -> BlockFactors:
-    """Plain LoRA factors of the mean product's best approximation of the adapter's rank, in block form.
+    """The mean product's best approximation by a matrix of the adapter's rank, as block factors in the stated gauge.
 
     A's rows get the norm they have on average in the factor mean, at which clients train them; B takes the rest.
     """
     target = layer.mean_product()
-    if size(target) == 0:
-        return restore_range(layer.current, layer.sigma_transform)
-    left, sigma, right = blocked(target)
-    b, rank = target.num_blocks, layer.rank
-    rows, row_cores = torch.linalg.qr(left)
-    columns, column_cores = torch.linalg.qr(right)
-    cores = torch.einsum("ikc,ijc,jlc->ikjl", row_cores, sigma, column_cores)
-    U, S, Vh = torch.linalg.svd(cores.reshape(b * cores.shape[1], b * cores.shape[3]), full_matrices=False)
-    U, S, Vh = (_padded(t, rank) for t in (U.T, S, Vh))
-    peak = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0)  # an SVD leaves the signs open
-    B = (rows @ (U * S[:, None] * sign).T.reshape(b, -1, rank)).reshape(-1, rank)
-    A = (columns @ (Vh * sign).reshape(rank, b, -1).permute(1, 2, 0)).permute(2, 0, 1).reshape(rank, -1)
+    if not bool(target.component_energy().any()):  # B is zero everywhere, and A must stay trainable
+        return layer.current
+    whole = compressed(target)
+    svd = leading_svd(whole.target, layer.rank)
+    left, right = whole.rows.expand(svd.left), whole.columns.expand(svd.right)
+    factors = unblocked(left, svd.sigma, right, layer.current.scaling, torch.float64)
     norm = factor_mean(layer.updates, layer.weights).A.double().norm(dim=1).mean()
-    dtype, scaling = layer.current.B.dtype, layer.current.scaling
-    ones = torch.ones(b, b, rank, dtype=dtype)
-    factors = BlockFactors((B / (norm * scaling)).to(dtype), ones, (A * norm).to(dtype), scaling)
-    return restore_range(factors, layer.sigma_transform)
-
-
-def _padded(values: Tensor, rank: int) -> Tensor:
-    """The first `rank` rows, with zeros where there are fewer."""
-    missing = max(rank - values.shape[0], 0)
-    return torch.cat([values[:rank], values.new_zeros(missing, *values.shape[1:])])
+    stated = fix_gauge(factors, sigma_transform=layer.sigma_transform, row_norms=norm)
+    return restore_range(stated.to(layer.current.B.dtype), layer.sigma_transform)
 
 
 def _with_residual(layer: LayerRound, fit: BlockFactors) -> LayerMerge:
     """Drop, carry or fold what the fit does not hold, within the rank budget."""
-    mode = layer.settings.residual
-    if mode == "drop":
+    mode, target = layer.settings.residual, layer.mean_product()
+    if mode == "drop" or size(merge([target, fit], [1.0, -1.0])) <= negligible(target):
         return LayerMerge(fit)
-    target = layer.mean_product()
-    residual = merge([target, fit], [1.0, -1.0])
-    if size(residual) <= negligible(target):
-        return LayerMerge(fit)
-    small = compressed(residual, layer.settings.residual_rank, layer.settings.sweeps)
-    return LayerMerge(fit, carried=small) if mode == "carry" else LayerMerge(fit, fold=small)
-
-
-def compressed(factors: BlockFactors, rank: int, sweeps: int) -> BlockFactors:
-    """The best block factors of at most the given rank; any Sigma is allowed, since nobody trains them."""
-    if factors.rank <= rank:
-        return factors
-    return refactorize(factors, rank, sigma_transform="identity", sweeps=sweeps).factors
-
-
-def size(factors: BlockFactors) -> float:
-    """Frobenius norm from the factors' Gram matrices: fast, and accurate to about 1e-8 of the components' norm."""
-    return math.sqrt(max(float(gram_of_products([factors])), 0.0))
+    rest = residual(target, fit, layer.settings.residual_rank)
+    return LayerMerge(fit, carried=rest) if mode == "carry" else LayerMerge(fit, fold=rest)
 
 
 def negligible(target: BlockFactors) -> float:

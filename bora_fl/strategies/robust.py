@@ -47,6 +47,9 @@ class RobustRound:
         return gram_of_changes([update.state for update in self.updates], self.current, self.shares)
 
 
+_SHORTER = 0.01  # a clipped update may end this much below the bound, in logarithms of its norm
+_MOST_TRIALS = 60
+
 RobustRule = Callable[[RobustRound], list[ClientUpdate]]
 
 
@@ -95,17 +98,23 @@ def _shortened(update: ClientUpdate, robust: RobustRound, bound: float) -> Clien
         state = from_coordinates(line, update.state, robust.sigma_transform)
         return state, math.sqrt(max(float(gram_of_changes([state], robust.current, robust.shares)), 0.0))
 
-    low, high = 0.0, 1.0
-    state, guess = moved(0.0)[0], bound / moved(1.0)[1]
-    for _ in range(40):
+    # The norm grows like a power of the share: a secant in logarithms, kept between a share that is too short and one
+    # that is too long.
+    state, low, high = moved(0.0)[0], 0.0, 1.0
+    last, power = math.log(moved(1.0)[1] / bound), 1.0
+    guess = math.exp(-last)
+    for _ in range(_MOST_TRIALS if bound > 0 else 0):
         candidate, norm = moved(guess)
-        if norm > bound:
+        excess = math.log(max(norm / bound, 1e-300))
+        if excess > 0:
             high = guess
         else:
             state, low = candidate, guess
-            if norm >= 0.99 * bound:
+            if excess > -_SHORTER:
                 break
-        guess = math.sqrt(low * high) if low > 0 else guess * min(bound / norm, 0.5)
+        power = max((last - excess) / math.log(1.0 / guess), 0.5) if guess < 1 else power
+        step = guess * math.exp((-_SHORTER / 2 - excess) / power)
+        guess = step if low < step < high else (math.sqrt(low * high) if low > 0 else high / 4)
     return replace(update, state=state)
 
 

@@ -7,7 +7,8 @@ import torch
 from bora_fl.blocks import BlockFactors, merge
 from bora_fl.strategies.averaging import average
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
-from bora_fl.strategies.refactoring import negligible, size
+from bora_fl.strategies.products import size
+from bora_fl.strategies.refactoring import negligible
 
 
 def flora(layer: LayerRound) -> LayerMerge:

@@ -33,6 +33,10 @@ def product(B, sigma, A, scaling=2.0):
     return scaling * out
 
 
+def dense(f):
+    return product(*parts(f), f.scaling)
+
+
 def play(fleet, name, round=1, trained=True, **settings):
     agg = build(
         StrategySettings(name=name, **settings),
@@ -48,8 +52,8 @@ def play(fleet, name, round=1, trained=True, **settings):
 
 
 def total(after):
-    update = product(*parts(after.current.layers[LAYER]))
-    return update + (product(*parts(after.fold[LAYER])) if LAYER in after.fold else 0.0)
+    update = dense(after.current.layers[LAYER])
+    return update + (dense(after.fold[LAYER]) if LAYER in after.fold else 0.0)
 
 
 def means(weights, clients):
@@ -100,7 +104,7 @@ def test_fedsvd_gives_the_right_singular_vectors_of_the_mean_product(fleet, flee
     close(f.A.numpy() @ f.A.numpy().T, np.eye(4))
     _, _, Vt = np.linalg.svd(mean)
     close(np.abs(f.A.numpy() @ Vt[:4].T), np.eye(4), 1e-7)
-    close(product(*parts(f)), mean)
+    close(dense(f), mean)
 
 
 @ALL_FLEETS
@@ -123,7 +127,7 @@ def test_cyclic_orthonormalizes_the_side_that_is_frozen(fleet, round, fleets):
     nxt = agg.prepare(after, round + 1).current.layers[LAYER]
     assert agg.trains(round + 1) == {"A", "tensors"}
     close(nxt.B.numpy().T @ nxt.B.numpy(), np.eye(4))
-    close(product(*parts(nxt)), total(after))
+    close(dense(nxt), total(after))
 
 
 def test_cyclic_brings_the_frozen_rows_of_blocks_to_norm(fleets):
@@ -148,14 +152,14 @@ def test_training_sigma_alone_averages_exactly(fleet, name, round, fleets):
         pytest.skip("one block has no round for Sigma")
     agg, _, after, _, weights, clients = play(fleets[fleet], name, round=round, trained=name != "fed-sb")
     assert agg.trains(round) == {"sigma", "tensors"}
-    close(product(*parts(after.current.layers[LAYER])), mean_of_products(weights, clients))
+    close(dense(after.current.layers[LAYER]), mean_of_products(weights, clients))
 
 
 def test_fed_sb_starts_without_changing_the_model(fleets):
     agg, state, _, _, _, _ = play(fleets["bora exp_norm"], "fed-sb", trained=False)
     f = state.current.layers[LAYER]
     assert float(f.B.abs().max()) > 0
-    assert np.abs(product(*parts(f)) + product(*parts(state.fold[LAYER]))).max() < 1e-12
+    assert np.abs(dense(f) + dense(state.fold[LAYER])).max() < 1e-12
     assert state.fold_version == 1
     other = build(StrategySettings(name="fed-sb"), seed=1).prepare(
         ServerState.start(fleets["bora exp_norm"].initial(trained=False)), 1
@@ -169,7 +173,7 @@ def test_flora_folds_the_stack_and_restarts(fleet, fleets):
     _, state, after, _, weights, clients = play(fleets[fleet], "flora")
     f, fold = after.current.layers[LAYER], after.fold[LAYER]
     assert fold.rank == sum(c[2].shape[0] for c in clients)
-    close(product(*parts(fold)), mean_of_products(weights, clients))
+    close(dense(fold), mean_of_products(weights, clients))
     assert not f.B.any()
     assert not torch.equal(f.A, state.current.layers[LAYER].A)
     assert 0.5 / COLUMNS**0.5 < float(f.A.abs().max()) <= 1 / COLUMNS**0.5
@@ -216,8 +220,8 @@ def test_hetlora_pads_and_weights_by_the_norm(fleet, fleets):
 def test_fedex_folds_what_the_mean_factors_miss(fleet, fleets):
     _, _, after, _, weights, clients = play(fleets[fleet], "fedex")
     mean, factors = mean_of_products(weights, clients), product(*means(weights, clients))
-    close(product(*parts(after.current.layers[LAYER])), factors)
-    close(product(*parts(after.fold[LAYER])), mean - factors)
+    close(dense(after.current.layers[LAYER]), factors)
+    close(dense(after.fold[LAYER]), mean - factors)
 
 
 @ALL_FLEETS
@@ -360,13 +364,13 @@ def test_a_carried_residual_is_added_to_the_next_merge(fleet, fleets):
     fed = fleets[fleet]
     agg, _state, after, report, weights, clients = play(fed, "refactor", residual="carry", residual_rank=64)
     mean = mean_of_products(weights, clients)
-    carried = product(*parts(after.carried[LAYER]))
+    carried = dense(after.carried[LAYER])
     close(total(after) + carried, mean)
     assert not after.fold
     assert report["carried_norm"] == pytest.approx(np.linalg.norm(carried), rel=1e-6)
     again = [ClientUpdate(0, 1.0, after.current)]
     later, _ = agg.aggregate(after, again, 2)
-    left = product(*parts(later.carried[LAYER])) if later.carried else 0.0
+    left = dense(later.carried[LAYER]) if later.carried else 0.0
     close(total(later) + left, mean)
 
 

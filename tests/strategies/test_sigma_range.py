@@ -49,7 +49,7 @@ def test_a_constant_sigma_moves_its_scale_to_b():
 
 
 def test_a_is_kept_where_it_can_be():
-    f = drawn(4, 1.0, 0.3, 2)
+    f = drawn(4, 2.2, 0.3, 2)
     assert torch.equal(restore_range(f, "exp_norm", keep_A=True).A, f.A)
     assert not torch.equal(restore_range(f, "exp_norm").A, f.A)
 
