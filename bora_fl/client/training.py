@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bora_fl.device import autocast, settle
 from bora_fl.config import TrainSettings
 from bora_fl.data import Encoded, draw_batches
+from bora_fl.device import autocast, settle
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel
 

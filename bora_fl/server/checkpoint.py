@@ -1,4 +1,4 @@
-"""A checkpoint after every round: tensors in safetensors, the rest in a JSON manifest, renamed into place once whole."""
+"""A checkpoint after every round: tensors in safetensors, the rest in a JSON manifest, renamed into place at the end."""
 
 import json
 import logging
