@@ -198,6 +198,11 @@ class Settings(_Group):
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "
                 "taken without dropout; set adapter.dropout to 0"
             )
+        if self.privacy.mode == "client" and self.strategy.weighting != "uniform":
+            raise ValueError(
+                "strategy.weighting = 'examples' with privacy.mode = 'client': one client could move the mean by more "
+                "than the noise hides; set strategy.weighting to uniform"
+            )
         if self.strategy.residual != "drop" and self.strategy.residual_rank == 0:
             raise ValueError(
                 f"strategy.residual-rank = 0 with strategy.residual = '{self.strategy.residual}': nothing would be "

@@ -1,13 +1,15 @@
 """A client's part of a round, free of Flower's transport: what was received in, what is replied out."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
 from bora_fl.blocks import BlockFactors, refactorize, truncate
+from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
-from bora_fl.client.training import TrainResult, learning_rate_factor, train
+from bora_fl.client.training import learning_rate_factor, train
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
@@ -79,21 +81,23 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
     data = site.data(who.partition, who.num_partitions)
     settings = site.settings
     metrics: dict[str, float | int] = {"partition": who.partition, "rank": model.rank}
-    if instruction.evaluate and len(data.evaluation):
+    private = settings.privacy.mode == "record"
+    if instruction.evaluate and len(data.evaluation) and not private:
         metrics |= _named(_evaluate(site, model, data.evaluation))
     model.train_only(instruction.trains)
     factor = learning_rate_factor(settings.train, instruction.round, settings.run.num_rounds)
-    result = _train(site, model, data.train, instruction, factor, who)
+    started = time.perf_counter()
+    if private:
+        metrics |= train_privately_for_a_round(model, data.train, settings, factor=factor, run_id=instruction.run_id)
+    else:
+        seed = derive(settings.run.seed, "batches", instruction.round, who.partition)
+        result = train(model, data.train, settings.train, factor=factor, seed=seed)
+        metrics |= {"train-loss": result.loss, "steps": result.steps}
     trained = model.read()
     if instruction.sparsity < 1:
         trained = sparsify(trained, received, instruction.sparsity)
     _remember(memory, trained, instruction)
-    metrics |= {
-        "num-examples": len(data.train),
-        "train-loss": result.loss,
-        "steps": result.steps,
-        "train-seconds": result.seconds,
-    }
+    metrics |= {"num-examples": len(data.train), "train-seconds": time.perf_counter() - started}
     return reply_content(trained, sent, instruction.shares & instruction.trains, instruction.round, metrics)
 
 
@@ -143,13 +147,6 @@ def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFact
     transform = sigma_transform if factors.num_blocks > 1 else "identity"
     start = truncate(factors, rank) if factors.rank > rank else None
     return refactorize(factors, rank, start=start, sigma_transform=transform).factors
-
-
-def _train(
-    site: Site, model: FederatedModel, data: Encoded, instruction: Instruction, factor: float, who: ClientIdentity
-) -> TrainResult:
-    seed = derive(site.settings.run.seed, "batches", instruction.round, who.partition)
-    return train(model, data, site.settings.train, factor=factor, seed=seed)
 
 
 def _evaluate(site: Site, model: FederatedModel, data: Encoded) -> Metrics:

@@ -4,7 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from bora_fl.accounting import summarize
 from bora_fl.config import Settings
 from bora_fl.records import (
     FOLDS,
@@ -29,6 +30,7 @@ from bora_fl.records import (
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, ServerState
+from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.screening import screen
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class RoundReport:
     clients: int = 0
     rejected: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
+    epsilon: dict[str, float | str] | None = None
     strategy: dict[str, float] = field(default_factory=dict)
     per_client: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -97,6 +100,8 @@ class FederatedStrategy(Strategy):
         self._roster: dict[int, int] = {}
         self.num_partitions = 1
         self._report = RoundReport(0)
+        self._privacy = ClientPrivacy.build(settings, aggregator.linear)
+        self._cohort = 0
 
     def summary(self) -> None:
         """Log the method in words."""
@@ -112,6 +117,7 @@ class FederatedStrategy(Strategy):
         strategy = self.settings.strategy
         self._call_roll(grid)
         nodes = self._sample(strategy.fraction_train, server_round, "train")
+        self._cohort = len(nodes)
         messages = self._messages(nodes, "train", server_round, arrays, strategy.evaluate_in_train)
         self._report.bytes_down += sum(_size(message.content) for message in messages)
         return messages
@@ -244,7 +250,12 @@ class FederatedStrategy(Strategy):
             )
             return None, None
         started = time.perf_counter()
-        state, report.strategy = self.aggregator.aggregate(self.state, updates, server_round)
+        state = self.state
+        if self._privacy:
+            parts = self.aggregator.trains(server_round) & self.aggregator.shares()
+            state, updates, spent = self._privacy.protect(state, updates, parts, self._cohort)
+            report.epsilon = asdict(summarize({"run": spent}, "client"))
+        state, report.strategy = self.aggregator.aggregate(state, updates, server_round)
         report.server_seconds = time.perf_counter() - started
         if state.fold_version > self.state.fold_version:
             self.folds.append(flatten_factors(state.fold, ""))
@@ -363,7 +374,11 @@ def _size(content: RecordDict) -> int:
 def _summarize_clients(report: RoundReport) -> None:
     metrics = list(report.per_client.values())
     weights = [m["num-examples"] for m in metrics]
-    report.train_loss = _mean([m.get("train-loss", 0.0) for m in metrics], weights)
+    if all("train-loss" in m for m in metrics):
+        report.train_loss = _mean([m["train-loss"] for m in metrics], weights)
+    spent = {client: m["epsilon"] for client, m in report.per_client.items() if "epsilon" in m}
+    if spent:
+        report.epsilon = asdict(summarize(spent))
     evaluated = [m for m in metrics if m.get("eval-examples")]
     if evaluated:
         _summarize_evaluation(report, evaluated)

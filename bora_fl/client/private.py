@@ -1,0 +1,108 @@
+"""A client's round under record-level differential privacy: noise solved once, spent in the ledger, then trained."""
+
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from bora_fl.accounting import Budget, solve_noise
+from bora_fl.client.dpsgd import train_privately
+from bora_fl.client.ledger import Ledger
+from bora_fl.client.losses import sample_losses
+from bora_fl.client.training import make_optimizer, num_steps
+from bora_fl.config import Settings
+from bora_fl.data import Encoded, fingerprint
+from bora_fl.device import autocast, settle
+from bora_fl.models import FederatedModel
+
+_solve = lru_cache(maxsize=64)(solve_noise)
+
+
+def ledger_folder(settings: Settings) -> Path:
+    """``privacy.ledger-dir``, else ``$BORA_FL_STATE/ledger``, else ``~/.local/state/bora_fl/ledger``."""
+    if settings.privacy.ledger_dir:
+        return Path(settings.privacy.ledger_dir).expanduser()
+    state = os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl"
+    return Path(state).expanduser() / "ledger"
+
+
+def planned_steps(settings: Settings, num_examples: int) -> int:
+    """Steps that a client takes over the whole run if it is sampled as often as ``strategy.fraction-train`` expects."""
+    rounds = math.ceil(settings.run.num_rounds * settings.strategy.fraction_train)
+    return rounds * num_steps(settings.train, num_examples)
+
+
+def noise_multiplier(settings: Settings, num_examples: int) -> float:
+    """``privacy.noise-multiplier``, else the one with which the planned steps just stay within the budget."""
+    privacy = settings.privacy
+    if privacy.noise_multiplier:
+        return privacy.noise_multiplier
+    rate = _expected_batch(settings, num_examples) / num_examples
+    steps = planned_steps(settings, num_examples)
+    return _solve(privacy.epsilon, privacy.delta, rate, steps, privacy.accountant)
+
+
+def train_privately_for_a_round(
+    model: FederatedModel, data: Encoded, settings: Settings, *, factor: float, run_id: str
+) -> dict[str, float | int]:
+    """Train with DP-SGD for one round; the steps are on disk in the site's ledger before the first record is read.
+
+    Args:
+        model: Holds the received state, with what trains chosen; is trained in place.
+        data: The client's training examples, one record each.
+        settings: The run's settings.
+        factor: Share of the learning rate in this round.
+        run_id: The run, under which the steps are booked.
+
+    Returns:
+        What may leave the client: ε spent on this data set so far by all runs, the noise multiplier, the steps. The
+        loss is not among it: it is computed from the records without noise.
+
+    Raises:
+        BudgetExceeded: If the steps do not fit into the budget; nothing is trained.
+        ValueError: If the ledger on disk cannot be read.
+    """
+    privacy, train = settings.privacy, settings.train
+    device = settle(model.model)
+    ledger = Ledger.open(
+        ledger_folder(settings),
+        run_id=run_id,
+        dataset_fingerprint=fingerprint(data),
+        budget=Budget(privacy.epsilon, privacy.delta),
+        accountant=privacy.accountant,
+    )
+    noise = noise_multiplier(settings, len(data))
+
+    def collate(indices: list[int]) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in data.batch(np.array(indices)).items()}
+
+    def losses(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        inputs: dict[str, Any] = dict(batch)
+        labels = inputs.pop("labels")
+        with autocast(device, train.precision):
+            logits = module(**inputs).logits
+        return sample_losses(logits, labels)
+
+    model.model.train()
+    result = train_privately(
+        model.model,
+        losses,
+        range(len(data)),
+        collate,
+        make_optimizer(model, train, factor),
+        clip_norm=privacy.clip_norm,
+        noise_multiplier=noise,
+        expected_batch_size=_expected_batch(settings, len(data)),
+        physical_batch_size=privacy.physical_batch_size or 2 * train.batch_size,
+        steps=num_steps(train, len(data)),
+        spend=ledger.spend,
+    )
+    return {"epsilon": ledger.epsilon(), "noise-multiplier": noise, "steps": result.steps}
+
+
+def _expected_batch(settings: Settings, num_examples: int) -> float:
+    return float(min(settings.train.batch_size * settings.train.accumulation, num_examples))

@@ -1,0 +1,123 @@
+"""Client-level differential privacy of a run: every round's updates are clipped and noised before any merge sees them.
+
+What a merge then computes, a refactorization included, is post-processing and costs nothing. A merge that is linear in
+the updates needs their mean alone, so the noise is added once; the others need the updates one by one, each with noise
+of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bora_fl.accounting import Budget, Spent, solve_noise
+from bora_fl.config import PrivacySettings, Settings
+from bora_fl.gaussian import Randomness
+from bora_fl.records import part_of
+from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
+from bora_fl.strategies.aggregation import ServerState
+from bora_fl.strategies.central_dp import (
+    AdaptiveClip,
+    ClientAccount,
+    adaptive_noised_mean,
+    from_coordinates,
+    noised_each,
+    noised_mean,
+    to_coordinates,
+)
+from bora_fl.strategies.layer_merge import Trains
+
+_ROUNDS, _CLIP = "privacy/rounds", "privacy/clip_norm"
+
+
+@dataclass(frozen=True)
+class ClientPrivacy:
+    """Noise and account of a run.
+
+    Attributes:
+        settings: The privacy settings.
+        noise_multiplier: z of every round.
+        linear: Whether the merge needs the updates' mean alone.
+        randomness: Source of the noise; None is the operating system's.
+    """
+
+    settings: PrivacySettings
+    noise_multiplier: float
+    linear: bool
+    randomness: Randomness | None = None
+
+    @classmethod
+    def build(cls, settings: Settings, linear: bool) -> "ClientPrivacy | None":
+        """For ``privacy.mode = client``, with the noise solved once for all rounds; None for the other modes."""
+        privacy = settings.privacy
+        if privacy.mode != "client":
+            return None
+        # A cohort of a fixed size is sampled, which earns no amplification: every round counts in full.
+        noise = privacy.noise_multiplier or solve_noise(
+            privacy.epsilon, privacy.delta, 1.0, settings.run.num_rounds, privacy.accountant
+        )
+        return cls(privacy, noise, linear)
+
+    def account(self, state: ServerState) -> ClientAccount:
+        """What the run has spent up to a state."""
+        rounds = int(state.memory.get(_ROUNDS, torch.tensor(0)))
+        history = (Spent(self.noise_multiplier, 1.0, rounds),) if rounds else ()
+        budget = Budget(self.settings.epsilon, self.settings.delta)
+        return ClientAccount(budget, self.settings.accountant, history)
+
+    def protect(
+        self, state: ServerState, updates: Sequence[ClientUpdate], parts: Trains, expected_clients: int
+    ) -> tuple[ServerState, list[ClientUpdate], float]:
+        """Clip and noise a round's updates.
+
+        Args:
+            state: The state that the clients trained on.
+            updates: The accepted updates, all of the adapter's rank and of equal weight.
+            parts: The parts that were trained and shared.
+            expected_clients: Size of the round's cohort.
+
+        Returns:
+            The state with the round booked, what the merge may see, and ε so far.
+
+        Raises:
+            BudgetExceeded: If the round does not fit into the budget.
+            ValueError: If weights or shapes differ.
+        """
+        weights = [update.weight for update in updates]
+        account = self.account(state).after_round(
+            self.noise_multiplier, sampling="fixed", sample_rate=1.0, weights=weights
+        )
+        sent = flatten(state.current)
+        names = [name for name in sent if part_of(name) in parts]
+        start = to_coordinates(sent)
+        shapes = {name: start[name] for name in names}
+        moves = [self._move(flatten(update.state), start, names) for update in updates]
+        memory = dict(state.memory) | {_ROUNDS: torch.tensor(sum(spent.steps for spent in account.history))}
+        if not self.linear:
+            noised = noised_each(moves, self.settings.clip_norm, self.noise_multiplier, self.randomness)
+            seen = [self._moved(u.client, sent, start, move) for u, move in zip(updates, noised, strict=True)]
+            return replace(state, memory=memory), seen, account.epsilon()
+        if self.settings.adaptive_clipping:
+            norm = float(memory.get(_CLIP, torch.tensor(self.settings.clip_norm)))
+            clipping = AdaptiveClip(norm, count_noise=expected_clients / 20)
+            mean, after = adaptive_noised_mean(
+                moves, shapes, clipping, self.noise_multiplier, expected_clients, self.randomness
+            )
+            memory[_CLIP] = torch.tensor(after.clip_norm)
+        else:
+            mean = noised_mean(
+                moves, shapes, self.settings.clip_norm, self.noise_multiplier, expected_clients, self.randomness
+            )
+        return replace(state, memory=memory), [self._moved(0, sent, start, mean)], account.epsilon()
+
+    def _move(self, trained: dict[str, Tensor], start: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        coordinates = to_coordinates(trained)
+        return {name: coordinates[name] - start[name] for name in names}
+
+    def _moved(
+        self, client: int, sent: dict[str, Tensor], start: dict[str, Tensor], move: dict[str, Tensor]
+    ) -> ClientUpdate:
+        reached = start | {name: start[name] + change for name, change in move.items()}
+        state: AdapterState = unflatten(from_coordinates(reached, sent))
+        return ClientUpdate(client, 1.0, state)

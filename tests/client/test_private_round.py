@@ -1,0 +1,39 @@
+import pytest
+
+from bora_fl import tracking
+from bora_fl.simulations.engine import simulate
+
+
+@pytest.fixture
+def private(tiny_config, tmp_path):
+    return tiny_config | {
+        "privacy.mode": "record",
+        "privacy.epsilon": 8.0,
+        "privacy.delta": 1e-3,
+        "privacy.accountant": "rdp",
+        "privacy.ledger-dir": str(tmp_path / "ledger"),
+        "strategy.name": "ffa",
+    }
+
+
+def test_a_private_run_stays_within_its_budget_and_says_so(private):
+    rows = tracking.read(simulate(private, 3) / "metrics.jsonl")
+    assert all(row["rejected"] == 0 for row in rows)
+    spent = [row["epsilon"]["largest"] for row in rows]
+    assert spent == sorted(spent)
+    assert 7.5 < spent[-1] <= 8.0  # noise was solved for the whole run, and the run used it up
+    assert rows[-1]["epsilon"]["unit"] == "record"
+
+
+def test_what_is_computed_from_the_records_without_noise_stays_at_the_site(private):
+    rows = tracking.read(simulate(private, 3) / "metrics.jsonl")
+    sent = set(rows[0]["per_client"]["0"])
+    assert sent == {"partition", "rank", "num-examples", "train-seconds", "steps", "epsilon", "noise-multiplier"}
+
+
+def test_a_second_run_on_the_same_data_is_refused_in_words(private, tmp_path):
+    from bora_fl.strategies.base import RunFailedError
+
+    simulate(private, 3)
+    with pytest.raises(RunFailedError, match="budget"):
+        simulate(private | {"run.output-dir": str(tmp_path / "again")}, 3)
