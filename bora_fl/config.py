@@ -93,12 +93,12 @@ class DataSettings(_Group):
 class TrainSettings(_Group):
     """Local training."""
 
-    local_steps: CountOrZero = Field(30, description="optimizer steps a round; 0 counts local-epochs instead")
+    local_steps: CountOrZero = Field(15, description="optimizer steps a round; 0 counts local-epochs instead")
     local_epochs: Positive = Field(1.0, description="passes over the client's data a round when local-steps is 0")
     batch_size: Count = Field(16, description="sequences per step and accumulation part")
     accumulation: Count = Field(1, description="batches whose gradients make one step")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer, fresh each round")
-    learning_rate: Positive = Field(2e-3, description="local learning rate in the first round")
+    learning_rate: Positive = Field(1.5e-3, description="local learning rate in the first round")
     head_learning_rate: NonNegative = Field(0.0, description="learning rate of the trained head; 0 is learning-rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over rounds")
     warmup_rounds: CountOrZero = Field(0, description="rounds of linear warm-up")
@@ -169,7 +169,7 @@ class PrivacySettings(_Group):
 class RunSettings(_Group):
     """The run."""
 
-    num_rounds: Count = Field(10, description="rounds in all")
+    num_rounds: Count = Field(15, description="rounds in all")
     seed: CountOrZero = Field(0, description="every other seed derives from (seed, round, client)")
     output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
     resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")

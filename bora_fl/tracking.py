@@ -36,9 +36,12 @@ def cut(path: Path, last_round: int) -> None:
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The table of rounds: losses, accuracies, bytes, seconds."""
+    """The table of rounds.
+
+    ``on`` says what loss and accuracy were measured on: the central test set, or the clients' held-out parts.
+    """
     result = Table(title=title)
-    for name in ("round", "train loss", "loss", "accuracy", "up MB", "down MB", "seconds", "clients", "rejected"):
+    for name in ("round", "train loss", "loss", "accuracy", "on", "up MB", "down MB", "s", "clients", "bad"):
         result.add_column(name, justify="right")
     for row in rows:
         result.add_row(
@@ -46,6 +49,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
             _number(row.get("train_loss")),
             _number(row.get("loss")),
             _number(row.get("accuracy")),
+            row.get("evaluated") or "-",
             f"{row['bytes_up'] / 1e6:.2f}",
             f"{row['bytes_down'] / 1e6:.2f}",
             f"{row['seconds']:.1f}",

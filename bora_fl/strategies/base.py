@@ -44,11 +44,16 @@ class RunFailedError(RuntimeError):
 
 @dataclass
 class RoundReport:
-    """What happened in a round; one line of ``metrics.jsonl``."""
+    """What happened in a round; one line of ``metrics.jsonl``.
+
+    ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``), or,
+    in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
+    """
 
     round: int
     loss: float | None = None
     accuracy: float | None = None
+    evaluated: str = ""
     train_loss: float | None = None
     client_loss: float | None = None
     client_accuracy: float | None = None
@@ -321,9 +326,10 @@ class FederatedStrategy(Strategy):
                 self.aggregate_evaluate(current, grid.send_and_receive(evaluation, timeout=timeout))
             central = self.observer.evaluate(current, self.state, self.folds)
             if central:
-                report.loss, report.accuracy = central
+                report.loss, report.accuracy, report.evaluated = *central, "central"
             elif report.client_loss is not None:
                 report.loss, report.accuracy = report.client_loss, report.client_accuracy
+                report.evaluated = "clients"
             report.seconds = time.perf_counter() - started
             self.observer.on_round(report, self.state, self.folds)
         return self.state
