@@ -220,7 +220,8 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not (self.disable_adapters or self.merged):
             adapters = [self.adapter(name) for name in self.active_adapters if name in self.bora_adapter]
         result: Tensor
-        if len(adapters) == 1 and not args and not kwargs and self._base_can_be_fused(x):
+        fused = len(adapters) == 1 and not args and not kwargs and self._base_can_be_fused(x)
+        if fused and not _in_opacus(adapters[0]):
             result = adapters[0](x, *self._base_tensors())
             return result
         result = self.base_layer(x, *args, **kwargs)
@@ -267,3 +268,8 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if any(type(t) is not nn.Parameter or t.requires_grad or t.device != x.device for t in tensors):
             return False
         return torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in tensors)
+
+
+def _in_opacus(adapter: BoraAdapter) -> bool:
+    """Whether Opacus' hooks watch the adapter: they take the batch size from its last input, which must then be x."""
+    return any(hasattr(parameter, "grad_sample") for parameter in adapter.parameters())

@@ -7,9 +7,13 @@ import pytest
 import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from opacus.tests.grad_samples.common import GradSampleHooks_test
+from peft import get_peft_model
+from torch import nn
 
 import bora_fl.client  # noqa: F401  (registers the samplers)
+from bora_fl.adapters import BoraConfig
 from bora_fl.adapters.layer import BoraAdapter
+from bora_fl.client import dp_bench
 from bora_fl.client.grad_sample import adapter_sample_gradients
 
 # Opacus' hooks warn when a layer's input needs no gradient, as a first layer's does.
@@ -112,6 +116,27 @@ def test_a_batch_size_read_off_a_base_weight_is_refused():
     with pytest.raises(ValueError, match="24 samples where it holds 3"):
         y.mean().backward()
     hooks.cleanup()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_opacus_on_a_peft_model_takes_our_step(monkeypatch, mode):
+    """A base layer that would be fused, and a batch of another size than its bias: one step, three ways."""
+    monkeypatch.setattr(dp_bench, "NOISE", 0.0)
+    monkeypatch.setattr(
+        dp_bench, "sample_losses", lambda model, batch: model(batch[0]).square().sum(dim=-1).mean(dim=-1)
+    )
+    batch = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(1)), torch.zeros(5)
+    moved = []
+    for make in (dp_bench.private_step, lambda model, batch: dp_bench.opacus_step(model, batch, mode)):
+        torch.manual_seed(0)
+        config = BoraConfig(r=2, num_blocks=2, target_modules=["0", "2"], init_weights=False)
+        model = get_peft_model(nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 6)), config)
+        start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        make(model, batch)()
+        after = [p.detach() for p in model.parameters() if p.requires_grad]
+        moved.append(torch.cat([(a - b).flatten() for a, b in zip(after, start, strict=True)]))
+    ours, theirs = moved
+    assert (ours - theirs).norm() < 1e-3 * ours.norm()
 
 
 def test_dropout_is_refused():
