@@ -62,7 +62,7 @@ class _Factors:
 
     def __init__(self, adapter: BoraAdapter) -> None:
         A, B, self.Sigma = adapter.A.detach(), adapter.B.detach(), adapter.effective_sigma().detach()
-        self.b, self.r, self.scaling, self.dtype = adapter.num_blocks, adapter.rank, adapter.scaling, A.dtype
+        self.b, self.r, self.scaling, self.dtype = len(self.Sigma), len(A), adapter.scaling, A.dtype
         self.p, self.q = A.shape[1] // self.b, B.shape[0] // self.b
         self.A = A.view(self.r, self.b, self.p).permute(1, 2, 0).contiguous()  # [b, p, r]
         self.B = B.view(self.b, self.q, self.r)  # [b, q, r]
