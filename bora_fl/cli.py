@@ -137,6 +137,23 @@ def demo(
     _launch(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, 4, 1, 0.0, None)
 
 
+@cli.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="output folder of a run")],
+    target: Annotated[Path, typer.Argument(help="folder to write")],
+    form: Annotated[
+        str, typer.Option("--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r")
+    ] = "merged",
+) -> None:
+    """Write a finished run as a merged model or as a LoRA adapter."""
+    from bora_fl import export as exporting
+
+    ways = {"merged": exporting.export_merged, "lora": exporting.export_lora}
+    if form not in ways:
+        raise ConfigError(f"--as {form}: use one of {', '.join(ways)}")
+    console.print(f"wrote {ways[form](folder, target)}", highlight=False)
+
+
 def _launch(
     app: Path, run_config: dict[str, Scalar], simulate: int, cpus: int, gpus: float, connection: str | None
 ) -> None:

@@ -46,8 +46,8 @@ class RunFailedError(RuntimeError):
 class RoundReport:
     """What happened in a round; one line of ``metrics.jsonl``.
 
-    ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``), or,
-    in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
+    ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
+    or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
     """
 
     round: int
@@ -228,11 +228,19 @@ class FederatedStrategy(Strategy):
             weight = metrics["num-examples"] if self.settings.strategy.weighting == "examples" else 1.0
             accepted[client] = ClientUpdate(client, weight, state)
             report.per_client[str(client)] = metrics
-        updates, screened = screen([accepted[c] for c in sorted(accepted)], self.state, self.settings.strategy)
+        updates, screened = screen(
+            [accepted[c] for c in sorted(accepted)], self.state, self.settings.strategy, self.aggregator.shares()
+        )
         for client, reason in screened.items():
             self._set_aside(client, reason)
             report.per_client.pop(str(client), None)
         return list(updates)
+
+    def _advance(self, state: ServerState) -> None:
+        """Go on with a state, and keep its fold if it is a new one."""
+        if state.fold_version > self.state.fold_version:
+            self.folds.append(flatten_factors(state.fold, ""))
+        self.state = state
 
     def _set_aside(self, who: int, reason: str) -> None:
         log.warning("set aside a reply from %s: %s", who, reason)
@@ -262,9 +270,7 @@ class FederatedStrategy(Strategy):
             report.epsilon = asdict(summarize({"run": spent}, "client"))
         state, report.strategy = self.aggregator.aggregate(state, updates, server_round)
         report.server_seconds = time.perf_counter() - started
-        if state.fold_version > self.state.fold_version:
-            self.folds.append(flatten_factors(state.fold, ""))
-        self.state = state
+        self._advance(state)
         _summarize_clients(report)
         return to_arrays(flatten(state.current)), MetricRecord({"train-loss": report.train_loss or 0.0})
 
@@ -310,7 +316,7 @@ class FederatedStrategy(Strategy):
         for current in range(first_round, self.settings.run.num_rounds + 1):
             started = time.perf_counter()
             self._report = report = RoundReport(current)
-            self.state = self.aggregator.prepare(self.state, current)
+            self._advance(self.aggregator.prepare(self.state, current))
             arrays = to_arrays(flatten(self.state.current))
             config = ConfigRecord()
             timeout = self.settings.strategy.timeout
