@@ -83,12 +83,15 @@ def _tile(kernel: str, shape: LayerShape) -> _Tile:
     if kernel == "down":
         return _Tile(64, 64, 4, 3) if half else _Tile(64, 32, 4, 2)
     if kernel == "up":
-        return _Tile(64, 128, 4, 1) if half else _Tile(64, 64, 4, 1)
+        if half or rank <= 32:
+            return _Tile(64, 128, 4, 1) if half else _Tile(64, 64, 4, 1)
+        return _Tile(64, 32, 4, 1) if rank == 64 else _Tile(32, 64, 8, 1)
     if half:
-        return _Tile(128, 64, 4, 2) if rank <= 32 else _Tile(64, 32, 8, 2)
+        return _Tile(128, 64, 8, 2) if rank <= 32 else _Tile(64, 32, 8, 2)
     if rank <= 64:
-        return _Tile(64, 32, 4 if rank <= 32 else 8, 1)
-    return _Tile(32, 16, 4, 1)
+        return _Tile(64, 32, 4, 1) if rank <= 32 else _Tile(32, 32, 8, 1)
+    # Three TF32 products keep more operands in registers than one does.
+    return _Tile(32, 16, 4 if shape.precision == "tf32x3" else 8, 1)
 
 
 def _mix_rows(shape: LayerShape) -> int:
@@ -104,7 +107,12 @@ def _splits(shape: LayerShape, rows: int) -> tuple[int, int]:
 
 def _constants(shape: LayerShape, tile: _Tile, **more: int | bool | str) -> dict[str, int | bool | str]:
     common: dict[str, int | bool | str] = {"NB": shape.num_blocks, "R": shape.rank, "RP": shape.padded_rank}
-    dots = {"BT": tile.BT, "BC": tile.BC, "PRECISION": shape.precision, "UPCAST": shape.interpreted}
+    dots: dict[str, int | bool | str] = {
+        "BT": tile.BT,
+        "BC": tile.BC,
+        "PRECISION": shape.precision,
+        "UPCAST": shape.interpreted,
+    }
     return {**common, **dots, **more}
 
 

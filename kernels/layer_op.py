@@ -63,7 +63,7 @@ class _EagerLayer(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         *tensors, saved = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):

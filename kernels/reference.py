@@ -62,7 +62,8 @@ class _ExpNorm(torch.autograd.Function):
     def backward(ctx: Any, dSigma: Tensor) -> Tensor:
         sigma, Sigma, inverse = ctx.saved_tensors
         g = dSigma * Sigma * inverse
-        return (g - sigma.sign() * (g * sigma * inverse).mean()).to(sigma.dtype)
+        dsigma: Tensor = g - sigma.sign() * (g * sigma * inverse).mean()
+        return dsigma.to(sigma.dtype)
 
 
 def exp_norm(sigma: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class _Branch(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, A, Sigma, B, seed = ctx.saved_tensors
         work = u.dtype
@@ -214,6 +215,6 @@ def bora_branch_reference(
     rows = x.reshape(-1, x.shape[-1])
     if in_functorch() and dropout_p == 0:
         y = branch_forward(rows, A, Sigma, B, scaling)[0]
-        return y.view(*x.shape[:-1], B.shape[0])
-    y = _Branch.apply(rows, A, Sigma, B, scaling, dropout_p, seed if dropout_p > 0 else None)  # type: ignore[no-untyped-call]
+    else:
+        y = _Branch.apply(rows, A, Sigma, B, scaling, dropout_p, seed if dropout_p > 0 else None)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], B.shape[0])

@@ -5,6 +5,9 @@ to its own slice of a float32 buffer; `reduce_kernel` adds the slices in order. 
 equal. A slice is read back by the program that wrote it, one tile of tokens later, after a barrier.
 """
 
+# mypy: ignore-errors
+# (Triton's language is typed by its compiler.)
+
 import triton
 import triton.language as tl
 

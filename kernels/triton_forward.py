@@ -7,6 +7,9 @@ the hardware's matrix instructions accept as few as 16. Addresses are 64-bit: a 
 `UPCAST` is for Triton's interpreter, whose bfloat16 arithmetic is wrong: operands are then widened before they meet.
 """
 
+# mypy: ignore-errors
+# (Triton's language is typed by its compiler.)
+
 import triton
 import triton.language as tl
 

@@ -127,11 +127,13 @@ def backward(
     dA, dSigma, dB = (torch.zeros_like(like) if x.shape[0] == 0 else torch.empty_like(like) for like in (A, Sigma, B))
     if x.shape[0] > 0:
         plan = backward_plan(shape_of(x, A, Sigma, B, None, seed), needs)
-        slices = {name: count for launch in plan for name, count in launch.constants.items() if "SLICES" in name}
-        wide = {"dtype": torch.float32, "device": x.device}
-        dA_slices = torch.empty(slices.get("SLICES_A", 0), A.numel(), **wide)
-        dB_slices = torch.empty(slices.get("SLICES_B", 0), B.numel(), **wide)
-        dSigma_slices = torch.empty(slices.get("SLICES_SIGMA", 0), Sigma.numel(), **wide)
+        slices = {name: int(count) for launch in plan for name, count in launch.constants.items() if "SLICES" in name}
+
+        def buffer(name: str, like: Tensor) -> Tensor:
+            return torch.empty(slices.get(name, 0), like.numel(), dtype=torch.float32, device=x.device)
+
+        dA_slices, dB_slices = buffer("SLICES_A", A), buffer("SLICES_B", B)
+        dSigma_slices = buffer("SLICES_SIGMA", Sigma)
         arguments = {
             **_inputs(x, A, Sigma, B, scaling, dropout_p, seed),
             "dy": dy,
@@ -144,11 +146,9 @@ def backward(
             "dB_slices": dB_slices,
             "dSigma_slices": dSigma_slices,
         }
-        *passes, reduce = plan if any(needs[1:]) else (*plan, None)
-        into_slices = {"dA": dA_slices, "dB": dB_slices, "dSigma": dSigma_slices}
-        _run(passes, x.device, {**arguments, **into_slices})
-        if reduce is not None:
-            _run([reduce], x.device, {**arguments, "dA": dA, "dB": dB, "dSigma": dSigma})
+        passes = [launch for launch in plan if launch.kernel != "reduce_kernel"]
+        _run(passes, x.device, {**arguments, "dA": dA_slices, "dB": dB_slices, "dSigma": dSigma_slices})
+        _run(plan[len(passes) :], x.device, {**arguments, "dA": dA, "dB": dB, "dSigma": dSigma})
         if dx is not None and weight is not None:
             dx.addmm_(dy, weight)
     return Gradients(dx, dA if needs.A else None, dSigma if needs.Sigma else None, dB if needs.B else None)

@@ -1,0 +1,195 @@
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bora_fl.kernels import dispatch
+from bora_fl.kernels.dispatch import bora_linear, explain
+
+FACTORS = ("A", "Sigma", "B")
+
+
+def draw(T: int = 6, b: int = 2, p: int = 4, q: int = 4, r: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    n, m = b * p, b * q
+    shapes = {"x": (T, n), "A": (r, n), "Sigma": (b, b, r), "B": (m, r), "W": (m, n), "dy": (T, m)}
+    return {
+        name: torch.randn(*shape, generator=generator).requires_grad_(name in ("x", *FACTORS))
+        for name, shape in shapes.items()
+    }
+
+
+def call(tensors: dict[str, Tensor], **options) -> Tensor:
+    return bora_linear(tensors["x"], *(tensors[name] for name in FACTORS), 0.5, **options)
+
+
+def gradients(tensors: dict[str, Tensor], y: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, [tensors[name] for name in ("x", *FACTORS)], tensors["dy"].to(y.dtype))
+
+
+def test_cpu_tensors_take_the_cpu_path_and_the_explanation_says_why_not_the_others() -> None:
+    tensors = draw()
+    found = explain(*(tensors[name] for name in ("x", *FACTORS)))
+    assert found.path == "cpu"
+    assert set(found.refused) == {"triton"}
+    assert "not triton" in str(found)
+
+
+def test_environment_overrides_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = draw()
+    inputs = [tensors[name] for name in ("x", *FACTORS)]
+    monkeypatch.setenv("BORA_KERNEL", "reference")
+    found = explain(*inputs)
+    assert found.path == "reference"
+    assert found.refused["cpu"] == "BORA_KERNEL=reference"
+    monkeypatch.setenv("BORA_KERNEL", "fast")
+    with pytest.raises(ValueError, match="BORA_KERNEL='fast' names no path: use auto, triton, cpu, reference"):
+        explain(*inputs)
+
+
+def test_paths_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = draw(T=40)
+    options = {"base_weight": tensors["W"], "dropout_p": 0.4, "seed": torch.tensor(3)}
+    y = call(tensors, **options)
+    monkeypatch.setenv("BORA_KERNEL", "reference")
+    expected = call(tensors, **options)
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
+    for mine, theirs in zip(gradients(tensors, y), gradients(tensors, expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_what_no_fused_path_takes_falls_back_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = draw()
+    tensors["W"].requires_grad_()
+    dispatch._log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="bora_fl.kernels.dispatch"):
+        y = call(tensors, base_weight=tensors["W"])
+        call(tensors, base_weight=tensors["W"])
+    assert sum("base weight is trained" in record.message for record in caplog.records) == 1
+    (gradient,) = torch.autograd.grad(y, tensors["W"], tensors["dy"])
+    torch.testing.assert_close(gradient, tensors["dy"].T @ tensors["x"])
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_autocast_gives_the_dtype_of_the_frozen_layer_and_gradients_in_the_factors_own(base: bool) -> None:
+    tensors = draw(T=40)
+    weight = tensors["W"] if base else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = call(tensors, base_weight=weight)
+        assert y.dtype == functional.linear(tensors["x"], tensors["W"]).dtype == torch.bfloat16
+        inside = gradients(tensors, y)
+    expected = call(tensors, base_weight=weight)
+    assert float(((y - expected).norm() / expected.norm()).detach()) < 1.2e-2
+    for mine, theirs in zip(inside, gradients(tensors, expected), strict=True):
+        assert mine.dtype == torch.float32
+        assert float((mine - theirs).norm() / theirs.norm()) < 1.2e-2
+
+
+def test_no_grad_equals_training_output() -> None:
+    tensors = draw()
+    with torch.no_grad():
+        y = call(tensors, base_weight=tensors["W"])
+    assert not y.requires_grad
+    assert torch.equal(y, call(tensors, base_weight=tensors["W"]))
+
+
+def test_manual_seed_governs_dropout() -> None:
+    tensors = draw()
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(call(tensors, dropout_p=0.5))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant: bool) -> None:
+    tensors = draw()
+
+    def layer(x: Tensor) -> Tensor:
+        factors = [tensors[name] for name in FACTORS]
+        return bora_linear(x, *factors, 0.5, base_weight=tensors["W"], dropout_p=0.3)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+
+    results = []
+    for function in (layer, checkpointed):
+        torch.manual_seed(4)
+        for tensor in tensors.values():
+            tensor.grad = None
+        function(tensors["x"]).backward(tensors["dy"])
+        results.append([tensors[name].grad for name in ("x", *FACTORS)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compiles_into_one_graph_with_the_same_result() -> None:
+    tensors = draw()
+
+    def layer(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor) -> Tensor:
+        return bora_linear(x, A, Sigma, B, 0.5, base_weight=tensors["W"], dropout_p=0.3).relu()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(4)
+        y = function(*(tensors[name] for name in ("x", *FACTORS)))
+        results.append([y, *gradients(tensors, y)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_operator_passes_torchs_own_checks() -> None:
+    tensors = draw()
+    arguments = [tensors[name] for name in ("x", *FACTORS)]
+    # Not its check of compiled against eager gradients: that compares with a frozen weight's gradient, too.
+    torch.library.opcheck(
+        torch.ops.bora_fl.layer.default,
+        (*arguments, tensors["W"], None, torch.tensor(5), 0.5, 0.3, "cpu"),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": (6, 9)}, "do not fit"),
+        ({"Sigma": (2, 2, 4)}, "do not fit"),
+        ({"Sigma": (3, 3, 3)}, "num_blocks 3 must divide in_features 8 and out_features 8"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changed: dict[str, tuple[int, ...]], message: str) -> None:
+    tensors = draw() | {name: torch.zeros(shape) for name, shape in changed.items()}
+    with pytest.raises(ValueError, match=message):
+        call(tensors)
+
+
+def test_dropout_of_everything_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dropout_p=1.0 must be in \[0, 1\)"):
+        call(draw(), dropout_p=1.0)
+
+
+def test_works_without_triton() -> None:
+    program = """
+import importlib.util
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, Absent())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find_spec(name, package)
+import torch
+from bora_fl.kernels.dispatch import bora_linear, explain
+tensors = torch.randn(5, 8), torch.randn(3, 8), torch.rand(2, 2, 3), torch.randn(8, 3)
+assert bora_linear(*tensors, 1.0).shape == (5, 8)
+assert "not installed" in explain(*tensors).refused["triton"]
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
