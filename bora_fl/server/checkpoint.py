@@ -1,4 +1,4 @@
-"""A checkpoint after every round: tensors in safetensors, the rest in a JSON manifest, renamed into place at the end."""
+"""A checkpoint after every round: tensors in safetensors, the rest in a JSON manifest, put in place in one move."""
 
 import json
 import logging

@@ -35,5 +35,5 @@ def test_the_budget_survives_a_restart(private):
 
 
 def test_unequal_weights_are_refused():
-    with pytest.raises(ConfigError, match="strategy.weighting"):
+    with pytest.raises(ConfigError, match=r"strategy\.weighting"):
         parse({"privacy.mode": "client"})
