@@ -92,7 +92,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "run.log"
     overrides = {**run_config, "run.output-dir": str(folder)} if simulation else dict(run_config)
-    environment = os.environ | ENVIRONMENT
+    # Flower starts its other commands by name, so they must be found without an activated environment too.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = os.environ | ENVIRONMENT | {"PATH": path}
     if simulation is None:
         status = _submit(app, overrides, connection, None, environment, log, show)
         return _judge(status, folder, log, None)
