@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 CONFIDENCE = 0.95
 
@@ -72,6 +73,7 @@ def t_distribution(t: float, degrees: int) -> float:
     return (1 + within) / 2
 
 
+@cache
 def t_quantile(probability: float, degrees: int) -> float:
     """The t with P(T ≤ t) = probability, by bisection.
 

@@ -1,0 +1,108 @@
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from bora_fl.config import ConfigError
+from bora_fl.simulations.cells import METHODS, Plan, Variant, plan
+
+ROOT = Path("somewhere")
+
+
+def lay_out(**changes) -> Plan:
+    options = {
+        "strategies": ["fedavg", "refactor"],
+        "scenarios": ["natural", "dirichlet-1"],
+        "methods": ["bora"],
+        "seeds": 2,
+        "clients": 5,
+        "root": ROOT,
+        "threads": 1,
+    }
+    return plan({"train.local-steps": 8}, **(options | changes))
+
+
+def test_there_is_a_cell_for_every_combination():
+    found = lay_out(methods=["bora", "lora"])
+    assert len(found.cells) == 2 * 2 * 2 * 2
+    assert len({cell.folder for cell in found.cells}) == 16
+    for cell in found.cells:
+        s = cell.run_settings
+        assert (s.strategy.name, s.adapter.method, s.run.seed) == (
+            cell.variant.strategy,
+            cell.variant.method,
+            cell.seed,
+        )
+        assert Path(s.run.output_dir) == cell.folder
+    assert {(cell.scenario, cell.num_clients) for cell in found.cells} == {("natural", 4), ("dirichlet-1", 5)}
+
+
+def test_neighbours_share_the_base_model_and_the_data():
+    cells = lay_out(methods=["bora", "lora"]).cells
+    keys = [(cell.scenario, cell.seed, cell.variant.method) for cell in cells]
+    changes = sum(a != b for a, b in pairwise(keys))
+    assert changes == len(set(keys)) - 1
+
+
+def test_what_decides_the_result_decides_the_folder_and_nothing_else_does():
+    cell = lay_out().cells[0]
+    assert cell.folder == lay_out(threads=2).cells[0].folder
+    assert cell.folder != lay_out(chosen={"train.learning-rate": 0.01}).cells[0].folder
+    assert cell.folder != lay_out(clients=6, scenarios=["dirichlet-1"]).cells[0].folder
+    assert cell.folder.relative_to(ROOT) == replace(cell, root=Path("else")).folder.relative_to("else")
+
+
+def test_combinations_that_cannot_be_are_left_out_with_the_reason():
+    found = lay_out(
+        strategies=["fedavg", "refactor"], methods=["bora", "gralora"], scenarios=["natural", "mixed-ranks"]
+    )
+    assert {(s, str(v)) for s, v in found.left_out} == {
+        ("natural", "gralora/refactor"),
+        ("mixed-ranks", "gralora/refactor"),
+        ("mixed-ranks", "bora/fedavg"),
+        ("mixed-ranks", "gralora/fedavg"),
+    }
+    assert any(line.startswith("gralora/refactor in every scenario:") for line in found.reasons())
+    assert any(line.startswith("bora/fedavg in mixed-ranks: clients have different ranks") for line in found.reasons())
+    ranks = [cell.node_configs for cell in found.cells if cell.scenario == "mixed-ranks"]
+    assert ranks
+    assert all(node.keys() == {"rank"} for nodes in ranks for node in nodes.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_named_method_can_be_averaged(method: str):
+    found = lay_out(methods=[method], strategies=["fedavg"])
+    assert not found.left_out
+    assert found.cells[0].settings.train.learning_rate == METHODS[method].get("train.learning-rate", 2e-3)
+    chosen = lay_out(methods=[method], strategies=["fedavg"], chosen={"train.learning-rate": 0.5})
+    assert chosen.cells[0].settings.train.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategies": ["refactr"]}, "--strategies 'refactr'.*did you mean refactor"),
+        ({"scenarios": ["natral"]}, "--scenarios 'natral'.*did you mean natural"),
+        ({"methods": ["lorra"]}, "adapter.method = 'lorra'.*lora"),
+        ({"methods": ["vera"], "strategies": ["flora"]}, "vera/flora in every scenario"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"chosen": {"run.seed": 3}}, "run.seed = 3: .*--seeds"),
+        ({"chosen": {"data.alpha": 3.0}}, "data.alpha = 3.0: set by dirichlet-1"),
+        ({"chosen": {"train.local-steps": -1}}, "train.local-steps = -1"),
+    ],
+)
+def test_a_mistake_names_setting_value_and_remedy(changes, message: str):
+    with pytest.raises(ConfigError, match=message):
+        lay_out(**changes)
+
+
+def test_labels_name_the_method_only_where_it_varies():
+    assert lay_out().label(Variant("bora", "refactor")) == "refactor"
+    assert lay_out(methods=["bora", "lora"]).label(Variant("lora", "refactor")) == "lora/refactor"
+    assert lay_out(strategies=["fedsa"]).label(Variant("bora", "fedsa")) == "fedsa *"
+
+
+def test_only_strategies_that_keep_factors_on_clients_are_personal():
+    kept = {s for s in ("fedavg", "ffa", "fedsa", "fed-sb", "rolora", "refactor") if Variant("bora", s).personal}
+    assert kept == {"fedsa"}

@@ -1,0 +1,63 @@
+"""The pool runs `eval` on text: a function that any process finds, and that can do whatever a test needs."""
+
+import os
+
+import pytest
+
+from bora_fl.simulations.pool import run_all
+
+SLEEP = "__import__('time').sleep(0.3) or ''"
+
+
+def run(tasks: list[str], workers: int = 1, environment: dict[str, str] | None = None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    run_all(tasks, eval, workers, environment=environment or {}, on_done=found.__setitem__, tick_seconds=0.05)
+    return found
+
+
+def test_a_dying_worker_loses_one_task():
+    tasks = [
+        "''",
+        "__import__('os').kill(__import__('os').getpid(), 9)",
+        "'a reason'",
+        "__import__('os')._exit(3)",
+        "'b'",
+    ]
+    found = run(tasks)
+    assert list(found) == tasks  # one worker, so in order
+    assert (found[tasks[0]], found[tasks[2]], found[tasks[4]]) == ("", "a reason", "b")
+    assert "SIGKILL" in found[tasks[1]]
+    assert "--workers" in found[tasks[1]]
+    assert "exit code 3" in found[tasks[3]]
+
+
+def test_workers_keep_their_memory_and_get_the_environment():
+    remember = (
+        "setattr(__import__('sys'), 'kept', getattr(__import__('sys'), 'kept', '') + 'x') or __import__('sys').kept"
+    )
+    variable = "__import__('os').environ['BORA_FL_POOL_TEST']"
+    found = run([remember, f"{remember} ", variable], environment={"BORA_FL_POOL_TEST": "seen"})
+    assert found[remember] == "x"
+    assert found[f"{remember} "] == "xx"
+    assert found[variable] == "seen"
+    assert "BORA_FL_POOL_TEST" not in os.environ
+
+
+def test_an_interruption_ends_the_workers():
+    pids: list[int] = []
+
+    def interrupt(task: str, reason: str) -> None:
+        pids.append(int(reason))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(["str(__import__('os').getpid())", SLEEP], eval, 1, environment={}, on_done=interrupt)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_ticks_tell_what_is_under_way():
+    seen: list[list[str]] = []
+    run_all([SLEEP], eval, 2, environment={}, on_done=lambda *_: None, on_tick=seen.append, tick_seconds=0.05)
+    assert seen
+    assert all(running == [SLEEP] for running in seen)

@@ -1,0 +1,197 @@
+"""A whole comparison on the tiny model, one of its workers killed on the way."""
+
+import csv
+import io
+import json
+import math
+import multiprocessing
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+import bora_fl.client.site
+from bora_fl import tracking
+from bora_fl.client import training
+from bora_fl.config import ConfigError
+from bora_fl.simulations import report, results, sweep
+from bora_fl.simulations.cells import Cell, Plan, Variant, plan
+from bora_fl.simulations.engine import simulate
+
+STRATEGIES = ["fedavg", "refactor"]
+TIMES = {"seconds", "server_seconds", "per_client", "strategy"}  # clocks, and dictionaries that hold some
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path, tiny_data: Path) -> dict[str, bool | int | float | str]:
+    return {
+        "model.name": str(tiny_model),
+        "model.max-length": 16,
+        "adapter.rank": 2,
+        "adapter.num-blocks": 4,
+        "data.name": str(tiny_data),
+        "train.local-steps": 2,
+        "train.batch-size": 8,
+        "train.learning-rate": 0.02,
+        "train.precision": "fp32",
+        "strategy.fraction-evaluate": 1.0,
+        "strategy.sweeps": 2,
+        "run.num-rounds": 2,
+    }
+
+
+def lay_out(tiny, root: Path, strategies: list[str] = STRATEGIES, seeds: int = 2, **changes) -> Plan:
+    return plan(
+        tiny | changes,
+        strategies=strategies,
+        scenarios=["dirichlet-1"],
+        methods=["bora"],
+        seeds=seeds,
+        clients=3,
+        root=root,
+        threads=1,
+    )
+
+
+def go(found: Plan, root: Path) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    sweep.sweep(found.cells, root, workers=1, threads=1, console=console)
+    return console.export_text()
+
+
+def kill_in(cell: Cell, over: threading.Event) -> None:
+    """Kill the worker once the cell has a round behind it."""
+    while not tracking.read(cell.folder / "metrics.jsonl"):
+        if over.wait(0.005):
+            return
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def measured(cell: Cell) -> list[dict]:
+    rows = tracking.read(cell.folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path, str]:
+    """A comparison of four runs whose last was killed."""
+    root = tmp_path_factory.mktemp("compare") / "out"
+    found = lay_out(tiny, root)
+    over = threading.Event()
+    killer = threading.Thread(target=kill_in, args=(found.cells[3], over))
+    killer.start()
+    said = go(found, root)
+    over.set()
+    killer.join()
+    return found, root, said
+
+
+def test_a_killed_worker_loses_one_run_and_the_next_sweep_makes_up_for_it(interrupted):
+    found, root, said = interrupted
+    ends = [sweep.outcome(cell) for cell in found.cells]
+    assert [end["status"] for end in ends] == ["finished"] * 3 + ["failed"]
+    assert "SIGKILL" in ends[3]["reason"]
+    assert f"failed {found.cells[3]}" in said
+    before = [(cell.folder / sweep.FINISHED).stat().st_mtime_ns for cell in found.cells if sweep.is_finished(cell)]
+    lost = results.collect(found, Variant("bora", "fedavg"))
+    assert [str(cell) for cell, _ in lost.failures] == ["dirichlet-1 bora/refactor seed 1"]
+    assert "SIGKILL" in report.markdown(lost)
+
+    said = go(found, root)
+    assert "3 of 4 runs are finished already" in said
+    assert all(sweep.is_finished(cell) for cell in found.cells)
+    after = [(cell.folder / sweep.FINISHED).stat().st_mtime_ns for cell in found.cells]
+    assert after[:3] == before
+    for cell in found.cells:
+        assert [row["round"] for row in tracking.read(cell.folder / "metrics.jsonl")] == [1, 2]
+        assert not (cell.folder / "checkpoints").exists()
+    _check_results(found, root)
+
+
+def _check_results(found: Plan, root: Path) -> None:
+    collected = results.collect(found, Variant("bora", "fedavg"))
+    csv_path, json_path = results.write(collected, root)
+    html_path, table_path = report.write(collected, root)
+
+    with csv_path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2
+    last = {(r["strategy"], int(r["seed"])): float(r["accuracy"]) for r in rows if r["round"] == "2"}
+    content = json.loads(json_path.read_text())
+    by_name = {s["variant"]["strategy"]: s for s in content["summaries"]}
+    gaps = [last["refactor", seed] - last["fedavg", seed] for seed in (0, 1)]
+    assert by_name["refactor"]["difference"]["mean"] == pytest.approx(sum(gaps) / 2)
+    assert by_name["refactor"]["difference"]["half_width"] == pytest.approx(
+        12.706204736432095 * np.std(gaps, ddof=1) / math.sqrt(2), rel=1e-9
+    )
+    assert by_name["fedavg"]["difference"] is None
+    assert by_name["fedavg"]["accuracy"]["mean"] == pytest.approx((last["fedavg", 0] + last["fedavg", 1]) / 2)
+    assert by_name["refactor"]["merge_error"]["mean"] <= by_name["fedavg"]["merge_error"]["mean"]
+    assert 0 < by_name["fedavg"]["reached"] <= 2  # the better seed reaches the mean of both
+    assert {cell["status"] for cell in content["cells"]} == {"finished"}
+
+    page = html_path.read_text()
+    assert len(page) < 1_000_000
+    assert not re.search(r"(src|href)=.?https?:", page)
+    for strategy in STRATEGIES:
+        assert f">{strategy}<" in page
+        assert f"| {strategy} |" in table_path.read_text()
+    assert page.count("data:image/svg+xml") == len(list(root.glob("*.png"))) >= 2
+
+
+def test_a_worker_that_ran_other_cells_computes_what_a_fresh_process_does(interrupted, tiny, tmp_path: Path):
+    found, _, _ = interrupted
+    alone = lay_out(tiny, tmp_path).cells[2]
+    bora_fl.client.site._current = None
+    sweep.run_cell(alone)
+    assert measured(alone) == measured(found.cells[2])
+
+
+def test_folds_of_one_run_do_not_leak_into_the_next(tiny, tmp_path: Path):
+    bora_fl.client.site._current = None
+    flora, after = lay_out(tiny, tmp_path / "a", ["flora", "fedavg"], seeds=1).cells
+    sweep.run_cell(flora)
+    sweep.run_cell(after)
+    bora_fl.client.site._current = None
+    alone = lay_out(tiny, tmp_path / "b", ["fedavg"], seeds=1).cells[0]
+    sweep.run_cell(alone)
+    assert measured(after) == measured(alone)
+
+
+def test_common_random_numbers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[bytes] = []
+    draw = training.draw_batches
+
+    def record(*arguments):
+        for batch in draw(*arguments):
+            drawn.append(batch.tobytes())
+            yield batch
+
+    monkeypatch.setattr(training, "draw_batches", record)
+
+    def stream(strategy: str, seed: int) -> tuple[list[list[str]], list[bytes], dict[str, float]]:
+        """The clients of each round, every batch they drew, and the losses of round 1."""
+        drawn.clear()
+        config = tiny | {"strategy.name": strategy, "run.seed": seed, "strategy.fraction-train": 0.6}
+        config |= {"run.output-dir": str(tmp_path / f"{strategy}-{seed}"), "strategy.fraction-evaluate": 0.0}
+        config |= {"data.partition": "dirichlet", "data.alpha": 1.0}
+        rows = tracking.read(simulate(config, 4) / "metrics.jsonl")
+        losses = {client: metrics["train-loss"] for client, metrics in rows[0]["per_client"].items()}
+        return [sorted(row["per_client"]) for row in rows], list(drawn), losses
+
+    first = stream("fedavg", 0)
+    assert [len(clients) for clients in first[0]] == [2, 2]
+    assert len(first[1]) == 2 * 2 * 2
+    assert stream("flora", 0) == first
+    assert stream("ffa", 0)[:2] == first[:2]  # it trains fewer parts, on the same batches
+    assert stream("fedavg", 1)[1] != first[1]
+
+
+def test_two_comparisons_do_not_write_in_one_folder(tiny, tmp_path: Path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another comparison is at work"):
+        sweep.sweep(lay_out(tiny, tmp_path).cells, tmp_path, workers=1, threads=1, console=Console(quiet=True))
