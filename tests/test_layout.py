@@ -13,7 +13,7 @@ LEVELS = [
     {"kernels", "seeds"},
     {"blocks", "adapters"},
     {"state", "sparsity", "accounting", "gaussian"},
-    {"config", "cache"},
+    {"config", "cache", "preload"},
     {"records", "models", "data", "device", "evaluate", "tracking"},
     {"client", "strategies"},
     {"server", "audit"},

@@ -1,0 +1,22 @@
+"""The large libraries, imported by one thread at a time.
+
+Flower imports the ServerApp and the ClientApp of a simulation in two threads at once. Where both import PEFT and
+transformers, Python breaks the deadlock of their import locks by handing one thread half a module. Both apps import
+this module first, and its own import lock makes the second thread wait for the first.
+"""
+
+import opacus
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "opacus",
+    "peft",
+    "torch",
+    "transformers",
+]
