@@ -15,7 +15,7 @@ from bora_fl.client.ledger import Ledger
 from bora_fl.client.losses import sample_losses
 from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
-from bora_fl.data import Encoded, fingerprint
+from bora_fl.data import Encoded, source_fingerprint
 from bora_fl.device import autocast, settle
 from bora_fl.models import FederatedModel
 
@@ -47,7 +47,7 @@ def noise_multiplier(settings: Settings, num_examples: int) -> float:
 
 
 def train_privately_for_a_round(
-    model: FederatedModel, data: Encoded, settings: Settings, *, factor: float, run_id: str
+    model: FederatedModel, data: Encoded, settings: Settings, *, factor: float, run_id: str, partition: int
 ) -> dict[str, float | int]:
     """Train with DP-SGD for one round; the steps are on disk in the site's ledger before the first record is read.
 
@@ -57,6 +57,7 @@ def train_privately_for_a_round(
         settings: The run's settings.
         factor: Share of the learning rate in this round.
         run_id: The run, under which the steps are booked.
+        partition: The client's partition; with the data's files it names the ledger.
 
     Returns:
         What may leave the client: ε spent on this data set so far by all runs, the noise multiplier, the steps. The
@@ -71,7 +72,7 @@ def train_privately_for_a_round(
     ledger = Ledger.open(
         ledger_folder(settings),
         run_id=run_id,
-        dataset_fingerprint=fingerprint(data),
+        dataset_fingerprint=source_fingerprint(settings.data, partition),
         budget=Budget(privacy.epsilon, privacy.delta),
         accountant=privacy.accountant,
     )

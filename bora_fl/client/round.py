@@ -88,7 +88,9 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
     factor = learning_rate_factor(settings.train, instruction.round, settings.run.num_rounds)
     started = time.perf_counter()
     if private:
-        metrics |= train_privately_for_a_round(model, data.train, settings, factor=factor, run_id=instruction.run_id)
+        metrics |= train_privately_for_a_round(
+            model, data.train, settings, factor=factor, run_id=instruction.run_id, partition=who.partition
+        )
     else:
         seed = derive(settings.run.seed, "batches", instruction.round, who.partition)
         result = train(model, data.train, settings.train, factor=factor, seed=seed)

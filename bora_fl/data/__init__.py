@@ -3,7 +3,7 @@
 from bora_fl.data.clients import ClientData, client_data, draw_batches, loads, test_data
 from bora_fl.data.embedded import FetchError, fetch
 from bora_fl.data.encoded import Encoded, fingerprint
-from bora_fl.data.loading import RawData, load_dataset
+from bora_fl.data.loading import RawData, load_dataset, source_fingerprint
 from bora_fl.data.partitions import partition
 from bora_fl.data.picture import partition_picture, partition_table
 
@@ -21,5 +21,6 @@ __all__ = [
     "partition",
     "partition_picture",
     "partition_table",
+    "source_fingerprint",
     "test_data",
 ]

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,36 @@ def loading_key(settings: DataSettings) -> str:
         stats = [(p, p.stat()) for p in (files.data_files(path) if path.exists() else [])]
         parts += [f"{p.absolute()}:{stat.st_size}:{stat.st_mtime_ns}" for p, stat in stats]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def source_fingerprint(settings: DataSettings, partition: int) -> str:
+    """Names a client's data by what lies on disk, so that no setting of a run makes it look like other data.
+
+    Args:
+        settings: Where the data is. Local and embedded data is named by its files' contents, hub data by its name.
+        partition: The client's partition, from its node config.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(
+        f"{_source(loading_key(settings), settings.name, settings.subset)}:{partition}".encode()
+    ).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _source(key: str, name: str, subset: str) -> str:
+    if name.startswith(PREFIX):
+        paths = [fetch(name)]
+    elif files.looks_local(name):
+        paths = files.data_files(Path(name).expanduser())
+    else:
+        return f"hub:{name}:{subset}"
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def column(data: "Dataset", name: str) -> pa.ChunkedArray:

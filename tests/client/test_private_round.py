@@ -35,5 +35,6 @@ def test_a_second_run_on_the_same_data_is_refused_in_words(private, tmp_path):
     from bora_fl.strategies.base import RunFailedError
 
     simulate(private, 3)
+    again = {"run.output-dir": str(tmp_path / "again"), "model.max-length": 12, "data.max-train-examples": 200}
     with pytest.raises(RunFailedError, match="budget"):
-        simulate(private | {"run.output-dir": str(tmp_path / "again")}, 3)
+        simulate(private | again, 3)  # no setting of the run makes the data look like other data
