@@ -154,6 +154,11 @@ def export(
     console.print(f"wrote {ways[form](folder, target)}", highlight=False)
 
 
+def _show(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.file.flush()  # a pipe would hold the progress back
+
+
 def _launch(
     app: Path, run_config: dict[str, Scalar], simulate: int, cpus: int, gpus: float, connection: str | None
 ) -> None:
@@ -166,7 +171,7 @@ def _launch(
         run_config,
         simulation=simulation,
         connection=connection,
-        show=lambda line: console.print(line, highlight=False, markup=False),
+        show=_show,
     )
     if outcome.rows:
         console.print(tracking.table(outcome.rows, "rounds"))

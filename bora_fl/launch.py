@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -98,12 +99,37 @@ def run(
     if simulation is None:
         status = _submit(app, overrides, connection, None, environment, log, show)
         return _judge(status, folder, log, None)
-    with _superlink(environment, log) as home:
+    show(f"starting Flower with {simulation.num_clients} clients; the first round also loads the model and the data")
+    with _superlink(environment) as home, _followed(folder / "metrics.jsonl", settings.run.num_rounds, show):
         environment["FLWR_HOME"] = str(home)
         status = _submit(app, overrides, "bora-fl", simulation, environment, log, show)
         with contextlib.suppress(OSError):
             shutil.copyfile(home / "superlink.log", folder / "superlink.log")
     return _judge(status, folder, log, settings.run.num_rounds)
+
+
+@contextlib.contextmanager
+def _followed(metrics: Path, num_rounds: int, show: Callable[[str], None]) -> Iterator[None]:
+    """Show each round as it ends; Flower's log stream lags behind by minutes."""
+    done, seen = threading.Event(), len(tracking.read(metrics))
+
+    def follow(count: int) -> None:
+        while True:
+            last_look = done.wait(0.5)
+            rows = tracking.read(metrics)
+            for row in rows[count:]:
+                show(tracking.line(row, num_rounds))
+            count = max(count, len(rows))
+            if last_look:
+                return
+
+    thread = threading.Thread(target=follow, args=(seen,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _judge(status: str, folder: Path, log: Path, num_rounds: int | None) -> Outcome:
@@ -148,7 +174,7 @@ def _submit(
             file.flush()
             if "Successfully started run" in line:
                 run_id = next(word for word in line.split() if word.strip(".").isdigit()).strip(".")
-            if text := _readable(line):
+            if (text := _readable(line)) and not (simulation and text.startswith("round ")):
                 show(text)
     if not run_id:
         raise LaunchError(f"`flwr run` did not start the run:\n{_tail(log)}")
@@ -170,7 +196,7 @@ def _status(run_id: str, connection: str | None, environment: Mapping[str, str])
 
 
 @contextlib.contextmanager
-def _superlink(environment: Mapping[str, str], log: Path) -> Iterator[Path]:
+def _superlink(environment: Mapping[str, str]) -> Iterator[Path]:
     """A SuperLink in simulation mode, with a home of its own, gone with all its descendants at the end."""
     home = Path(tempfile.mkdtemp(prefix="bora-fl-"))
     port = _free_port()

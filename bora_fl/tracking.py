@@ -35,6 +35,16 @@ def cut(path: Path, last_round: int) -> None:
     part.replace(path)
 
 
+def line(row: dict[str, Any], num_rounds: int) -> str:
+    """A round in one line."""
+    return (
+        f"round {row['round']}/{num_rounds}: train loss {_number(row.get('train_loss'))}, "
+        f"loss {_number(row.get('loss'))}, accuracy {_number(row.get('accuracy'))} "
+        f"({row.get('evaluated') or 'not evaluated'}), {row['clients']} clients, {row['rejected']} rejected, "
+        f"{row['seconds']:.1f} s"
+    )
+
+
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """The table of rounds.
 

@@ -113,15 +113,7 @@ class Server:
         checkpoint = Checkpoint(report.round, self._run_id, state, folds)
         save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, self.settings.run.keep_checkpoints)
         tracking.append(self.metrics_path, row)
-        log.info(
-            "round %d/%d: train loss %s, loss %s, accuracy %s, %d clients, %d rejected, %.1f s",
-            report.round,
-            self.settings.run.num_rounds,
-            *(f"{v:.3f}" if v is not None else "-" for v in (report.train_loss, report.loss, report.accuracy)),
-            report.clients,
-            report.rejected,
-            report.seconds,
-        )
+        log.info("%s", tracking.line(row, self.settings.run.num_rounds))
 
     def _bring_to(self, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
         for fold in folds[self._folded :]:
