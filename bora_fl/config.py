@@ -169,7 +169,7 @@ class PrivacySettings(_Group):
 class RunSettings(_Group):
     """The run."""
 
-    num_rounds: Count = Field(15, description="rounds in all")
+    num_rounds: Count = Field(12, description="rounds in all")
     seed: CountOrZero = Field(0, description="every other seed derives from (seed, round, client)")
     output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
     resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
