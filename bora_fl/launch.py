@@ -168,14 +168,17 @@ def _submit(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process,
     ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if "Successfully started run" in line:
-                run_id = next(word for word in line.split() if word.strip(".").isdigit()).strip(".")
-            if (text := _readable(line)) and not (simulation and text.startswith("round ")):
-                show(text)
+        try:
+            for line in process.stdout or ():
+                file.write(line)
+                file.flush()
+                if "Successfully started run" in line:
+                    run_id = next(word for word in line.split() if word.strip(".").isdigit()).strip(".")
+                if (text := _readable(line)) and not (simulation and text.startswith("round ")):
+                    show(text)
+        except BaseException:  # Ctrl-C or SIGTERM: leaving the block would wait for the run's end
+            process.terminate()
+            raise
     if not run_id:
         raise LaunchError(f"`flwr run` did not start the run:\n{_tail(log)}")
     return _status(run_id, connection, environment)
