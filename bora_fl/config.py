@@ -154,16 +154,15 @@ class StrategySettings(_Group):
 class PrivacySettings(_Group):
     """Differential privacy; see docs/privacy.md."""
 
-    mode: Literal["none", "record", "client", "local"] = Field("none", description="unit and place of the guarantee")
+    mode: Literal["none", "record", "client"] = Field("none", description="unit and place of the guarantee")
     epsilon: Positive = Field(6.0, description="budget of each client (record) or of the run (client)")
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="delta of the budget")
     noise_multiplier: NonNegative = Field(0.0, description="noise / clip-norm; 0 solves it once for the planned steps")
-    clip_norm: Positive = Field(1.0, description="per-sample (record) or per-update (client, local) clipping norm")
+    clip_norm: Positive = Field(1.0, description="per-sample (record) or per-update (client) clipping norm")
     adaptive_clipping: bool = Field(False, description="adapt clip-norm to a quantile (client)")
     accountant: Literal["prv", "rdp"] = Field("prv", description="accountant of the ledger")
     physical_batch_size: CountOrZero = Field(0, description="sequences in memory at once; 0 is twice the batch size")
     ledger_dir: str = Field("", description="where a site keeps its ledger; empty is <state folder>/ledger")
-    secure_aggregation: bool = Field(False, description="SecAgg+: the server sees the weighted mean alone")
 
 
 class RunSettings(_Group):
