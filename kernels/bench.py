@@ -131,24 +131,25 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=768, help="in_features and out_features")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16", "bf16/fp32"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--allocator", choices=("default", "warmed"), help="measure here, under this setting only")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--tokens", type=int, default=2048)
+    options.add_argument("--width", type=int, default=768, help="in_features and out_features")
+    options.add_argument("--blocks", type=int, default=8)
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--dtype", nargs="+", default=["fp32", "bf16", "bf16/fp32"])
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--json", help="also write the rows to this file")
+    options.add_argument("--allocator", choices=("default", "warmed"), help="measure here, under this setting only")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command: each allocator setting in a process of its own, because malloc reads it once."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = _parser().parse_args(given)
+    chosen = parser().parse_args(given)
     if chosen.device == "cpu" and chosen.allocator is None:
         for allocator in ("warmed", "default"):
             environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}

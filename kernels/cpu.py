@@ -1,26 +1,23 @@
-"""The CPU path: two ways to the same numbers, both saving nothing but x.
+"""The CPU path: what is cheapest for the size and dtype at hand, with the same numbers, saving nothing but x.
 
-Memory passes, not arithmetic, are what a low-rank branch costs on a CPU. So
+Memory passes and calls, not arithmetic, are what a low-rank branch costs on a CPU. Two choices follow, each its own:
 
-- **merged**: with many tokens, `W + delta_W` is formed once per call (`2·m·n·r` flops, whatever T is) and takes the
-  place of W in the large products, `y = x (W + delta_W)ᵀ` and `dx = dY (W + delta_W)`; the branch then costs no pass
-  over y or dx. Only in float32 and float64: in a half-precision weight small updates would be rounded away;
-- **chunked**: otherwise, tokens go by in chunks that fit the second-level cache; x, y and dY are read from memory
-  once, and every small product of a chunk finds them in the cache.
-
-Notation and formulas are those of `reference.py`. Inside a chunk of C tokens u, z, dz and du are `[r, b, C]` or
-`[b, r, C]`: the mixing is then a batched product over the rank, and the sums over tokens run along contiguous rows.
+- **merged weight**: with many tokens, `W + delta_W` is formed once per call (`2·m·n·r` flops, whatever T is) and takes
+  the place of W in the large products, `y = x (W + delta_W)ᵀ` and `dx = dY (W + delta_W)`; the branch then costs no
+  pass over y or dx. Only in float32 and float64: in a half-precision weight small updates would be rounded away;
+- **small products**: as one LoRA of rank b·r (`cpu_expanded.py`) or block by block in cache-sized chunks
+  (`cpu_chunked.py`).
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bora_fl.kernels.reference import Gradients, Needs, apply_dropout
+from bora_fl.kernels import cpu_chunked, cpu_expanded
+from bora_fl.kernels.reference import Gradients, Needs
 
-_CHUNK_BYTES = 768 * 1024  # a chunk of x and one of dY share a 2 MiB second-level cache with the small products
+_HALF = (torch.float16, torch.bfloat16)
+_SMALL = 2**25  # multiply-adds of an expanded branch that take about as long as the calls they save
 
 
 def prefers_merged(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, keep: Tensor | None) -> bool:
@@ -31,6 +28,14 @@ def prefers_merged(x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None, keep:
     m, n, tokens = B.shape[0], A.shape[1], x.shape[0]
     full = x.dtype == A.dtype and x.dtype in (torch.float32, torch.float64)
     return weight is not None and keep is None and full and tokens * (m + n) >= 2 * m * n
+
+
+def prefers_expanded(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor) -> bool:
+    """Say whether one LoRA of rank b·r is quicker than the blocks: with matrix units, or for a small layer."""
+    rank = Sigma.shape[0] * A.shape[0]
+    if x.dtype != A.dtype:
+        return False
+    return (x.dtype in _HALF and rank <= 256) or x.shape[0] * rank * (A.shape[1] + B.shape[0]) <= _SMALL
 
 
 def forward(
@@ -56,11 +61,8 @@ def forward(
     if weight is not None and prefers_merged(x, A, B, weight, keep):
         return functional.linear(x, _merge(weight, A, Sigma, B, scaling), bias)
     y = functional.linear(x, weight, bias) if weight is not None else x.new_zeros(x.shape[0], B.shape[0])
-    layer = _Chunks(x, A, Sigma, B, scaling, keep, dropout_p)
-    B_t = layer.B.transpose(1, 2).contiguous()  # [b, r, q]
-    for rows in layer.rows():
-        z = layer.mix(layer.project(layer.blocks_of_x(rows), layer.A_t))
-        _add_blocks(y[rows], torch.bmm(z.permute(1, 2, 0), B_t))
+    products = cpu_expanded if prefers_expanded(x, A, Sigma, B) else cpu_chunked
+    products.add_branch(y, x, A, Sigma, B, scaling, keep, dropout_p)
     return y
 
 
@@ -83,101 +85,24 @@ def backward(
         dx = torch.zeros_like(x)
     elif needs.x and weight is not None:
         dx = torch.mm(dy, _merge(weight, A, Sigma, B, scaling) if merged else weight)
-    branch_dx = None if merged else dx
-    layer = _Chunks(x, A, Sigma, B, scaling, keep, dropout_p)
-    b, r, p, q = layer.b, layer.r, layer.p, layer.q
-    wide = torch.promote_types(layer.work, torch.float32)  # partial sums of half-precision chunks are kept in float32
-    dA, dB = torch.zeros(b, r, p, dtype=wide), torch.zeros(b, r, q, dtype=wide)
-    dSigma = torch.zeros(r, b, b, dtype=wide)
-    for rows in layer.rows() if any(needs[1:]) or branch_dx is not None else ():
-        dy_blocks = layer.blocks(dy[rows].to(layer.work), q)
-        x_blocks = layer.blocks_of_x(rows)
-        dz = layer.project(dy_blocks, layer.B)
-        if needs.B or needs.Sigma:
-            u = layer.project(x_blocks, layer.A_t)
-            if needs.B:
-                dB += torch.bmm(layer.mix(u).transpose(0, 1), dy_blocks)
-            if needs.Sigma:
-                dSigma += torch.bmm(dz.transpose(0, 1), u.permute(1, 2, 0))
-        if needs.A or branch_dx is not None:
-            du = layer.mix_back(dz)
-            if needs.A:
-                dA += torch.bmm(du.transpose(0, 1), x_blocks)
-            if branch_dx is not None:
-                _add_blocks(branch_dx[rows], layer.undrop(torch.bmm(du.permute(1, 2, 0), layer.A), rows))
-    return Gradients(
-        dx,
-        dA.transpose(0, 1).reshape(r, b * p).to(A.dtype) if needs.A else None,
-        (dSigma.permute(1, 2, 0) * scaling).to(Sigma.dtype).contiguous() if needs.Sigma else None,
-        dB.transpose(1, 2).reshape(b * q, r).to(B.dtype) if needs.B else None,
-    )
-
-
-class _Chunks:
-    """The factors in the layouts the products want, and one chunk's worth of each product."""
-
-    def __init__(
-        self, x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, scaling: float, keep: Tensor | None, dropout_p: float
-    ):
-        self.x, self.keep, self.dropout_p = x, keep, dropout_p
-        self.work = torch.promote_types(x.dtype, A.dtype)
-        self.b, self.r = Sigma.shape[0], A.shape[0]
-        self.p, self.q = A.shape[1] // self.b, B.shape[0] // self.b
-        self.A = A.to(self.work).view(self.r, self.b, self.p).transpose(0, 1).contiguous()  # [b, r, p]
-        self.A_t = self.A.transpose(1, 2).contiguous()  # [b, p, r]
-        self.B = B.to(self.work).reshape(self.b, self.q, self.r)  # [b, q, r]
-        by_rank = (Sigma * scaling).to(self.work).permute(2, 0, 1)
-        self.Sigma = by_rank.contiguous()  # [r, i, j]
-        self.Sigma_t = by_rank.transpose(1, 2).contiguous()  # [r, j, i]
-
-    def rows(self) -> Iterator[slice]:
-        """Yield the chunks of tokens."""
-        width = max(self.p, self.q) * self.b * torch.empty((), dtype=self.work).element_size()
-        step = max(64, _CHUNK_BYTES // width)
-        return (slice(start, start + step) for start in range(0, self.x.shape[0], step))
-
-    def blocks(self, rows: Tensor, width: int) -> Tensor:
-        """View `[C, b·width]` as `[b, C, width]`."""
-        return rows.view(-1, self.b, width).transpose(0, 1)
-
-    def blocks_of_x(self, rows: slice) -> Tensor:
-        """Return the chunk of x after dropout, `[b, C, p]`."""
-        keep = None if self.keep is None else self.keep[rows]
-        return self.blocks(apply_dropout(self.x[rows].to(self.work), keep, self.dropout_p), self.p)
-
-    def project(self, blocks: Tensor, factor: Tensor) -> Tensor:
-        """Multiply `[b, C, width]` by `[b, width, r]`; the result is laid out `[b, r, C]`."""
-        return torch.bmm(blocks, factor).transpose(1, 2).contiguous()
-
-    def mix(self, u: Tensor) -> Tensor:
-        """Return `z_i = scaling · Σ_j Sigma[i,j] ∘ u_j` as `[r, b, C]`, from `[b, r, C]`."""
-        return torch.bmm(self.Sigma, u.transpose(0, 1))
-
-    def mix_back(self, dz: Tensor) -> Tensor:
-        """Return `du_j = scaling · Σ_i Sigma[i,j] ∘ dz_i` as `[r, b, C]`, from `[b, r, C]`."""
-        return torch.bmm(self.Sigma_t, dz.transpose(0, 1))
-
-    def undrop(self, blocks: Tensor, rows: slice) -> Tensor:
-        """Carry a gradient `[b, C, p]` with respect to x̂ back to x."""
-        if self.keep is None:
-            return blocks
-        return apply_dropout(blocks, self.blocks(self.keep[rows], self.p), self.dropout_p)
-
-
-def _add_blocks(rows: Tensor, blocks: Tensor) -> None:
-    """Add `[b, C, width]` to the rows `[C, b·width]`."""
-    b, _, width = blocks.shape
-    rows.view(-1, b, width).add_(blocks.transpose(0, 1))
+    into_dx = None if merged else dx
+    if into_dx is None and not any(needs[1:]):
+        return Gradients(dx, None, None, None)
+    products = cpu_expanded if prefers_expanded(x, A, Sigma, B) else cpu_chunked
+    grads = products.add_gradients(into_dx, dy, x, A, Sigma, B, scaling, keep, dropout_p, needs)
+    return Gradients(dx, *grads)
 
 
 def _merge(weight: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return `W + delta_W`, `[m, n]`, one row block at a time so that a row block of delta_W stays in the cache."""
+    """Return `W + delta_W`, `[m, n]`, so many row blocks at a time as a cache's worth of delta_W holds."""
     (m, n), b, r = weight.shape, Sigma.shape[0], A.shape[0]
     q, p = m // b, n // b
-    A_blocks = A.view(r, b, p).transpose(0, 1).contiguous()  # [b, r, p]
-    merged, delta = torch.empty(b, q, b, p, dtype=weight.dtype), torch.empty(b, q, p, dtype=weight.dtype)
-    scaled = (Sigma * scaling).to(weight.dtype)
-    for W_i, B_i, Sigma_i, out in zip(weight.reshape(b, q, b, p), B.reshape(b, q, r), scaled, merged, strict=True):
-        torch.bmm(B_i * Sigma_i[:, None, :], A_blocks, out=delta)
-        torch.add(W_i, delta.transpose(0, 1), out=out)
+    A_blocks = A.view(r, b, p).transpose(0, 1)  # [b, r, p]
+    W_blocks, merged = weight.reshape(b, q, b, p), torch.empty(b, q, b, p, dtype=weight.dtype)
+    B_blocks = B.reshape(b, 1, q, r) * (Sigma * scaling).to(weight.dtype).unsqueeze(2)  # [i, j, q, r]
+    step = max(1, cpu_chunked.CHUNK_BYTES // (q * n * weight.element_size()))
+    for start in range(0, b, step):
+        rows = slice(start, start + step)
+        delta = torch.matmul(B_blocks[rows], A_blocks)  # [i, j, q, p]
+        torch.add(W_blocks[rows], delta.transpose(1, 2), out=merged[rows])
     return merged.view(m, n)

@@ -95,7 +95,7 @@ def _tile(kernel: str, shape: LayerShape) -> _Tile:
 
 
 def _mix_rows(shape: LayerShape) -> int:
-    return max(16, 2048 // shape.padded_rank)
+    return max(16, 1024 // shape.padded_rank)
 
 
 def _splits(shape: LayerShape, rows: int) -> tuple[int, int]:

@@ -88,27 +88,26 @@ def mix_back_kernel(
     split = tl.program_id(0)
     j = tl.program_id(1)
     k = tl.arange(0, RP)
-    if NEED_U:
-        for tile in tl.range(0, tiles):
-            t = (split * tiles + tile) * BT + tl.arange(0, BT)
-            row = t.to(tl.int64)[:, None] * NB
-            mask = (t < T)[:, None] & (k < R)[None, :]
-            acc = tl.zeros([BT, RP], tl.float32)
-            for i in tl.range(0, NB):
-                weight = tl.load(Sigma + (i * NB + j) * R + k, mask=k < R, other=0.0).to(tl.float32)
-                acc += weight[None, :] * tl.load(dz + (row + i) * R + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    slice_of_dSigma = dSigma + split.to(tl.int64) * NB * NB * R
+    for tile in tl.range(0, tiles, num_stages=1, loop_unroll_factor=1):
+        t = (split * tiles + tile) * BT + tl.arange(0, BT)
+        row = t.to(tl.int64)[:, None] * NB
+        mask = (t < T)[:, None] & (k < R)[None, :]
+        if NEED_SIGMA:
+            u_j = tl.load(u + (row + j) * R + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc = tl.zeros([BT, RP], tl.float32)
+        for i in tl.range(0, NB, num_stages=1, loop_unroll_factor=1):
+            dz_i = tl.load(dz + (row + i) * R + k[None, :], mask=mask, other=0.0).to(tl.float32)
+            place = (i * NB + j) * R + k
+            if NEED_U:
+                acc += dz_i * tl.load(Sigma + place, mask=k < R, other=0.0).to(tl.float32)[None, :]
+            if NEED_SIGMA:
+                so_far = tl.load(slice_of_dSigma + place, mask=(k < R) & (tile > 0), other=0.0)
+                tl.store(slice_of_dSigma + place, so_far + tl.sum(dz_i * u_j, axis=0) * scaling, mask=k < R)
+        if NEED_U:
             tl.store(du + (row + j) * R + k[None, :], (acc * scaling).to(du.dtype.element_ty), mask=mask)
-    if NEED_SIGMA:
-        for i in tl.range(0, NB):
-            total = tl.zeros([BT, RP], tl.float32)
-            for tile in tl.range(0, tiles):
-                t = (split * tiles + tile) * BT + tl.arange(0, BT)
-                row = t.to(tl.int64)[:, None] * NB
-                mask = (t < T)[:, None] & (k < R)[None, :]
-                dz_i = tl.load(dz + (row + i) * R + k[None, :], mask=mask, other=0.0).to(tl.float32)
-                total += dz_i * tl.load(u + (row + j) * R + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            place = ((split.to(tl.int64) * NB + i) * NB + j) * R + k
-            tl.store(dSigma + place, tl.sum(total, axis=0) * scaling, mask=k < R)
+        if NEED_SIGMA:
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "threshold"])

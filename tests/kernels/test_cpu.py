@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from bora_fl.kernels import cpu
+from bora_fl.kernels import cpu, cpu_chunked
 from bora_fl.kernels.dispatch import bora_linear, explain
 from bora_fl.kernels.reference import bora_branch_reference
 
@@ -71,9 +71,7 @@ def test_agrees_with_float64(shape, dtypes, base: bool, dropout_p: float) -> Non
 @given(
     T=st.integers(1, 200),
     b=st.sampled_from([1, 2, 3, 4, 8, 32]),
-    p=st.integers(
-        4, 20
-    ),  # a gradient of one or two elements may cancel to nothing: no error is small then
+    p=st.integers(4, 20),  # a gradient of one or two elements may cancel to nothing: no error is small then
     q=st.integers(4, 20),
     r=st.integers(2, 20),
     dtypes=st.sampled_from(DTYPES),
@@ -84,9 +82,20 @@ def test_agrees_with_float64_for_any_shape(T: int, b: int, p: int, q: int, r: in
 
 
 def test_several_chunks_of_tokens_agree_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu_chunked, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu, "prefers_expanded", lambda *_: False)
     for dtypes in DTYPES:
         check(200, 2, 7, 9, 5, dtypes, True, 0.3)
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("expanded", [True, False])
+def test_both_forms_of_the_small_products_agree_with_float64(
+    expanded: bool, base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "prefers_expanded", lambda x, A, *_: expanded and x.dtype == A.dtype)
+    for dtypes in DTYPES:
+        check(70, 4, 7, 9, 5, dtypes, base, 0.0)
 
 
 def test_many_tokens_take_the_merged_weight_and_few_do_not() -> None:

@@ -167,9 +167,7 @@ def test_agrees_with_float64(case: Case) -> None:
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     T=st.integers(1, 70),
-    p=st.integers(
-        4, 40
-    ),  # a gradient of one or two elements may cancel to nothing: no error is small then
+    p=st.integers(4, 40),  # a gradient of one or two elements may cancel to nothing: no error is small then
     q=st.integers(4, 40),
     b=st.sampled_from([1, 2, 4]),
     r=st.integers(2, 40),
