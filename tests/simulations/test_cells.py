@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.config import ConfigError
+from bora_fl.config import ConfigError, Settings
 from bora_fl.simulations.cells import METHODS, Plan, Variant, plan
 
 ROOT = Path("somewhere")
@@ -74,7 +74,9 @@ def test_combinations_that_cannot_be_are_left_out_with_the_reason():
 def test_every_named_method_can_be_averaged(method: str):
     found = lay_out(methods=[method], strategies=["fedavg"])
     assert not found.left_out
-    assert found.cells[0].settings.train.learning_rate == METHODS[method].get("train.learning-rate", 2e-3)
+    assert found.cells[0].settings.train.learning_rate == METHODS[method].get(
+        "train.learning-rate", Settings().train.learning_rate
+    )
     chosen = lay_out(methods=[method], strategies=["fedavg"], chosen={"train.learning-rate": 0.5})
     assert chosen.cells[0].settings.train.learning_rate == 0.5
 
