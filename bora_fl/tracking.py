@@ -69,5 +69,32 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return result
 
 
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and accuracy over the rounds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    central = [row for row in rows if row.get("evaluated") == "central"]
+    clients = [row for row in rows if row.get("client_accuracy") is not None]
+    curves = (
+        (losses, "train_loss", rows, "training, clients", ":"),
+        (losses, "loss", central, "central test set", "-"),
+        (accuracies, "client_accuracy", clients, "clients' held-out parts, before training", ":"),
+        (accuracies, "accuracy", central, "central test set", "-"),
+    )
+    for axes, key, chosen, label, style in curves:
+        points = [(row["round"], row[key]) for row in chosen if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=label)
+    for axes, name in ((losses, "loss"), (accuracies, "accuracy")):
+        axes.set_xlabel("round")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"

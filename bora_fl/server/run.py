@@ -79,6 +79,7 @@ class Server:
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, checkpoint.round + 1)
         self._bring_to(state, strategy.folds)
         self.model.save(self.folder / "adapter", strategy.folds)
+        tracking.picture(tracking.read(self.metrics_path), self.folder / "rounds.png")
         return self.folder
 
     def _start_anew(self) -> None:

@@ -39,6 +39,7 @@ def test_a_run_learns_and_writes_what_it_promises(strategy: str, tiny_config):
     assert rows[-1]["clients"] == 3
     assert json.loads((folder / "config.json").read_text())["strategy.name"] == strategy
     assert (folder / "partition.png").is_file()
+    assert (folder / "rounds.png").is_file()
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"round-00005", "round-00006"}
 
 
