@@ -28,7 +28,10 @@ from bora_fl.blocks.sigma_range import least_floor
 from bora_fl.blocks.svd import leading_svd
 from bora_fl.blocks.targets import Target
 
-_SMALLEST_SIGMA = 1e-8  # of ‖M‖: how near zero a positive Sigma may come before its range is imposed
+# How near zero a positive Sigma may come, as a share of its root mean square (with unit columns). A fit without a floor
+# pushes single entries to 1e-7; mean|log Sigma| = 1 then leaves others in the hundreds, and local training from there
+# diverges. Freshly initialized entries are at .05 or above.
+_SMALLEST_SIGMA = 0.02
 _CANDIDATE_SWEEPS = 10
 _RANGE_ROUNDS = 3
 
@@ -98,7 +101,7 @@ def refactorize(
     size = math.sqrt(target.squared_norm)
     if size == 0:
         return _vanishing(factors, rank, start)
-    floor = _SMALLEST_SIGMA * size if sigma_transform == "exp_norm" else None
+    floor = _floor(size, target.num_blocks, rank, warm) if sigma_transform == "exp_norm" else None
     constraints = Constraints(floor, orthonormal)
 
     start_error = None
@@ -203,6 +206,17 @@ def _feasible(fit: Fit, constraints: Constraints) -> Fit:
         sigma = (fit.sigma * row.unsqueeze(1) * column.unsqueeze(0)).clamp_min(constraints.floor)
         fit = Fit(fit.left * row.unsqueeze(1), sigma, fit.right * column.unsqueeze(1))
     return fit
+
+
+def _floor(size: float, num_blocks: int, rank: int, warm: Fit | None) -> float:
+    """The least Sigma under `exp_norm`: no higher than the start's own least, so that a start can be kept."""
+    floor = _SMALLEST_SIGMA * size / math.sqrt(num_blocks**2 * rank)
+    if warm is not None:
+        sigma = normalized(warm).sigma
+        alive = sigma[_alive(warm) & (sigma > 0)]
+        if alive.numel():
+            floor = min(floor, float(alive.min()))
+    return floor
 
 
 _Candidate = tuple[str, Fit, list[float]]
