@@ -19,7 +19,7 @@ cli = typer.Typer(
 console = Console()
 
 # The test set has 4,948 examples: evaluating it every round would cost as much as training.
-DEMO: dict[str, Scalar] = {"strategy.min-nodes": 4, "run.evaluate-every": 3, "data.evaluation-fraction": 0.03}
+DEMO: dict[str, Scalar] = {"strategy.min-nodes": 4, "run.evaluate-every": 4, "data.evaluation-fraction": 0.03}
 
 ConfigOption = Annotated[
     list[str] | None,
