@@ -175,7 +175,8 @@ def _launch(
     )
     if outcome.rows:
         console.print(tracking.table(outcome.rows, "rounds"))
-        for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", "partition.png", "rounds.png", "run.log"):
+        pictures = ("partition.png", "rounds.png")
+        for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
             console.print(f"  {outcome.folder / name}", highlight=False, soft_wrap=True)
 
 
