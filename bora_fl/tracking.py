@@ -48,10 +48,11 @@ def line(row: dict[str, Any], num_rounds: int) -> str:
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """The table of rounds.
 
-    ``on`` says what loss and accuracy were measured on: the central test set, or the clients' held-out parts.
+    ``train`` is the training loss; ``on`` says what loss and accuracy were measured on: the central test set, or the
+    clients' held-out parts; ``ok`` and ``bad`` count the replies that were merged and set aside.
     """
     result = Table(title=title)
-    for name in ("round", "train loss", "loss", "accuracy", "on", "up MB", "down MB", "s", "clients", "bad"):
+    for name in ("round", "train", "loss", "acc.", "on", "up MB", "down MB", "s", "ok", "bad"):
         result.add_column(name, justify="right")
     for row in rows:
         result.add_row(
