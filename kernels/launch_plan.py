@@ -91,7 +91,7 @@ def _tile(kernel: str, shape: LayerShape) -> _Tile:
     if rank <= 64:
         return _Tile(64, 32, 4, 1) if rank <= 32 else _Tile(32, 32, 8, 1)
     # Three TF32 products keep more operands in registers than one does.
-    return _Tile(32, 16, 4 if shape.precision == "tf32x3" else 8, 1)
+    return _Tile(16, 16, 4, 1) if shape.precision == "tf32x3" else _Tile(32, 16, 8, 1)
 
 
 def _mix_rows(shape: LayerShape) -> int:
