@@ -210,7 +210,13 @@ class FederatedModel:
             for name in [n for n in trained if "modules_to_save" in n]:
                 trained.pop(name).requires_grad_(False)
         self._tensors: dict[str, nn.Parameter] = {_plain(name): p for name, p in trained.items()}
+        self._head = {_plain(name) for name in trained if self._in_head(name)}
         self.num_trained = sum(p.numel() for p in self.trained_parameters())
+
+    def _in_head(self, name: str) -> bool:
+        """Whether a parameter sits outside the base model proper: PEFT copies such modules, full training does not."""
+        body = getattr(self.model, "base_model_prefix", "")
+        return "modules_to_save" in name or (self.adapter.method == "full" and not name.startswith(f"{body}."))
 
     def _factor_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         found: dict[str, dict[str, nn.Parameter]] = {}
@@ -281,12 +287,16 @@ class FederatedModel:
         return [p for parts in self._factors.values() for p in parts.values() if p.requires_grad]
 
     def other_parameters(self) -> list[nn.Parameter]:
-        """Whatever else trains now."""
-        return [p for p in self._tensors.values() if p.requires_grad]
+        """The other tensors of the adapter, or of the model, that train now."""
+        return [p for name, p in self._tensors.items() if p.requires_grad and name not in self._head]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The head's parameters that train now."""
+        return [p for name, p in self._tensors.items() if p.requires_grad and name in self._head]
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All that trains now."""
-        return self.factor_parameters() + self.other_parameters()
+        return self.factor_parameters() + self.other_parameters() + self.head_parameters()
 
     def save(self, folder: Path, folds: list[dict[str, Tensor]]) -> None:
         """Write the adapter as PEFT does, and beside it ``folds.safetensors``: what was merged into the frozen weights.

@@ -49,7 +49,8 @@ def make_optimizer(model: FederatedModel, settings: TrainSettings, factor: float
     """The round's optimizer over what trains now; a head may have a learning rate of its own."""
     rate = settings.learning_rate * factor
     head_rate = (settings.head_learning_rate or settings.learning_rate) * factor
-    groups = [{"params": model.factor_parameters(), "lr": rate}, {"params": model.other_parameters(), "lr": head_rate}]
+    body = model.factor_parameters() + model.other_parameters()
+    groups = [{"params": body, "lr": rate}, {"params": model.head_parameters(), "lr": head_rate}]
     groups = [group for group in groups if group["params"]]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
