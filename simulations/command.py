@@ -161,13 +161,14 @@ def _show(found: "Results") -> None:
         if not (summaries := found.of(scenario.name)):
             continue
         table = Table(title=f"{scenario.name}: {scenario.summary}", box=box.SIMPLE)
-        for name in ("strategy", "accuracy %", "difference", "worst client %", "merge error %", "MB"):
+        for name in ("strategy", "accuracy %", "difference", "loss", "worst client %", "merge error %", "MB"):
             table.add_column(name, no_wrap=True, justify="left" if name == "strategy" else "right")
         for s in summaries:
             table.add_row(
                 found.plan.label(s.variant),
                 interval(s.accuracy, 100),
                 interval(s.difference, 100, sign=True),
+                interval(s.loss, digits=3),
                 interval(s.client_accuracy_min, 100),
                 interval(s.merge_error, 100, 2),
                 interval(s.megabytes, digits=2),

@@ -11,11 +11,14 @@ from matplotlib.figure import Figure
 
 from bora_fl.simulations.figures import draw, interval
 from bora_fl.simulations.results import Results, Summary
+from bora_fl.simulations.statistics import Estimate
 
 _COLUMNS = (
     "strategy",
     "accuracy %",
     "difference, points",
+    "loss",
+    "difference in loss",
     "clients' mean %",
     "worst client %",
     "spread over clients",
@@ -27,7 +30,7 @@ _COLUMNS = (
     "server seconds",
 )
 _NOTES = (
-    "Accuracy is of the server's model on the central test set after the last round. A difference is paired by seed "
+    "Accuracy and loss are of the server's model on the central test set after the last round. A difference is paired by seed "
     "with the baseline {baseline} and bold where its interval excludes zero; nothing is corrected for the number of "
     "comparisons.",
     "± is half a 95 % Student t interval over seeds. Runs with one seed share the partition, the clients sampled, the "
@@ -99,7 +102,7 @@ def _overview(results: Results, scenarios: Sequence[str], *, difference: bool) -
             if summary is None:
                 cells.append("-")
             elif difference:
-                cells.append(_difference(summary))
+                cells.append(_difference(summary.difference, 100, 1))
             else:
                 text = interval(summary.accuracy, 100)
                 cells.append(f"**{text}**" if summary.accuracy and summary.accuracy.mean == best[name] else text)
@@ -114,7 +117,9 @@ def _details(summary: Summary, results: Results) -> list[str]:
     return [
         results.plan.label(summary.variant),
         interval(summary.accuracy, 100),
-        _difference(summary),
+        _difference(summary.difference, 100, 1),
+        interval(summary.loss, digits=3),
+        _difference(summary.loss_difference, 1, 3),
         interval(summary.client_accuracy, 100),
         interval(summary.client_accuracy_min, 100),
         interval(summary.client_accuracy_sd, 100),
@@ -127,9 +132,9 @@ def _details(summary: Summary, results: Results) -> list[str]:
     ]
 
 
-def _difference(summary: Summary) -> str:
-    text = interval(summary.difference, 100, sign=True)
-    return f"**{text}**" if summary.difference is not None and summary.difference.excludes_zero else text
+def _difference(value: Estimate | None, scale: float, digits: int) -> str:
+    text = interval(value, scale, digits, sign=True)
+    return f"**{text}**" if value is not None and value.excludes_zero else text
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -71,6 +71,8 @@ class Summary:
         seeds: The seeds that finished.
         accuracy: After the last round, on the central test set.
         difference: Of that, paired by seed, from the baseline; of the clients' mean for personal strategies.
+        loss: After the last round, on the central test set.
+        loss_difference: Of that, paired by seed, from the baseline; None for personal strategies.
         client_accuracy: After the last round, mean over clients.
         client_accuracy_min: After the last round, the worst client.
         client_accuracy_sd: After the last round, spread over clients.
@@ -89,6 +91,8 @@ class Summary:
     seeds: list[int]
     accuracy: Estimate | None
     difference: Estimate | None
+    loss: Estimate | None
+    loss_difference: Estimate | None
     client_accuracy: Estimate | None
     client_accuracy_min: Estimate | None
     client_accuracy_sd: Estimate | None
@@ -227,6 +231,8 @@ def _summarize(
         sorted(seeds),
         accuracy=last("accuracy"),
         difference=None if seeds is reference else paired(_last(seeds, measure), theirs),
+        loss=last("loss"),
+        loss_difference=None if seeds is reference else paired(_last(seeds, "loss"), _last(reference, "loss")),
         client_accuracy=last("client_accuracy"),
         client_accuracy_min=last("client_accuracy_min"),
         client_accuracy_sd=last("client_accuracy_sd"),
