@@ -86,10 +86,12 @@ def _tile(kernel: str, shape: LayerShape) -> _Tile:
         if half or rank <= 32:
             return _Tile(64, 128, 4, 1) if half else _Tile(64, 64, 4, 1)
         return _Tile(64, 32, 4, 1) if rank == 64 else _Tile(32, 64, 8, 1)
+    if half and rank <= 32:
+        return _Tile(128, 64, 8, 2)
     if half:
-        return _Tile(128, 64, 8, 2) if rank <= 32 else _Tile(64, 32, 8, 2)
+        return _Tile(64, 32, 8, 1) if shape.backend == "cuda" else _Tile(32, 32, 4, 1)
     if rank <= 64:
-        return _Tile(64, 32, 4, 1) if rank <= 32 else _Tile(32, 32, 8, 1)
+        return _Tile(64 if rank <= 32 else 32, 32, 8, 1)
     # Three TF32 products keep more operands in registers than one does.
     return _Tile(16, 16, 4, 1) if shape.precision == "tf32x3" else _Tile(32, 16, 8, 1)
 
@@ -180,7 +182,7 @@ def backward_plan(shape: LayerShape, needs: Needs) -> list[Launch]:
     if need_z:
         constants = {"NB": b, "R": r, "RP": shape.padded_rank, "BT": rows, "NEED_U": need_u, "NEED_SIGMA": needs.Sigma}
         mix_integers = {"T": shape.tokens, "tiles": mix_tiles}
-        launches.append(Launch("mix_back_kernel", (mix_slices, b), mix_integers, constants, 4, 2))
+        launches.append(Launch("mix_back_kernel", (mix_slices, b), mix_integers, constants, 8, 1))
     if need_u:
         constants = _constants(shape, tile, NEED_X=needs.x, NEED_A=needs.A, **_of_x(shape))
         launches.append(Launch("x_kernel", (slices, b), integers, constants, tile.num_warps, tile.num_stages))
