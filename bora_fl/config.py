@@ -154,11 +154,13 @@ class StrategySettings(_Group):
 class PrivacySettings(_Group):
     """Differential privacy; see docs/privacy.md."""
 
-    mode: Literal["none", "record", "client"] = Field("none", description="unit and place of the guarantee")
-    epsilon: Positive = Field(6.0, description="budget of each client (record) or of the run (client)")
+    mode: Literal["none", "record", "client", "local"] = Field(
+        "none", description="record: DP-SGD; client: noise at the server; local: each update noised before it leaves"
+    )
+    epsilon: Positive = Field(6.0, description="budget of each client (record, local) or of the run (client)")
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="delta of the budget")
     noise_multiplier: NonNegative = Field(0.0, description="noise / clip-norm; 0 solves it once for the planned steps")
-    clip_norm: Positive = Field(1.0, description="per-sample (record) or per-update (client) clipping norm")
+    clip_norm: Positive = Field(1.0, description="clipping norm, per sample (record) or per update (client, local)")
     adaptive_clipping: bool = Field(False, description="adapt clip-norm to a quantile (client)")
     accountant: Literal["prv", "rdp"] = Field("prv", description="accountant of the ledger")
     physical_batch_size: CountOrZero = Field(0, description="sequences in memory at once; 0 is twice the batch size")
@@ -201,6 +203,16 @@ class Settings(_Group):
             raise ValueError(
                 "strategy.weighting = 'examples' with privacy.mode = 'client': one client could move the mean by more "
                 "than the noise hides; set strategy.weighting to uniform"
+            )
+        if self.privacy.mode == "local" and self.strategy.weighting != "uniform":
+            raise ValueError(
+                "strategy.weighting = 'examples' with privacy.mode = 'local': the server would learn how many examples "
+                "each client has, which no noise covers; set strategy.weighting to uniform"
+            )
+        if self.privacy.mode == "local" and self.strategy.fraction_evaluate > 0:
+            raise ValueError(
+                f"strategy.fraction-evaluate = {self.strategy.fraction_evaluate} with privacy.mode = 'local': clients "
+                "would report accuracies without noise; set strategy.fraction-evaluate to 0"
             )
         if self.strategy.residual != "drop" and self.strategy.residual_rank == 0:
             raise ValueError(

@@ -115,6 +115,7 @@ def privatize(
 
     The unit is the client, the neighbour a client that sends zeros, and the server need not be trusted. One call is one
     step at sample rate 1: `epsilon([(noise_multiplier, 1.0, rounds)], delta)` is what `rounds` replies have spent.
+    Exchanging the client's data for other data moves the clipped update by up to 2 C: half the noise multiplier then.
 
     Args:
         update: What the client changed (trained minus received), every tensor it sends.
@@ -132,6 +133,26 @@ def privatize(
     clipped, _ = clip(update, clip_norm)
     randomness = randomness or SystemRandomness()
     return {name: add_noise(tensor, noise_multiplier * clip_norm, randomness) for name, tensor in clipped.items()}
+
+
+def to_coordinates(state: Mapping[str, Tensor], sigma_transform: str) -> dict[str, Tensor]:
+    """Return the state in the coordinates in which it is clipped and noised.
+
+    Args:
+        state: Named tensors; a name that ends in `/sigma` is a Sigma.
+        sigma_transform: Under `"exp_norm"` Sigma is positive and stands as its logarithm, so that a noised one stays
+            positive; under `"identity"` it stands as it is.
+    """
+    return {name: tensor.log() if _in_logarithms(name, sigma_transform) else tensor for name, tensor in state.items()}
+
+
+def from_coordinates(coordinates: Mapping[str, Tensor], sigma_transform: str) -> dict[str, Tensor]:
+    """The inverse of `to_coordinates`."""
+    return {n: tensor.exp() if _in_logarithms(n, sigma_transform) else tensor for n, tensor in coordinates.items()}
+
+
+def _in_logarithms(name: str, sigma_transform: str) -> bool:
+    return sigma_transform == "exp_norm" and name.endswith("/sigma")
 
 
 def require_mechanism(clip_norm: float, noise_multiplier: float) -> None:

@@ -37,11 +37,13 @@ def cut(path: Path, last_round: int) -> None:
 
 def line(row: dict[str, Any], num_rounds: int) -> str:
     """A round in one line."""
+    spent = row.get("epsilon")
+    privacy = f", epsilon {spent['largest']:.3g} per {spent['unit']}" if spent else ""
     return (
         f"round {row['round']}/{num_rounds}: train loss {_number(row.get('train_loss'))}, "
         f"loss {_number(row.get('loss'))}, accuracy {_number(row.get('accuracy'))} "
-        f"({row.get('evaluated') or 'not evaluated'}), {row['clients']} clients, {row['rejected']} rejected, "
-        f"{row['seconds']:.1f} s"
+        f"({row.get('evaluated') or 'not evaluated'}), {row['clients']} clients, {row['rejected']} rejected"
+        f"{privacy}, {row['seconds']:.1f} s"
     )
 
 

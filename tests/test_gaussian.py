@@ -6,7 +6,17 @@ import pytest
 import torch
 from scipy import stats
 
-from bora_fl.gaussian import SeededRandomness, SystemRandomness, add_noise, clip, joint_norm, poisson_sample, privatize
+from bora_fl.gaussian import (
+    SeededRandomness,
+    SystemRandomness,
+    add_noise,
+    clip,
+    from_coordinates,
+    joint_norm,
+    poisson_sample,
+    privatize,
+    to_coordinates,
+)
 
 
 def update(scale=1.0):
@@ -96,3 +106,15 @@ def test_poisson_sampling_draws_independently():
 def test_bad_settings_are_named(clip_norm, noise, message):
     with pytest.raises(ValueError, match=message):
         privatize(update(), clip_norm, noise)
+
+
+def test_sigma_moves_in_logarithms_under_exp_norm_alone():
+    start = {"layers/q/sigma": torch.tensor([[[0.5, 2.0]]]), "layers/q/B": torch.ones(2, 2)}
+    for transform in ("exp_norm", "identity"):
+        back = from_coordinates(to_coordinates(start, transform), transform)
+        for name, tensor in start.items():
+            torch.testing.assert_close(back[name], tensor)
+    shifted = {name: tensor - 10.0 for name, tensor in to_coordinates(start, "exp_norm").items()}
+    assert (from_coordinates(shifted, "exp_norm")["layers/q/sigma"] > 0).all()
+    crossed = {"layers/q/sigma": torch.tensor([[[-0.5, 2.0]]])}
+    assert torch.equal(to_coordinates(crossed, "identity")["layers/q/sigma"], crossed["layers/q/sigma"])

@@ -11,6 +11,7 @@ budget the run asks for.
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bora_fl.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
+from bora_fl.config import Settings
 
 _VERSION = 1
 
@@ -27,15 +29,13 @@ class Ledger:
 
     Attributes:
         budget: The run's budget; it holds for all that was spent on the data set, by whichever run.
-        unit: Whose presence the spent noise hides.
+        unit: Whose presence the spent noise hides; each unit has a file of its own.
     """
 
-    unit: Unit = "record"
-
     def __init__(
-        self, file: Path, run_id: str, dataset_fingerprint: str, budget: Budget, accountant: Accountant
+        self, file: Path, run_id: str, dataset_fingerprint: str, budget: Budget, accountant: Accountant, unit: Unit
     ) -> None:
-        self.budget = budget
+        self.budget, self.unit = budget, unit
         self._file, self._run, self._dataset, self._accountant = file, run_id, dataset_fingerprint, accountant
 
     @classmethod
@@ -47,6 +47,7 @@ class Ledger:
         dataset_fingerprint: str,
         budget: Budget,
         accountant: Accountant = "prv",
+        unit: Unit = "record",
     ) -> Self:
         """Open the ledger of a data set, or start one.
 
@@ -56,6 +57,7 @@ class Ledger:
             dataset_fingerprint: See `fingerprint`.
             budget: What the run may spend on the data set, earlier runs included.
             accountant: `"prv"` or `"rdp"`.
+            unit: Whose presence the noise hides.
 
         Raises:
             ValueError: If the arguments or the file on disk are not usable. An unreadable ledger is never started anew.
@@ -63,7 +65,8 @@ class Ledger:
         if not (dataset_fingerprint and dataset_fingerprint.isalnum()):
             raise ValueError(f"dataset_fingerprint = {dataset_fingerprint!r}: use fingerprint(records)")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        ledger = cls(Path(folder) / f"{dataset_fingerprint}.json", run_id, dataset_fingerprint, budget, accountant)
+        name = dataset_fingerprint if unit == "record" else f"{dataset_fingerprint}-{unit}"
+        ledger = cls(Path(folder) / f"{name}.json", run_id, dataset_fingerprint, budget, accountant, unit)
         epsilon([], budget.delta, accountant)
         ledger._read()
         return ledger
@@ -158,6 +161,19 @@ class Ledger:
         with self._file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def ledger_folder(settings: Settings) -> Path:
+    """``privacy.ledger-dir``, else ``$BORA_FL_STATE/ledger``, else ``~/.local/state/bora_fl/ledger``."""
+    if settings.privacy.ledger_dir:
+        return Path(settings.privacy.ledger_dir).expanduser()
+    state = os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl"
+    return Path(state).expanduser() / "ledger"
+
+
+def planned_rounds(settings: Settings) -> int:
+    """Rounds that a client takes part in if it is sampled as often as ``strategy.fraction-train`` expects."""
+    return math.ceil(settings.run.num_rounds * settings.strategy.fraction_train)
 
 
 def fingerprint(records: Iterable[bytes | str]) -> str:

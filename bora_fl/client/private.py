@@ -1,9 +1,6 @@
 """A client's round under record-level differential privacy: noise solved once, spent in the ledger, then trained."""
 
-import math
-import os
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +8,7 @@ from torch import Tensor, nn
 
 from bora_fl.accounting import Budget, solve_noise
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.client.ledger import Ledger
+from bora_fl.client.ledger import Ledger, ledger_folder, planned_rounds
 from bora_fl.client.losses import sample_losses
 from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
@@ -22,18 +19,9 @@ from bora_fl.models import FederatedModel
 _solve = lru_cache(maxsize=64)(solve_noise)
 
 
-def ledger_folder(settings: Settings) -> Path:
-    """``privacy.ledger-dir``, else ``$BORA_FL_STATE/ledger``, else ``~/.local/state/bora_fl/ledger``."""
-    if settings.privacy.ledger_dir:
-        return Path(settings.privacy.ledger_dir).expanduser()
-    state = os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl"
-    return Path(state).expanduser() / "ledger"
-
-
 def planned_steps(settings: Settings, num_examples: int) -> int:
     """Steps that a client takes over the whole run if it is sampled as often as ``strategy.fraction-train`` expects."""
-    rounds = math.ceil(settings.run.num_rounds * settings.strategy.fraction_train)
-    return rounds * num_steps(settings.train, num_examples)
+    return planned_rounds(settings) * num_steps(settings.train, num_examples)
 
 
 def noise_multiplier(settings: Settings, num_examples: int) -> float:
@@ -102,7 +90,7 @@ def train_privately_for_a_round(
         steps=num_steps(train, len(data)),
         spend=ledger.spend,
     )
-    return {"epsilon": ledger.epsilon(), "noise-multiplier": noise, "steps": result.steps}
+    return {"epsilon-per-record": ledger.epsilon(), "noise-multiplier": noise, "steps": result.steps}
 
 
 def _expected_batch(settings: Settings, num_examples: int) -> float:

@@ -7,9 +7,11 @@ from typing import Any
 from flwr.app import ArrayRecord, RecordDict
 
 from bora_fl.blocks import BlockFactors, refactorize, truncate
+from bora_fl.client.local import LocalPrivacy
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import learning_rate_factor, train
+from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
@@ -81,13 +83,14 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
     data = site.data(who.partition, who.num_partitions)
     settings = site.settings
     metrics: dict[str, float | int] = {"partition": who.partition, "rank": model.rank}
-    private = settings.privacy.mode == "record"
-    if instruction.evaluate and len(data.evaluation) and not private:
+    mode, sends = settings.privacy.mode, instruction.shares & instruction.trains
+    local = _book_locally(settings, instruction, who) if mode == "local" else None
+    if instruction.evaluate and len(data.evaluation) and mode not in ("record", "local"):
         metrics |= _named(_evaluate(site, model, data.evaluation))
     model.train_only(instruction.trains)
     factor = learning_rate_factor(settings.train, instruction.round, settings.run.num_rounds)
     started = time.perf_counter()
-    if private:
+    if mode == "record":
         metrics |= train_privately_for_a_round(
             model, data.train, settings, factor=factor, run_id=instruction.run_id, partition=who.partition
         )
@@ -96,11 +99,14 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
         result = train(model, data.train, settings.train, factor=factor, seed=seed)
         metrics |= {"train-loss": result.loss, "steps": result.steps}
     trained = model.read()
-    if instruction.sparsity < 1:
-        trained = sparsify(trained, received, instruction.sparsity)
     _remember(memory, trained, instruction)
     metrics |= {"num-examples": len(data.train), "train-seconds": time.perf_counter() - started}
-    return reply_content(trained, sent, instruction.shares & instruction.trains, instruction.round, metrics)
+    if local:
+        trained = local.protect(trained, received, sends)
+        metrics = {"partition": who.partition, "rank": model.rank} | local.metrics()
+    if instruction.sparsity < 1:
+        trained = sparsify(trained, received, instruction.sparsity)
+    return reply_content(trained, sent, sends, instruction.round, metrics)
 
 
 def evaluate_round(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> dict[str, float | int]:
@@ -134,6 +140,16 @@ def _receive(
     state = AdapterState(layers, state.tensors)
     model.write(state)
     return model, state
+
+
+def _book_locally(settings: Settings, instruction: Instruction, who: ClientIdentity) -> LocalPrivacy:
+    if 0 < who.max_rank < settings.adapter.rank and instruction.trains - instruction.shares:
+        # A reply of another rank holds every factor, and those that are kept here are not noised.
+        raise ValueError(
+            f"rank = {who.max_rank} in the node config with privacy.mode = 'local': this strategy keeps some factors "
+            f"on the client, and a reply of another rank would hold them; use the federation's, {settings.adapter.rank}"
+        )
+    return LocalPrivacy.book(settings, instruction.run_id, who.partition)
 
 
 def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFactors:

@@ -5,14 +5,14 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Protocol, get_args
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from bora_fl.accounting import summarize
+from bora_fl.accounting import Unit, summarize
 from bora_fl.config import Settings
 from bora_fl.records import (
     FOLDS,
@@ -388,9 +388,10 @@ def _summarize_clients(report: RoundReport) -> None:
     weights = [m["num-examples"] for m in metrics]
     if all("train-loss" in m for m in metrics):
         report.train_loss = _mean([m["train-loss"] for m in metrics], weights)
-    spent = {client: m["epsilon"] for client, m in report.per_client.items() if "epsilon" in m}
-    if spent:
-        report.epsilon = asdict(summarize(spent))
+    for unit in get_args(Unit):
+        key = f"epsilon-per-{unit}"
+        if spent := {client: m[key] for client, m in report.per_client.items() if key in m}:
+            report.epsilon = asdict(summarize(spent, unit))
     evaluated = [m for m in metrics if m.get("eval-examples")]
     if evaluated:
         _summarize_evaluation(report, evaluated)

@@ -9,7 +9,7 @@ merge, before any product or refactorization, which are then post-processing and
   the mean of products is no function of the mean, so the noise of other clients hides nothing there.
 
 Updates are differences from what was sent, as named tensors; leave out what was not trained. Sigma moves in logarithms
-(`to_coordinates`), where a noised value stays positive.
+(`bora_fl.gaussian.to_coordinates`), where a noised value stays positive.
 """
 
 import math
@@ -192,22 +192,6 @@ def noised_each(
     carries √K times the noise of `noised_mean` over K clients.
     """
     return [privatize(update, clip_norm, noise_multiplier, randomness) for update in updates]
-
-
-def to_coordinates(state: Update) -> dict[str, Tensor]:
-    """Return the state with `log Sigma` in place of each positive Sigma (names that end in `/sigma`)."""
-    return {name: tensor.log() if _is_positive_sigma(name, tensor) else tensor for name, tensor in state.items()}
-
-
-def from_coordinates(coordinates: Update, start: Update) -> dict[str, Tensor]:
-    """Return the state for coordinates; `start` (a state) tells which Sigma is in logarithms."""
-    return {
-        name: tensor.exp() if _is_positive_sigma(name, start[name]) else tensor for name, tensor in coordinates.items()
-    }
-
-
-def _is_positive_sigma(name: str, tensor: Tensor) -> bool:
-    return name.endswith("/sigma") and bool((tensor > 0).all())
 
 
 def _require_like(update: Update, shapes: Update) -> None:

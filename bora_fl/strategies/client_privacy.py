@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bora_fl.accounting import Budget, Spent, solve_noise
 from bora_fl.config import PrivacySettings, Settings
-from bora_fl.gaussian import Randomness
+from bora_fl.gaussian import Randomness, from_coordinates, to_coordinates
 from bora_fl.records import part_of
 from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
 from bora_fl.strategies.aggregation import ServerState
@@ -21,10 +21,8 @@ from bora_fl.strategies.central_dp import (
     AdaptiveClip,
     ClientAccount,
     adaptive_noised_mean,
-    from_coordinates,
     noised_each,
     noised_mean,
-    to_coordinates,
 )
 from bora_fl.strategies.layer_merge import Trains
 
@@ -39,12 +37,16 @@ class ClientPrivacy:
         settings: The privacy settings.
         noise_multiplier: z of every round.
         linear: Whether the merge needs the updates' mean alone.
+        sigma_transform: Of the adapter; decides whether Sigma moves in logarithms.
+        frozen: Parts that the adapter method never trains, whatever the strategy asks for.
         randomness: Source of the noise; None is the operating system's.
     """
 
     settings: PrivacySettings
     noise_multiplier: float
     linear: bool
+    sigma_transform: str = "exp_norm"
+    frozen: Trains = frozenset()
     randomness: Randomness | None = None
 
     @classmethod
@@ -57,7 +59,8 @@ class ClientPrivacy:
         noise = privacy.noise_multiplier or solve_noise(
             privacy.epsilon, privacy.delta, 1.0, settings.run.num_rounds, privacy.accountant
         )
-        return cls(privacy, noise, linear)
+        frozen = frozenset({"sigma"}) if settings.adapter.method == "lora" else frozenset()
+        return cls(privacy, noise, linear, settings.adapter.sigma_transform, frozen)
 
     def account(self, state: ServerState) -> ClientAccount:
         """What the run has spent up to a state."""
@@ -89,10 +92,9 @@ class ClientPrivacy:
             self.noise_multiplier, sampling="fixed", sample_rate=1.0, weights=weights
         )
         sent = flatten(state.current)
-        names = [name for name in sent if part_of(name) in parts]
-        start = to_coordinates(sent)
-        shapes = {name: start[name] for name in names}
-        moves = [self._move(flatten(update.state), start, names) for update in updates]
+        names = [name for name in sent if part_of(name) in parts - self.frozen]
+        start = to_coordinates({name: sent[name] for name in names}, self.sigma_transform)
+        moves = [self._move(flatten(update.state), start) for update in updates]
         memory = dict(state.memory) | {_ROUNDS: torch.tensor(sum(spent.steps for spent in account.history))}
         if not self.linear:
             noised = noised_each(moves, self.settings.clip_norm, self.noise_multiplier, self.randomness)
@@ -102,22 +104,22 @@ class ClientPrivacy:
             norm = float(memory.get(_CLIP, torch.tensor(self.settings.clip_norm)))
             clipping = AdaptiveClip(norm, count_noise=expected_clients / 20)
             mean, after = adaptive_noised_mean(
-                moves, shapes, clipping, self.noise_multiplier, expected_clients, self.randomness
+                moves, start, clipping, self.noise_multiplier, expected_clients, self.randomness
             )
             memory[_CLIP] = torch.tensor(after.clip_norm)
         else:
             mean = noised_mean(
-                moves, shapes, self.settings.clip_norm, self.noise_multiplier, expected_clients, self.randomness
+                moves, start, self.settings.clip_norm, self.noise_multiplier, expected_clients, self.randomness
             )
         return replace(state, memory=memory), [self._moved(0, sent, start, mean)], account.epsilon()
 
-    def _move(self, trained: dict[str, Tensor], start: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        coordinates = to_coordinates(trained)
-        return {name: coordinates[name] - start[name] for name in names}
+    def _move(self, trained: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
+        end = to_coordinates({name: trained[name] for name in start}, self.sigma_transform)
+        return {name: end[name] - start[name] for name in start}
 
     def _moved(
         self, client: int, sent: dict[str, Tensor], start: dict[str, Tensor], move: dict[str, Tensor]
     ) -> ClientUpdate:
-        reached = start | {name: start[name] + change for name, change in move.items()}
-        state: AdapterState = unflatten(from_coordinates(reached, sent))
+        reached = {name: start[name] + change for name, change in move.items()}
+        state: AdapterState = unflatten(sent | from_coordinates(reached, self.sigma_transform))
         return ClientUpdate(client, 1.0, state)

@@ -12,10 +12,8 @@ from bora_fl.strategies.central_dp import (
     AdaptiveClip,
     ClientAccount,
     adaptive_noised_mean,
-    from_coordinates,
     noised_each,
     noised_mean,
-    to_coordinates,
 )
 
 SHAPES = {"layers/q/B": torch.zeros(4, 2), "tensors/head": torch.zeros(3)}
@@ -154,21 +152,3 @@ def test_a_round_beyond_the_budget_is_refused():
     with pytest.raises(BudgetExceeded, match="epsilon = 3 per client"):
         rounds(account, 1000)
     assert len(account.history) == 3
-
-
-# Coordinates
-
-
-def test_a_positive_sigma_moves_in_logarithms():
-    start = {
-        "layers/q/sigma": torch.tensor([[[0.5, 2.0]]]),
-        "layers/q/B": torch.ones(2, 2),
-        "layers/v/sigma": -torch.ones(1, 1, 2),
-    }
-    coordinates = to_coordinates(start)
-    back = from_coordinates(coordinates, start)
-    for name, tensor in start.items():
-        torch.testing.assert_close(back[name], tensor)
-    shifted = from_coordinates({name: tensor - 10.0 for name, tensor in coordinates.items()}, start)
-    assert (shifted["layers/q/sigma"] > 0).all()
-    torch.testing.assert_close(shifted["layers/v/sigma"], -11 * torch.ones(1, 1, 2))

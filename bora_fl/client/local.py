@@ -1,0 +1,93 @@
+"""Local privacy of a client's update: booked before training, clipped and noised before it leaves.
+
+The update (trained minus received, over every tensor that is sent, Sigma in logarithms) is one release of the Gaussian
+mechanism, `bora_fl.gaussian.privatize`, whatever happened in training. The server is not trusted.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from bora_fl.accounting import Budget, solve_noise
+from bora_fl.client.ledger import Ledger, ledger_folder, planned_rounds
+from bora_fl.config import Settings
+from bora_fl.data import source_fingerprint
+from bora_fl.gaussian import Randomness, from_coordinates, privatize, to_coordinates
+from bora_fl.records import part_of
+from bora_fl.state import AdapterState, flatten, unflatten
+
+_solve = lru_cache(maxsize=64)(solve_noise)
+
+
+@dataclass(frozen=True)
+class LocalPrivacy:
+    """One booked reply.
+
+    Attributes:
+        clip_norm: C, of the whole update.
+        noise_multiplier: z.
+        epsilon: ε that the client has spent at the budget's δ, this reply included.
+        sigma_transform: Of the adapter; decides whether Sigma moves in logarithms.
+        frozen: Parts that the method never trains, whatever the strategy asks for.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    epsilon: float
+    sigma_transform: str
+    frozen: frozenset[str] = frozenset()
+
+    @classmethod
+    def book(cls, settings: Settings, run_id: str, partition: int) -> "LocalPrivacy":
+        """Book a reply in the site's ledger, on disk when this returns; the noise is solved once for all rounds.
+
+        Raises:
+            BudgetExceeded: If it does not fit into the budget.
+            ValueError: If the ledger on disk cannot be read.
+        """
+        privacy = settings.privacy
+        ledger = Ledger.open(
+            ledger_folder(settings),
+            run_id=run_id,
+            dataset_fingerprint=source_fingerprint(settings.data, partition),
+            budget=Budget(privacy.epsilon, privacy.delta),
+            accountant=privacy.accountant,
+            unit="client",
+        )
+        noise = privacy.noise_multiplier or _solve(
+            privacy.epsilon, privacy.delta, 1.0, planned_rounds(settings), privacy.accountant
+        )
+        spent = ledger.spend(noise, 1.0, 1)
+        frozen = frozenset({"sigma"}) if settings.adapter.method == "lora" else frozenset()
+        return cls(privacy.clip_norm, noise, spent, settings.adapter.sigma_transform, frozen)
+
+    def protect(
+        self,
+        trained: AdapterState,
+        received: AdapterState,
+        parts: frozenset[str],
+        randomness: Randomness | None = None,
+    ) -> AdapterState:
+        """Clip and noise what will be sent.
+
+        Args:
+            trained: The state after training.
+            received: The state that training started from.
+            parts: The parts that are sent, of A, sigma, B, tensors; the others are returned as trained.
+            randomness: Left out, the operating system's.
+        """
+        after, before = flatten(trained), flatten(received)
+        sent = [name for name in after if part_of(name) in parts - self.frozen]
+        start = to_coordinates({name: before[name] for name in sent}, self.sigma_transform)
+        end = to_coordinates({name: after[name] for name in sent}, self.sigma_transform)
+        move = {name: end[name] - start[name] for name in sent}
+        noised = privatize(move, self.clip_norm, self.noise_multiplier, randomness)
+        reached = {name: start[name] + change for name, change in noised.items()}
+        return unflatten(after | from_coordinates(reached, self.sigma_transform))
+
+    def metrics(self) -> dict[str, float | int]:
+        """What may be said of it: neither losses, nor timings, nor how many examples there are."""
+        return {
+            "num-examples": 1,
+            "epsilon-per-client": self.epsilon,
+            "noise-multiplier": self.noise_multiplier,
+        }
