@@ -33,7 +33,7 @@ test-slow: $(VENV)/.developer
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-deployment: $(VENV)/.developer
-	$(BIN)/python -m pytest -m deployment $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(PYTEST)
 
 # The type checker cannot follow a package whose __path__ is extended, so it is shown the layout of the wheel.
 lint: $(VENV)/.developer

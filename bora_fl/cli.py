@@ -16,6 +16,8 @@ from bora_fl.simulations.command import compare
 cli = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters."
 )
+certificates = typer.Typer(no_args_is_help=True, help="Make the certificates and keys of a federation over TLS.")
+cli.add_typer(certificates, name="certificates")
 console = Console()
 
 # The test set has 4,948 examples: evaluating it every round would cost as much as training.
@@ -152,6 +154,34 @@ def export(
     if form not in ways:
         raise ConfigError(f"--as {form}: use one of {', '.join(ways)}")
     console.print(f"wrote {ways[form](folder, target)}", highlight=False)
+
+
+@certificates.command("server")
+def server_certificates(
+    host: Annotated[list[str], typer.Option(help="DNS name or IP address that the sites dial; may be given again")],
+    into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
+    days: Annotated[int, typer.Option(help="how long they are valid", min=1)] = 365,
+) -> None:
+    """Make an authority, the server's certificate and its SuperExec secret; ca.crt goes to every site."""
+    from bora_fl.certificates import make_server
+
+    _list(make_server(into, host, days))
+
+
+@certificates.command("site")
+def site_keys(
+    name: Annotated[str, typer.Argument(help="the site's name")],
+    into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
+) -> None:
+    """Make a site's key pair and its SuperExec secret; only NAME.key.pub leaves the site, for the server."""
+    from bora_fl.certificates import make_site
+
+    _list(make_site(into, name))
+
+
+def _list(paths: list[Path]) -> None:
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 
 def _show(line: str) -> None:

@@ -93,9 +93,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "run.log"
     overrides = {**run_config, "run.output-dir": str(folder)} if simulation else dict(run_config)
-    # Flower starts its other commands by name, so they must be found without an activated environment too.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = os.environ | ENVIRONMENT | {"PATH": path}
+    environment = flower_environment()
     if simulation is None:
         with tempfile.TemporaryDirectory() as stage:
             status = _submit(_staged(app, Path(stage)), overrides, connection, None, environment, log, show)
@@ -107,6 +105,15 @@ def run(
         with contextlib.suppress(OSError):
             shutil.copyfile(home / "superlink.log", folder / "superlink.log")
     return _judge(status, folder, log, settings.run.num_rounds)
+
+
+def flower_environment() -> dict[str, str]:
+    """This process's environment with what Flower's processes must be told.
+
+    Flower starts its other commands by name, so they must be found without an activated environment too.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | ENVIRONMENT | {"PATH": path}
 
 
 @contextlib.contextmanager
@@ -170,7 +177,7 @@ def _submit(
     log: Path,
     show: Callable[[str], None],
 ) -> str:
-    command = [_tool("flwr"), "run", str(app), *([connection] if connection else []), "--stream"]
+    command = [tool("flwr"), "run", str(app), *([connection] if connection else []), "--stream"]
     command += ["--run-config", " ".join(f"{key}={_toml(value)}" for key, value in overrides.items())]
     if simulation:
         resources = {
@@ -204,7 +211,7 @@ def _submit(
 
 def _status(run_id: str, connection: str | None, environment: Mapping[str, str]) -> str:
     """What Flower says of a run, once it has ended."""
-    command = [_tool("flwr"), "ls", *([connection] if connection else []), "--run-id", run_id, "--format", "json"]
+    command = [tool("flwr"), "ls", *([connection] if connection else []), "--run-id", run_id, "--format", "json"]
     status = "unknown"
     for _ in range(20):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -220,11 +227,11 @@ def _status(run_id: str, connection: str | None, environment: Mapping[str, str])
 def _superlink(environment: Mapping[str, str]) -> Iterator[Path]:
     """A SuperLink in simulation mode, with a home of its own, gone with all its descendants at the end."""
     home = Path(tempfile.mkdtemp(prefix="bora-fl-"))
-    port = _free_port()
+    port = free_port()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "bora-fl"\n\n[superlink.bora-fl]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command = [tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--log-file", str(home / "superlink.log")]
     process = subprocess.Popen(
@@ -273,14 +280,15 @@ def _end(pid: int) -> None:
                 process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _tool(name: str) -> str:
-    """A command installed beside this Python, else one on the PATH."""
+def tool(name: str) -> str:
+    """The path of a command installed beside this Python, else its name for the PATH to find."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.is_file() else name
 

@@ -17,7 +17,7 @@ LEVELS = [
     {"records", "models", "data", "device", "evaluate", "tracking"},
     {"client", "strategies"},
     {"server", "audit"},
-    {"launch", "export"},
+    {"certificates", "launch", "export"},
     {"simulations", "cli"},
 ]
 FLOWER = {

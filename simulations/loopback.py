@@ -1,0 +1,322 @@
+"""A whole deployment on this machine's loopback: every process that three organisations would run, with TLS and keys.
+
+One SuperLink with node authentication, a database and `--isolation process`, the SuperExec that starts ServerApps, and
+for each site a SuperNode and the SuperExec that starts ClientApps, each behind a secret of its own. Every service has a
+session of its own, so that killing it takes its descendants along, as a machine that fails does.
+"""
+
+import contextlib
+import os
+import signal
+import ssl
+import subprocess
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import bora_fl
+from bora_fl import tracking
+from bora_fl.certificates import make_server, make_site
+from bora_fl.config import Scalar
+from bora_fl.launch import flower_environment, free_port, tool
+
+CONNECTION = "loopback"
+OPERATOR = "operator"
+STARTUP_SECONDS = 60.0
+
+
+class DeploymentError(RuntimeError):
+    """A deployment that did not come up, with the end of the log that says why."""
+
+
+@dataclass
+class Service:
+    """One long-lived process with its descendants.
+
+    Attributes:
+        name: Names the log, ``<name>.log`` in the folder.
+        command: What is executed.
+        folder: Working directory.
+        environment: The whole environment.
+    """
+
+    name: str
+    command: list[str]
+    folder: Path
+    environment: Mapping[str, str]
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def log(self) -> Path:
+        """Standard output and error of every start."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def pid(self) -> int | None:
+        """The process, if it is running."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """End it and its descendants as a power cut would."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Ask it and its descendants to end; insist after five seconds."""
+        self._signal(signal.SIGTERM)
+        self.kill()
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code, or None if it is still running after that long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(seconds) if self._process else None
+        return None
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.is_file() else ""
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+
+
+class Site:
+    """One organisation: its keys, its SuperNode and the SuperExec that starts its ClientApps.
+
+    Args:
+        partition: Which partition it serves.
+        deployment: What it belongs to.
+        key: The private key to authenticate with; its own by default.
+    """
+
+    def __init__(self, partition: int, deployment: "Deployment", key: Path | None = None) -> None:
+        self.partition, self.name = partition, f"site{partition}"
+        self.folder = deployment.folder / self.name
+        own, self.public_key, secret = make_site(self.folder / "keys", self.name)
+        environment = deployment.environment | {"FLWR_HOME": str(self.folder / "flwr")}
+        address = ("127.0.0.1", free_port())
+        self.node = Service(
+            "supernode",
+            [
+                tool("flower-supernode"),
+                *("--superlink", deployment.address, "--root-certificates", str(deployment.authority)),
+                *("--auth-supernode-private-key", str(key or own)),
+                *("--host", address[0], "--port", str(address[1])),
+                *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+                *("--node-config", f"partition-id={partition} num-partitions={deployment.num_sites}"),
+            ],
+            self.folder,
+            environment,
+        )
+        self.executor = Service(
+            "clientapp",
+            [
+                tool("flower-superexec"),
+                *("--insecure", "--runtime-api-address", f"{address[0]}:{address[1]}"),
+                *("--superexec-auth-secret-file", str(secret)),
+            ],
+            self.folder,
+            environment,
+        )
+
+    @property
+    def services(self) -> list[Service]:
+        """All its processes, in the order in which they start."""
+        return [self.node, self.executor]
+
+    def start(self) -> None:
+        """Start every process of the site."""
+        for service in self.services:
+            service.start()
+
+    def kill(self) -> None:
+        """The site's machine loses its power."""
+        for service in self.services:
+            service.kill()
+
+
+class Deployment:
+    """A SuperLink and its sites; a context manager that ends every process it has started.
+
+    Args:
+        folder: Keys, certificates, logs, databases and results.
+        num_sites: Number of sites; site i serves partition i.
+        environment: More environment variables for every process.
+    """
+
+    def __init__(self, folder: Path, num_sites: int = 3, environment: Mapping[str, str] | None = None) -> None:
+        self.folder, self.num_sites = folder.resolve(), num_sites
+        # Sites and server share this machine's cores: one thread each, and quick looks for new tasks.
+        shared = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        self.environment = flower_environment() | shared | dict(environment or {})
+        self.port = free_port()
+        server = self.folder / "server"
+        self.authority, _, certificate, key, secret = make_server(server / "keys", ["localhost", "127.0.0.1"])
+        own = self.environment | {"FLWR_HOME": str(server / "flwr")}
+        self.superlink = Service(
+            "superlink",
+            [
+                tool("flower-superlink"),
+                *("--ssl-ca-certfile", str(self.authority)),
+                *("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)),
+                "--enable-supernode-auth",
+                *("--host", "127.0.0.1", "--port", str(self.port)),
+                *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+                *("--database", str(server / "state.db"), "--disable-runtime-dependency-installation"),
+            ],
+            server,
+            own,
+        )
+        self.executor = Service("serverapp", self.superexec(secret), server, own)
+        self.sites = [Site(partition, self) for partition in range(num_sites)]
+
+    @property
+    def address(self) -> str:
+        """Where the SuperLink listens."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def services(self) -> list[Service]:
+        """Every process of server and sites."""
+        return [self.superlink, self.executor, *(service for site in self.sites for service in site.services)]
+
+    def superexec(self, secret: Path | None) -> list[str]:
+        """The command of a SuperExec that asks the SuperLink for ServerApp tasks."""
+        proof = ("--superexec-auth-secret-file", str(secret)) if secret else ()
+        return [
+            *(tool("flower-superexec"), "--root-certificates", str(self.authority)),
+            *("--runtime-api-address", self.address, *proof),
+        ]
+
+    def __enter__(self) -> Self:
+        try:
+            self.superlink.start()
+            self.write_connection()
+            self.wait_until_up()
+            self.executor.start()
+            for site in self.sites:
+                self.flwr("supernode", "register", str(site.public_key), CONNECTION)
+                site.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process; what they wrote stays."""
+        for service in reversed(self.services):
+            service.stop()
+
+    def wait_until_up(self) -> None:
+        """Wait until the SuperLink answers over TLS.
+
+        Raises:
+            DeploymentError: If it does not.
+        """
+        context = ssl.create_default_context(cafile=str(self.authority))
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while time.monotonic() < deadline and self.superlink.pid:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"https://{self.address}/health", timeout=1, context=context).close()
+                return
+            time.sleep(0.2)
+        raise DeploymentError(f"the SuperLink did not start on {self.address}:\n{self.superlink.tail()}")
+
+    def flwr(self, *arguments: str, home: str = OPERATOR) -> str:
+        """Run Flower's command and return what it prints.
+
+        Args:
+            arguments: Without ``flwr`` itself.
+            home: The folder whose connection is used.
+
+        Raises:
+            DeploymentError: If it fails.
+        """
+        environment = self.environment | {"FLWR_HOME": str(self.folder / home)}
+        result = subprocess.run(
+            [tool("flwr"), *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise DeploymentError(f"flwr {' '.join(arguments)} failed:\n{result.stdout}{result.stderr}")
+        return result.stdout
+
+    def submit(self, run_config: Mapping[str, Scalar], *, app: Path | None = None) -> Service:
+        """Start ``bora-fl run`` on the deployment.
+
+        Args:
+            run_config: Overrides of the run config; ``run.output-dir`` is set to a folder of the deployment if missing.
+            app: The Flower app; this checkout by default.
+        """
+        settings = {"run.output-dir": str(self.output), **run_config}
+        text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()}
+        overrides = [part for key, value in text.items() for part in ("-c", f"{key}={value}")]
+        source = app or Path(bora_fl.__file__).resolve().parents[1]
+        command = [tool("bora-fl"), "run", CONNECTION, "--app", str(source), *overrides]
+        home = {"FLWR_HOME": str(self.folder / OPERATOR)}
+        run = Service("run", command, self.folder, self.environment | home)
+        run.start()
+        return run
+
+    @property
+    def output(self) -> Path:
+        """Where a run that names no folder leaves its results."""
+        return self.folder / "output"
+
+    def rounds(self) -> list[dict[str, object]]:
+        """The finished rounds of the run in `output`."""
+        return tracking.read(self.output / "metrics.jsonl")
+
+    def write_connection(self, name: str = OPERATOR, authority: Path | None = None) -> None:
+        """Write a Flower home that knows the SuperLink, and whom to trust: its own authority by default."""
+        home = self.folder / name
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self.address}"\n'
+            f'root-certificates = "{authority or self.authority}"\n'
+        )
+
+
+def finished(run: Service, seconds: float, among: Sequence[Service] = ()) -> str:
+    """Wait for a run to end well and return what it printed.
+
+    Args:
+        run: From `Deployment.submit`.
+        seconds: How long it may take.
+        among: Services whose logs tell more where it does not.
+
+    Raises:
+        DeploymentError: If it fails or takes longer.
+    """
+    code = run.wait(seconds)
+    if code != 0:
+        run.stop()
+        logs = "\n".join(f"--- {service.folder.name}/{service.name}\n{service.tail()}" for service in (run, *among))
+        raise DeploymentError(f"the run ended with {code} (None: not within {seconds:.0f} s)\n{logs}")
+    return run.log.read_text()

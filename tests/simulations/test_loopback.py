@@ -1,0 +1,127 @@
+"""Three organisations on loopback: TLS, node authentication, SuperExec secrets. One deployment serves all tests."""
+
+import base64
+import ssl
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bora_fl.certificates import SECRET, make_server, make_site
+from bora_fl.launch import free_port
+from bora_fl.simulations.engine import simulate
+from bora_fl.simulations.loopback import CONNECTION, Deployment, DeploymentError, Service, Site, finished
+
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(600)]
+
+# The default model and data, cut short.
+CONFIG = {
+    "data.max-train-examples": 600,
+    "data.max-test-examples": 200,
+    "model.max-length": 32,
+    "train.local-steps": 3,
+    "train.batch-size": 8,
+    "run.num-rounds": 2,
+    "run.evaluate-every": 2,
+    "run.threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with Deployment(tmp_path_factory.mktemp("deployment")) as running:
+        yield running
+    assert not [service.name for service in running.services if service.pid]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def ended(service: Service, seconds: float = 60) -> str:
+    """Wait for a process that must give up by itself, and return its log."""
+    try:
+        assert service.wait(seconds) is not None, f"{service.name} was not turned away:\n{service.tail()}"
+        return service.log.read_text()
+    finally:
+        service.stop()
+
+
+def test_a_fine_tune_over_tls_equals_the_simulation_and_no_foreign_superexec_gets_it(
+    deployment: Deployment, tmp_path: Path
+):
+    deployment.executor.stop()
+    (tmp_path / SECRET).write_bytes(b"x" * 32)
+    strangers = [
+        Service(name, deployment.superexec(secret), tmp_path / name, deployment.environment)
+        for name, secret in (("no-secret", None), ("wrong-secret", tmp_path / SECRET))
+    ]
+    run = deployment.submit(CONFIG)
+    for stranger in strangers:
+        stranger.start()
+    for stranger in strangers:
+        log = ended(stranger)
+        assert "flwr-serverapp" not in log
+    assert not deployment.rounds()
+    deployment.executor.start()
+    finished(run, 400, deployment.services)
+    assert [(row["clients"], row["rejected"]) for row in deployment.rounds()] == [(3, 0)] * 2
+    deployed = adapter(deployment.output)
+    simulated = adapter(simulate(CONFIG | {"run.output-dir": str(tmp_path / "simulated")}, 3))
+    assert deployed.keys() == simulated.keys()
+    for name in simulated:
+        torch.testing.assert_close(deployed[name], simulated[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("registered", [False, True], ids=["unregistered", "registered-with-another-key"])
+def test_a_node_without_a_registered_key_is_refused(registered: bool, deployment: Deployment, tmp_path: Path):
+    stranger = Site(3 + registered, deployment)
+    if registered:
+        deployment.flwr("supernode", "register", str(stranger.public_key), CONNECTION)
+        other, _, _ = make_site(tmp_path, "other")
+        stranger = Site(5, deployment, key=other)
+    stranger.node.start()
+    assert "Failed to activate SuperNode" in ended(stranger.node)
+    assert deployment.flwr("supernode", "list", CONNECTION, "--format", "json").count('"online"') == 3
+
+
+def test_nobody_talks_to_the_superlink_without_its_authority(deployment: Deployment, tmp_path: Path):
+    ours, _, theirs = deployment.authority, None, make_server(tmp_path / "theirs", ["localhost", "127.0.0.1"])[0]
+    url = f"https://{deployment.address}/health"
+    urllib.request.urlopen(url, timeout=10, context=ssl.create_default_context(cafile=str(ours))).close()
+    for context in (ssl.create_default_context(), ssl.create_default_context(cafile=str(theirs))):
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            urllib.request.urlopen(url, timeout=10, context=context)
+    deployment.write_connection("stranger", theirs)
+    with pytest.raises(DeploymentError):
+        deployment.flwr("ls", CONNECTION, home="stranger")
+
+
+def test_a_node_without_the_authority_is_refused(deployment: Deployment, tmp_path: Path):
+    node = deployment.sites[0].node
+    theirs = make_server(tmp_path / "theirs", ["localhost", "127.0.0.1"])[0]
+    command = [part if part != str(deployment.authority) else str(theirs) for part in node.command]
+    command[command.index("--port") + 1] = str(free_port())
+    stranger = Service("no-authority", [*command, "--max-retries", "1"], tmp_path, node.environment)
+    stranger.start()
+    assert "CERTIFICATE_VERIFY_FAILED" in ended(stranger)
+
+
+def test_no_log_and_no_command_line_tells_a_secret(deployment: Deployment):
+    secret_files = [*deployment.folder.rglob("*.key"), *deployment.folder.rglob(SECRET)]
+    assert len(secret_files) >= 9
+    needles = []
+    for path in secret_files:
+        content = path.read_bytes()
+        lines = content.splitlines()[1:-1] if content.startswith(b"-----BEGIN") else []
+        needles += lines[1:] or [content, base64.b64encode(content), content.hex().encode()]
+    logs = [*deployment.folder.rglob("*.log"), *deployment.folder.rglob("*.json*")]
+    assert len(logs) >= 8
+    seen = {str(path): path.read_bytes() for path in logs}
+    for service in deployment.services:
+        seen[service.name] = "\0".join(psutil.Process(service.pid).cmdline()).encode()
+    assert not [name for name, text in seen.items() if any(needle in text for needle in needles)]

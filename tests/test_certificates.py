@@ -1,0 +1,87 @@
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from bora_fl.certificates import make_server, make_site
+from bora_fl.config import ConfigError
+
+
+def handshake(folder: Path, name: str, authority: Path) -> str:
+    """Serve one TLS connection with the server's certificate and return its protocol version as the client sees it."""
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    served.load_cert_chain(folder / "server.pem", folder / "server.key")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            try:
+                served.wrap_socket(connection, server_side=True).close()
+            except OSError:
+                connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            client = ssl.create_default_context(cafile=str(authority))
+            client.verify_flags |= ssl.VERIFY_X509_STRICT
+            with (
+                socket.create_connection(listener.getsockname()) as plain,
+                client.wrap_socket(plain, server_hostname=name) as secure,
+            ):
+                return str(secure.version())
+        finally:
+            thread.join()
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "fed.example.org"])
+def test_a_client_with_the_authority_connects_by_every_name(name: str, tmp_path: Path):
+    make_server(tmp_path, ["fed.example.org", "localhost", "127.0.0.1"])
+    assert handshake(tmp_path, name, tmp_path / "ca.crt") == "TLSv1.3"
+
+
+def test_another_name_and_another_authority_are_refused(tmp_path: Path):
+    make_server(tmp_path / "ours", ["localhost"])
+    make_server(tmp_path / "theirs", ["localhost"])
+    with pytest.raises(ssl.SSLCertVerificationError, match="ostname"):
+        handshake(tmp_path / "ours", "fed.example.org", tmp_path / "ours" / "ca.crt")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(tmp_path / "ours", "localhost", tmp_path / "theirs" / "ca.crt")
+
+
+def test_site_keys_are_openssh_pairs_on_flowers_curve(tmp_path: Path):
+    key, public, _ = make_site(tmp_path, "berlin")
+    private = load_ssh_private_key(key.read_bytes(), None)
+    assert private.public_key() == load_ssh_public_key(public.read_bytes())
+    assert public.read_text().startswith("ecdsa-sha2-nistp384 ")
+    assert public.read_text().endswith(" berlin\n")
+    if shutil.which("ssh-keygen"):
+        derived = subprocess.run(["ssh-keygen", "-y", "-f", key], capture_output=True, text=True, check=True).stdout
+        assert derived.split()[:2] == public.read_text().split()[:2]
+
+
+def test_only_the_owner_reads_secrets(tmp_path: Path):
+    made = [*make_server(tmp_path / "server", ["localhost"]), *make_site(tmp_path / "site", "a")]
+    public = {"ca.crt", "server.pem", "a.key.pub"}
+    assert {path.name for path in made if stat.S_IMODE(path.stat().st_mode) != 0o600} == public
+
+
+def test_nothing_is_overwritten_not_even_in_part(tmp_path: Path):
+    make_site(tmp_path, "a")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"a\.key is there already"):
+        make_site(tmp_path, "a")
+    with pytest.raises(ConfigError, match=r"superexec\.secret is there already"):
+        make_site(tmp_path, "b")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_server_needs_a_name(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--host"):
+        make_server(tmp_path, [])
