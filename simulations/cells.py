@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.models import peft_config
-from bora_fl.simulations.scenarios import Scenario, near_misses, scenario
+from bora_fl.simulations.scenarios import Scenario, at_epsilon, near_misses, scenario
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.presets import PRESETS
 
@@ -33,7 +33,9 @@ AXES = {
     "run.resume": "nothing: finished cells are kept, others start anew",
     "run.threads": "--threads",
     "data.num-partitions": "--clients",
+    "privacy.ledger-dir": "nothing: each run has a ledger of its own",
 }
+LEDGER = "ledger"
 _NO_IDENTITY = ("run.output-dir", "run.threads", "run.resume", "run.keep-checkpoints")
 
 
@@ -92,8 +94,12 @@ class Cell:
 
     @property
     def run_settings(self) -> Settings:
-        """The settings with the cell's own folder."""
-        return parse(self.settings.flat() | {"run.output-dir": str(self.folder)})
+        """The settings with the cell's own folder, and in it the clients' ledgers: no run spends another's budget."""
+        own: dict[str, Scalar] = {
+            "run.output-dir": str(self.folder),
+            "privacy.ledger-dir": str(self.folder / LEDGER),
+        }
+        return parse(self.settings.flat() | own)
 
     @property
     def cost(self) -> float:
@@ -141,6 +147,7 @@ def plan(
     clients: int,
     root: Path,
     threads: int,
+    privacy: Sequence[str] = (),
     chosen: dict[str, Scalar] | None = None,
 ) -> Plan:
     """Lay out a comparison.
@@ -154,6 +161,7 @@ def plan(
         clients: Number of clients where the scenario has no number of its own.
         root: The comparison's folder.
         threads: Torch threads per cell.
+        privacy: Epsilons per record, or ``none``: each scenario once for every one of them; empty is without privacy.
         chosen: The user's own run config; it wins over `base` and over what a method needs.
 
     Returns:
@@ -164,7 +172,7 @@ def plan(
         ConfigError: For unknown names, keys that are axes of the comparison, or if nothing at all can run.
     """
     chosen = chosen or {}
-    rows = [scenario(name) for name in dict.fromkeys(scenarios)]
+    rows = [at_epsilon(scenario(s), e) for s in dict.fromkeys(scenarios) for e in dict.fromkeys(privacy or ("none",))]
     _check_chosen(chosen, rows)
     variants = [Variant(m, s) for m in dict.fromkeys(methods) for s in _strategies(strategies)]
     for name, value in (("--seeds", seeds), ("--clients", clients), ("--threads", threads)):

@@ -38,6 +38,26 @@ QUICK: dict[str, Scalar] = BASE | {
     "data.max-test-examples": 500,
     "data.evaluation-fraction": 0.05,
 }
+# DP-SGD averages its noise over a batch: few steps on many examples, and learning rates that are high where the signal
+# is large against it, which is the head.
+PRIVATE: dict[str, Scalar] = {
+    "model.max-length": 24,
+    "adapter.rank": 4,
+    "adapter.num-blocks": 4,
+    "adapter.alpha": 8.0,
+    "train.batch-size": 64,
+    "train.accumulation": 2,
+    "train.local-steps": 5,
+    "train.learning-rate": 1e-3,
+    "train.head-learning-rate": 2e-2,
+    "train.schedule": "constant",
+    "train.max-grad-norm": 0.0,
+    "privacy.physical-batch-size": 64,
+    "run.num-rounds": 6,
+    "run.evaluate-every": 3,
+    "data.evaluation-fraction": 0.05,
+}
+PRIVATE_STRATEGIES = "fedavg,ffa,fedsvd,cyclic,refactor"
 QUICK_STRATEGIES = "fedavg,ffa,flora,flexlora,fedex,rolora,cyclic,refactor"
 QUICK_SCENARIOS = "dirichlet-0.1,dirichlet-1,dirichlet-100"
 QUICK_CLIENTS, CLIENTS = 3, 8
@@ -59,6 +79,9 @@ def compare(
         int, typer.Option(help="clients where the scenario has no number of its own; 0 is 8, quick 3")
     ] = 0,
     baseline: Annotated[str, typer.Option(help="strategy, or method/strategy, that differences are from")] = "fedavg",
+    privacy: Annotated[
+        str, typer.Option(help="epsilons per record, and none: DP-SGD at each of them, such as none,6,3")
+    ] = "",
     target: Annotated[float, typer.Option(help="accuracy for bytes to target; 0 is the baseline's own")] = 0.0,
     workers: Annotated[int, typer.Option(help="runs at once; 0 is cores divided by --threads")] = 0,
     threads: Annotated[int, typer.Option(help="torch threads per run")] = 1,
@@ -89,15 +112,18 @@ def compare(
         raise ConfigError(f"--target {target:g}: an accuracy is between 0 and 1; 0 takes the baseline's own")
     if workers < 0:
         raise ConfigError(f"--workers {workers}: give at least 1, or 0 for cores divided by --threads")
+    all_strategies = QUICK_STRATEGIES if quick else PRIVATE_STRATEGIES if privacy else "all"
+    all_scenarios = QUICK_SCENARIOS if quick else "natural" if privacy else "all"
     laid_out = plan(
-        QUICK if quick else BASE,
-        strategies=_names("--strategies", strategies or (QUICK_STRATEGIES if quick else "all")),
-        scenarios=_scenario_names(scenarios or (QUICK_SCENARIOS if quick else "all")),
+        (QUICK if quick else BASE) | (PRIVATE if privacy else {}),
+        strategies=_names("--strategies", strategies or all_strategies),
+        scenarios=_scenario_names(scenarios or all_scenarios),
         methods=_names("--methods", methods),
         seeds=seeds,
         clients=clients or (QUICK_CLIENTS if quick else CLIENTS),
         root=output.expanduser().resolve(),
         threads=threads,
+        privacy=_names("--privacy", privacy) if privacy else (),
         chosen=chosen,
     )
     reference = _baseline(baseline, [str(v) for v in laid_out.variants])
@@ -161,7 +187,16 @@ def _show(found: "Results") -> None:
         if not (summaries := found.of(scenario.name)):
             continue
         table = Table(title=f"{scenario.name}: {scenario.summary}", box=box.SIMPLE)
-        for name in ("strategy", "accuracy %", "difference", "loss", "worst client %", "merge error %", "MB"):
+        for name in (
+            "strategy",
+            "accuracy %",
+            "difference",
+            "loss",
+            "worst client %",
+            "merge error %",
+            "MB",
+            "epsilon",
+        ):
             table.add_column(name, no_wrap=True, justify="left" if name == "strategy" else "right")
         for s in summaries:
             table.add_row(
@@ -172,5 +207,6 @@ def _show(found: "Results") -> None:
                 interval(s.client_accuracy_min, 100),
                 interval(s.merge_error, 100, 2),
                 interval(s.megabytes, digits=2),
+                "-" if s.epsilon is None else f"{s.epsilon:.2f} per {s.epsilon_unit}",
             )
         console.print(table)

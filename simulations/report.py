@@ -28,11 +28,12 @@ _COLUMNS = (
     "MB to target",
     "seconds",
     "server seconds",
+    "epsilon",
 )
 _NOTES = (
-    "Accuracy and loss are of the server's model on the central test set after the last round. A difference is paired by seed "
-    "with the baseline {baseline} and bold where its interval excludes zero; nothing is corrected for the number of "
-    "comparisons.",
+    "Accuracy and loss are of the server's model on the central test set after the last round. A difference is paired "
+    "by seed with the baseline {baseline} and bold where its interval excludes zero; nothing is corrected for the "
+    "number of comparisons.",
     "± is half a 95 % Student t interval over seeds. Runs with one seed share the partition, the clients sampled, the "
     "order of the data and the initial adapter.",
     "Strategies marked * keep part of the adapter on the clients: no server model is their result, and their "
@@ -41,6 +42,8 @@ _NOTES = (
     "last merge.",
     "Merge error is ‖adapter + folds - mean of the clients' products‖ / ‖that mean‖, mean over rounds. Bytes are the "
     "arrays of training rounds. Seconds are wall clock, of cells that shared the machine: compare them loosely.",
+    "Epsilon is the largest that any client's ledger holds after the last round, over all seeds, and whose presence it "
+    "hides. Accuracies on held-out examples are computed without noise.",
     "MB to target: bytes until the first evaluation at the target accuracy or above, over the seeds that got there.",
 )
 _STYLE = """
@@ -129,6 +132,7 @@ def _details(summary: Summary, results: Results) -> list[str]:
         to_target,
         interval(summary.seconds),
         interval(summary.server_seconds, digits=2),
+        "-" if summary.epsilon is None else f"{summary.epsilon:.3f} per {summary.epsilon_unit}",
     ]
 
 

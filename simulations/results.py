@@ -38,6 +38,9 @@ class Row:
         server_seconds: Of merging.
         clients: Replies that were merged.
         rejected: Replies set aside.
+        epsilon: The largest ε that a client has spent so far, by its ledger; None without privacy.
+        epsilon_median: The clients' median.
+        epsilon_unit: Whose presence is hidden: record or client.
     """
 
     scenario: str
@@ -59,6 +62,9 @@ class Row:
     server_seconds: float
     clients: int
     rejected: int
+    epsilon: float | None = None
+    epsilon_median: float | None = None
+    epsilon_unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Summary:
         target: The accuracy to reach: the user's, else the baseline's mean at the end, measured as `difference` is.
         megabytes_to_target: Up and down until the first evaluation at or above it, over the seeds that got there.
         reached: How many seeds got there.
+        epsilon: The largest ε of any client in any seed, by the ledgers; None without privacy.
+        epsilon_unit: Whose presence is hidden.
     """
 
     scenario: str
@@ -104,6 +112,8 @@ class Summary:
     target: float | None
     megabytes_to_target: Estimate | None
     reached: int
+    epsilon: float | None = None
+    epsilon_unit: str = ""
 
 
 def rows_of(cell: Cell) -> list[Row]:
@@ -117,6 +127,7 @@ def rows_of(cell: Cell) -> list[Row]:
         clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
         up, down = up + found["bytes_up"], down + found["bytes_down"]
         seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]
+        spent = found.get("epsilon") or {}
         rows.append(
             Row(
                 cell.scenario,
@@ -138,6 +149,9 @@ def rows_of(cell: Cell) -> list[Row]:
                 server_seconds=server_seconds,
                 clients=found["clients"],
                 rejected=found["rejected"],
+                epsilon=spent.get("largest"),
+                epsilon_median=spent.get("median"),
+                epsilon_unit=spent.get("unit", ""),
             )
         )
     return rows
@@ -244,6 +258,8 @@ def _summarize(
         target=target,
         megabytes_to_target=estimate(to_target),
         reached=len(to_target),
+        epsilon=max(_last(seeds, "epsilon").values(), default=None),
+        epsilon_unit=next((rows[-1].epsilon_unit for rows in seeds.values()), ""),
     )
 
 

@@ -4,9 +4,10 @@ Rounds × local steps is the same in every scenario, so that methods meet equal 
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 
@@ -115,6 +116,32 @@ def scenario(name: str) -> Scenario:
     if found and float(found[1]) > 0:
         return dirichlet(found[1])
     raise ConfigError(f"--scenarios {name!r}: no such scenario; {near_misses(name, [*SCENARIOS, 'dirichlet-<alpha>'])}")
+
+
+def at_epsilon(row: Scenario, epsilon: str) -> Scenario:
+    """A scenario in which every client trains with DP-SGD within a budget.
+
+    Args:
+        row: The scenario.
+        epsilon: ε for each record at ``privacy.delta``, as text that is kept in the name; ``none`` trains as it is.
+
+    Raises:
+        ConfigError: If it is not a number above 0.
+    """
+    if epsilon == "none":
+        return row
+    try:
+        value = float(epsilon)
+    except ValueError:
+        value = 0.0
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"--privacy {epsilon!r}: give epsilons above 0, or none for no privacy, such as none,6,3")
+    return replace(
+        row,
+        name=f"{row.name}-epsilon-{epsilon}",
+        summary=f"{row.summary}; DP-SGD, epsilon {epsilon} per record",
+        overrides={**row.overrides, "privacy.mode": "record", "privacy.epsilon": value},
+    )
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import bora_fl
 from bora_fl import tracking
 from bora_fl.config import ConfigError
-from bora_fl.simulations.cells import Cell
+from bora_fl.simulations.cells import LEDGER, Cell
 from bora_fl.simulations.engine import simulate
 from bora_fl.simulations.pool import run_all
 
@@ -55,13 +55,13 @@ def outcome(cell: Cell) -> dict[str, Any]:
 def run_cell(cell: Cell) -> None:
     """Run one cell from its start, in this process, and mark it as finished.
 
-    Metrics, config and log stay; checkpoints and the adapter go, since nothing reads them and full fine-tuning's are
-    large.
+    Metrics, config, ledgers and log stay; checkpoints and the adapter go, since nothing reads them and full
+    fine-tuning's are large.
     """
     folder = cell.folder
     for name in ("metrics.jsonl", FAILED):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "adapter"):
+    for name in ("checkpoints", "adapter", LEDGER):
         shutil.rmtree(folder / name, ignore_errors=True)
     started = time.perf_counter()
     simulate(cell.run_settings, cell.num_clients, node_configs=cell.node_configs)

@@ -91,6 +91,10 @@ def test_every_named_method_can_be_averaged(method: str):
         ({"seeds": 0}, "--seeds 0"),
         ({"chosen": {"run.seed": 3}}, "run.seed = 3: .*--seeds"),
         ({"chosen": {"data.alpha": 3.0}}, "data.alpha = 3.0: set by dirichlet-1"),
+        ({"privacy": ["6", "some"]}, "--privacy 'some': give epsilons above 0"),
+        ({"privacy": ["-1"]}, "--privacy '-1'"),
+        ({"privacy": ["6"], "chosen": {"privacy.epsilon": 2.0}}, "privacy.epsilon = 2.0: set by natural-epsilon-6"),
+        ({"chosen": {"privacy.ledger-dir": "x"}}, "each run has a ledger of its own"),
         ({"chosen": {"train.local-steps": -1}}, "train.local-steps = -1"),
     ],
 )
@@ -108,3 +112,15 @@ def test_labels_name_the_method_only_where_it_varies():
 def test_only_strategies_that_keep_factors_on_clients_are_personal():
     kept = {s for s in ("fedavg", "ffa", "fedsa", "fed-sb", "rolora", "refactor") if Variant("bora", s).personal}
     assert kept == {"fedsa"}
+
+
+def test_every_epsilon_is_a_scenario_of_its_own_with_ledgers_of_its_own():
+    found = lay_out(privacy=["none", "6", "3"], scenarios=["natural"])
+    assert [row.name for row in found.scenarios] == ["natural", "natural-epsilon-6", "natural-epsilon-3"]
+    modes = {cell.scenario: (cell.settings.privacy.mode, cell.settings.privacy.epsilon) for cell in found.cells}
+    assert modes["natural"][0] == "none"
+    assert modes["natural-epsilon-6"] == ("record", 6.0)
+    assert modes["natural-epsilon-3"] == ("record", 3.0)
+    ledgers = {cell.run_settings.privacy.ledger_dir for cell in found.cells}
+    assert len(ledgers) == len(found.cells) == 3 * 2 * 2
+    assert all(Path(cell.run_settings.privacy.ledger_dir).parent == cell.folder for cell in found.cells)

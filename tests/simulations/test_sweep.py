@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,26 @@ def test_common_random_numbers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stream("flora", 0) == first
     assert stream("ffa", 0)[:2] == first[:2]  # it trains fewer parts, on the same batches
     assert stream("fedavg", 1)[1] != first[1]
+
+
+def test_private_cells_spend_their_own_budget_and_report_it(tiny, tmp_path: Path):
+    config = tiny | {"privacy.delta": 1e-2, "privacy.accountant": "rdp", "run.num-rounds": 1}
+    found = plan(
+        config, strategies=STRATEGIES, scenarios=["natural"], methods=["bora"], seeds=1, clients=3, root=tmp_path,
+        threads=1, privacy=["8"],
+    )  # fmt: skip
+    assert found.cells[0].num_clients == 4
+    cells = [replace(cell, num_clients=3) for cell in found.cells]
+    found = replace(found, cells=cells)
+    for cell in [*cells, cells[0]]:  # a cell that is run again starts with an empty ledger
+        sweep.run_cell(cell)
+    collected = results.collect(found, Variant("bora", "fedavg"))
+    for summary in collected.summaries:
+        assert 7.5 < summary.epsilon <= 8.0
+        assert summary.epsilon_unit == "record"
+    assert "per record" in report.markdown(collected)
+    for cell in cells:
+        assert len(list((cell.folder / "ledger").glob("*.json"))) == 3
 
 
 def test_two_comparisons_do_not_write_in_one_folder(tiny, tmp_path: Path):
