@@ -146,9 +146,16 @@ class StrategySettings(_Group):
     max_update_norm: NonNegative = Field(
         0.0, description="an update whose product moved further is set aside; 0 is off"
     )
+    max_weight_ratio: NonNegative = Field(
+        1000.0, description="a reply that claims this many times the median client's examples is set aside; 0 is off"
+    )
     min_cosine: Annotated[float, Field(ge=-1, le=1)] = Field(
         -1.0, description="an update whose cosine with the others' mean is lower is set aside; -1 is off"
     )
+    max_loss_increase: NonNegative = Field(
+        0.0, description="an update whose model's held-out loss rises by more is set aside; 0 is off"
+    )
+    screening_examples: Count = Field(256, description="examples of the central test set kept for max-loss-increase")
 
 
 class PrivacySettings(_Group):
@@ -213,6 +220,11 @@ class Settings(_Group):
             raise ValueError(
                 f"strategy.fraction-evaluate = {self.strategy.fraction_evaluate} with privacy.mode = 'local': clients "
                 "would report accuracies without noise; set strategy.fraction-evaluate to 0"
+            )
+        if self.strategy.max_loss_increase > 0 and not self.data.test_split:
+            raise ValueError(
+                f"strategy.max-loss-increase = {self.strategy.max_loss_increase} with data.test-split = '': the server "
+                "has no examples to measure a loss on; set data.test-split, or strategy.max-loss-increase to 0"
             )
         if self.strategy.residual != "drop" and self.strategy.residual_rank == 0:
             raise ValueError(

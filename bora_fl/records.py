@@ -13,6 +13,7 @@ from torch import Tensor
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
 
 SCHEMA = 1
+MOST_EXAMPLES, MOST_METRICS = 1e12, 64
 STATE, FOLDS, INSTRUCTION, REPLY, METRICS = "state", "folds", "instruction", "reply", "metrics"
 
 
@@ -207,6 +208,28 @@ def read_reply(
     return _complete(node, flat, flatten(sent), parts, max_rank), metrics
 
 
+def read_evaluation(message: Message) -> dict[str, float]:
+    """The metrics of an evaluation reply.
+
+    Raises:
+        RejectedReplyError: For an error reply, a refusal, or metrics that are not an evaluation's.
+    """
+    node = message.metadata.src_node_id
+    if message.has_error() or METRICS not in message.content.metric_records:
+        _reply_record(message)  # says why
+        raise RejectedReplyError(node, "no evaluation metrics")
+    metrics = _finite(node, message.content.metric_records[METRICS])
+    missing = {"eval-loss", "eval-accuracy", "eval-examples"} - metrics.keys()
+    if missing:
+        raise RejectedReplyError(node, f"evaluation metrics without {', '.join(sorted(missing))}")
+    if not (0 <= metrics["eval-accuracy"] <= 1 and metrics["eval-examples"] >= 0):
+        raise RejectedReplyError(
+            node,
+            f"eval-accuracy = {metrics['eval-accuracy']}, eval-examples = {metrics['eval-examples']}: out of range",
+        )
+    return metrics
+
+
 def read_roll_call(message: Message) -> tuple[int, int]:
     """The partition that a node says it serves, and out of how many.
 
@@ -221,15 +244,28 @@ def read_roll_call(message: Message) -> tuple[int, int]:
     return partition, count
 
 
-def _metrics(node: int, record: MetricRecord) -> dict[str, float]:
+def _finite(node: int, record: MetricRecord) -> dict[str, float]:
+    if len(record) > MOST_METRICS:
+        raise RejectedReplyError(node, f"{len(record)} metrics; {MOST_METRICS} are the most a reply may hold")
     metrics = {}
     for name, value in record.items():
-        if isinstance(value, list) or not math.isfinite(value):
+        try:
+            number = math.nan if isinstance(value, list) else float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
             raise RejectedReplyError(node, f"metric {name} = {value!r} is not a finite number")
-        metrics[name] = float(value)
+        metrics[name] = number
+    return metrics
+
+
+def _metrics(node: int, record: MetricRecord) -> dict[str, float]:
+    metrics = _finite(node, record)
     weight = metrics.get("num-examples", 0.0)
-    if weight <= 0:
-        raise RejectedReplyError(node, f"num-examples = {weight!r}; a weight must be positive")
+    if not 0 < weight <= MOST_EXAMPLES:
+        raise RejectedReplyError(
+            node, f"num-examples = {weight!r}; a weight must be positive and at most {MOST_EXAMPLES:.0e}"
+        )
     return metrics
 
 

@@ -6,7 +6,7 @@ from bora_fl.blocks.factors import BlockFactors
 from bora_fl.blocks.gauge import fix_gauge
 from bora_fl.blocks.merging import factor_mean, merge
 from bora_fl.blocks.metrics import distance, inner, relative_error
-from bora_fl.blocks.refactorization import Refactorization, refactorize
+from bora_fl.blocks.refactorization import Refactorization, at_rank, refactorize
 from bora_fl.blocks.residual import residual
 from bora_fl.blocks.resizing import padded, truncate
 from bora_fl.blocks.streaming import StreamingMerge
@@ -16,6 +16,7 @@ __all__ = [
     "BlockFactors",
     "Refactorization",
     "StreamingMerge",
+    "at_rank",
     "compress",
     "convert_blocks",
     "distance",

@@ -128,6 +128,21 @@ def refactorize(
     return Refactorization(result, math.hypot(history[-1], rounding), tuple(history), start_error, origin)
 
 
+def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFactors:
+    """Factors at a client's own rank: refitted to a smaller one, or padded with components that start at zero.
+
+    Args:
+        factors: A layer's factors at the server's rank.
+        rank: The client's rank.
+        sigma_transform: Of the adapter; a single block of plain LoRA has Sigma = 1 and takes ``identity``.
+    """
+    if factors.rank == rank:
+        return factors
+    transform = sigma_transform if factors.num_blocks > 1 else "identity"
+    start = truncate(factors, rank) if factors.rank > rank else None
+    return refactorize(factors, rank, start=start, sigma_transform=transform).factors
+
+
 def _check(update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None, orthonormal: bool) -> None:
     if rank < 1:
         raise ValueError(f"rank is {rank}; give at least 1")

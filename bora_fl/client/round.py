@@ -6,7 +6,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
-from bora_fl.blocks import BlockFactors, refactorize, truncate
+from bora_fl.blocks import at_rank
 from bora_fl.client.local import LocalPrivacy
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
@@ -150,21 +150,6 @@ def _book_locally(settings: Settings, instruction: Instruction, who: ClientIdent
             f"on the client, and a reply of another rank would hold them; use the federation's, {settings.adapter.rank}"
         )
     return LocalPrivacy.book(settings, instruction.run_id, who.partition)
-
-
-def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFactors:
-    """Factors at a client's own rank: refitted to a smaller one, or padded with components that start at zero.
-
-    Args:
-        factors: A layer's factors at the server's rank.
-        rank: The client's rank.
-        sigma_transform: Of the adapter; a single block of plain LoRA has Sigma = 1 and takes ``identity``.
-    """
-    if factors.rank == rank:
-        return factors
-    transform = sigma_transform if factors.num_blocks > 1 else "identity"
-    start = truncate(factors, rank) if factors.rank > rank else None
-    return refactorize(factors, rank, start=start, sigma_transform=transform).factors
 
 
 def _evaluate(site: Site, model: FederatedModel, data: Encoded) -> Metrics:

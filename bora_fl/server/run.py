@@ -6,17 +6,20 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from bora_fl import tracking
+from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
-from bora_fl.evaluate import evaluate
+from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
-from bora_fl.state import unflatten_factors
+from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.base import FederatedStrategy, RoundReport
 
@@ -45,6 +48,11 @@ class Server:
         self.model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
         self.tokenizer = load_tokenizer(settings.model)
         self.test: Encoded | None = test_data(settings.data, settings.model, self.tokenizer)
+        self.screening: Encoded | None = None
+        if settings.strategy.max_loss_increase > 0 and self.test is not None:
+            self.screening, self.test = _split(
+                self.test, settings.strategy.screening_examples, derive(settings.run.seed, "screening")
+            )
         self._folded = 0
         self._run_id = ""
 
@@ -77,7 +85,7 @@ class Server:
         self._run_id = checkpoint.run_id
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self)
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, checkpoint.round + 1)
-        self._bring_to(state, strategy.folds)
+        self._bring_to(state.current, strategy.folds)
         self.model.save(self.folder / "adapter", strategy.folds)
         tracking.picture(tracking.read(self.metrics_path), self.folder / "rounds.png")
         return self.folder
@@ -101,12 +109,24 @@ class Server:
         every, last = self.settings.run.evaluate_every, self.settings.run.num_rounds
         if self.test is None or (round % every and round != last):
             return None
-        self._bring_to(state, folds)
-        train, device = self.settings.train, settle(self.model.model)
-        metrics = evaluate(
-            self.model.model, self.test, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision)
-        )
+        self._bring_to(state.current, folds)
+        metrics = self._evaluate(self.test)
         return metrics.loss, metrics.accuracy
+
+    def held_out_loss(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> float:
+        """Loss on the part of the central test set that is kept for screening."""
+        if self.screening is None:
+            raise ValueError("no examples are kept for screening; set strategy.max-loss-increase")
+        adapter = self.settings.adapter
+        layers = {name: at_rank(f, adapter.rank, adapter.sigma_transform) for name, f in state.layers.items()}
+        self._bring_to(AdapterState(layers, state.tensors), folds)
+        return self._evaluate(self.screening).loss
+
+    def _evaluate(self, data: Encoded) -> Metrics:
+        train, device = self.settings.train, settle(self.model.model)
+        return evaluate(
+            self.model.model, data, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision)
+        )
 
     def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
         """Checkpoint first, then the metrics line: a crash in between repeats the round's line, never loses it."""
@@ -116,8 +136,19 @@ class Server:
         tracking.append(self.metrics_path, row)
         log.info("%s", tracking.line(row, self.settings.run.num_rounds))
 
-    def _bring_to(self, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
+    def _bring_to(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> None:
         for fold in folds[self._folded :]:
             self.model.add_to_base(unflatten_factors(fold, ""))
         self._folded = len(folds)
-        self.model.write(state.current)
+        self.model.write(state)
+
+
+def _split(test: Encoded, count: int, seed: int) -> tuple[Encoded, Encoded]:
+    """Examples kept for screening, and the others, which alone are evaluated on."""
+    if len(test) <= count:
+        raise ConfigError(
+            f"strategy.screening-examples = {count}: the central test set has {len(test)} examples, and some must be "
+            "left to evaluate on; lower it"
+        )
+    order = np.random.default_rng(seed).permutation(len(test))
+    return test.select(order[:count]), test.select(order[count:])

@@ -17,12 +17,12 @@ from bora_fl.config import Settings
 from bora_fl.records import (
     FOLDS,
     INSTRUCTION,
-    METRICS,
     SCHEMA,
     STATE,
     Instruction,
     RejectedReplyError,
     from_arrays,
+    read_evaluation,
     read_reply,
     read_roll_call,
     to_arrays,
@@ -78,6 +78,9 @@ class Observer(Protocol):
 
     def evaluate(self, round: int, state: ServerState, folds: list[dict[str, Tensor]]) -> tuple[float, float] | None:
         """Central loss and accuracy of a state, or None."""
+
+    def held_out_loss(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> float:
+        """Loss of a client's or the server's adapter on the examples kept for screening."""
 
     def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
         """A round has ended; whatever must survive a crash is written here."""
@@ -229,12 +232,16 @@ class FederatedStrategy(Strategy):
             accepted[client] = ClientUpdate(client, weight, state)
             report.per_client[str(client)] = metrics
         updates, screened = screen(
-            [accepted[c] for c in sorted(accepted)], self.state, self.settings.strategy, self.aggregator.shares()
+            [accepted[c] for c in sorted(accepted)],
+            self.state,
+            self.settings.strategy,
+            self.aggregator.shares(),
+            lambda state: self.observer.held_out_loss(state, self.folds),
         )
         for client, reason in screened.items():
             self._set_aside(client, reason)
             report.per_client.pop(str(client), None)
-        return list(updates)
+        return updates
 
     def _advance(self, state: ServerState) -> None:
         """Go on with a state, and keep its fold if it is a new one."""
@@ -278,12 +285,12 @@ class FederatedStrategy(Strategy):
         """Mean client accuracy and loss of a separate evaluation round, weighted by examples."""
         found: dict[str, dict[str, float]] = {}
         for message in replies:
-            record = message.content.metric_records.get(METRICS) if message.has_content() else None
-            if record is None:
-                self._set_aside(message.metadata.src_node_id, "no evaluation metrics")
-                continue
             node = str(message.metadata.src_node_id)
-            found[node] = {k: float(v) for k, v in record.items() if not isinstance(v, list)}
+            try:
+                found[node] = read_evaluation(message)
+            except RejectedReplyError as rejected:
+                self._set_aside(rejected.node_id, rejected.reason)
+                continue
             client = str(self._roster.get(message.metadata.src_node_id, node))
             self._report.per_client[client] = self._report.per_client.get(client, {}) | found[node]
         if not found:

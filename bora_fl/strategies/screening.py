@@ -1,35 +1,73 @@
-"""Set aside updates that moved implausibly far or against everyone else, before anything is merged."""
+"""Set aside updates that claim too much, moved implausibly far, against everyone else or to a worse model."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
 
 from bora_fl.config import StrategySettings
-from bora_fl.state import ClientUpdate
+from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.layer_merge import ALL, Trains
 from bora_fl.strategies.products import gram_of_changes
 
 
 def screen(
-    updates: Sequence[ClientUpdate], state: ServerState, settings: StrategySettings, shares: Trains = ALL
+    updates: Sequence[ClientUpdate],
+    state: ServerState,
+    settings: StrategySettings,
+    shares: Trains = ALL,
+    loss: Callable[[AdapterState], float] | None = None,
 ) -> tuple[list[ClientUpdate], dict[int, str]]:
-    """Apply `max_update_norm` and `min_cosine`.
+    """Apply `max_weight_ratio`, `max_update_norm`, `min_cosine` and `max_loss_increase`, in this order.
+
+    Each compares with those that have passed the ones before it, so that one absurd reply cannot hide another.
 
     Args:
         updates: The round's checked replies.
         state: What the clients trained on is `state.current`.
-        settings: An update is set aside if the change of its products and other tensors has a Frobenius norm above
-            `max_update_norm` (0: off), or a cosine with the weighted mean change of the others that are within the norm
-            below `min_cosine` (−1: off). Norms come first, so that one huge update cannot turn the mean of the others.
+        settings: An update is set aside if its weight is above `max_weight_ratio` times the median one (0: off), if the
+            change of its products and other tensors has a Frobenius norm above `max_update_norm` (0: off) or a cosine
+            with the weighted mean change of the others below `min_cosine` (−1: off), or if its model's held-out loss
+            is more than `max_loss_increase` above that of what was sent (0: off).
         shares: The parts that leave the clients.
+        loss: The held-out loss of a model; needed for `max_loss_increase`.
 
     Returns:
         The accepted updates in their order, and for each other client the reason in words.
     """
+    passed = list(updates)
     reasons: dict[int, str] = {}
-    if not updates or (settings.max_update_norm == 0 and settings.min_cosine == -1):
-        return list(updates), reasons
+
+    def set_aside(found: dict[int, str]) -> None:
+        reasons.update(found)
+        passed[:] = [update for update in passed if update.client not in found]
+
+    if settings.max_weight_ratio > 0:
+        set_aside(_heavy(passed, settings.max_weight_ratio))
+    if settings.max_update_norm > 0 or settings.min_cosine > -1:
+        set_aside(_far_or_against(passed, state, settings, shares))
+    if settings.max_loss_increase > 0 and loss is not None and passed:
+        set_aside(_worse(passed, state, settings.max_loss_increase, loss))
+    return passed, reasons
+
+
+def _heavy(updates: Sequence[ClientUpdate], ratio: float) -> dict[int, str]:
+    median = statistics.median_low([update.weight for update in updates]) if updates else 0.0
+    return {
+        update.client: f"it claims {update.weight:g} examples, above strategy.max-weight-ratio = {ratio:g} times the "
+        f"median client's {median:g}"
+        for update in updates
+        if update.weight > ratio * median
+    }
+
+
+def _far_or_against(
+    updates: Sequence[ClientUpdate], state: ServerState, settings: StrategySettings, shares: Trains
+) -> dict[int, str]:
+    if not updates:
+        return {}
+    reasons: dict[int, str] = {}
     gram = gram_of_changes([update.state for update in updates], state.current, shares)
     norms = gram.diagonal().clamp_min(0).sqrt()
     weights = torch.tensor([update.weight for update in updates], dtype=torch.float64)
@@ -53,4 +91,17 @@ def screen(
                     f"its update has cosine {cosine:.3f} with the others' mean, below strategy.min-cosine = "
                     f"{settings.min_cosine:g}"
                 )
-    return [update for update in updates if update.client not in reasons], reasons
+    return reasons
+
+
+def _worse(
+    updates: Sequence[ClientUpdate], state: ServerState, increase: float, loss: Callable[[AdapterState], float]
+) -> dict[int, str]:
+    before = loss(state.current)
+    found = {update.client: loss(update.state) for update in updates}
+    return {
+        client: f"its model has a held-out loss of {after:.4g}, more than strategy.max-loss-increase = {increase:g} "
+        f"above the {before:.4g} of what it was sent"
+        for client, after in found.items()
+        if not after <= before + increase
+    }

@@ -61,3 +61,25 @@ def test_a_huge_update_does_not_turn_the_others_mean(played):
 def test_a_single_client_has_no_others_to_disagree_with(played):
     state, updates = played
     assert screen(updates[4:5], state, StrategySettings(min_cosine=0.9)) == (updates[4:5], {})
+
+
+def test_a_claim_of_absurdly_many_examples_is_set_aside(played):
+    state, updates = played
+    updates[2] = ClientUpdate(3, 5000.0, updates[2].state)
+    accepted, reasons = screen(updates, state, StrategySettings())
+    assert [u.client for u in accepted] == [1, 2, 4, 5, 6]
+    assert "5000 examples" in reasons[3]
+    assert "strategy.max-weight-ratio" in reasons[3]
+    assert screen(updates, state, StrategySettings(max_weight_ratio=0.0)) == (updates, {})
+
+
+def test_a_model_that_is_worse_on_held_out_examples_is_set_aside(played):
+    state, updates = played
+    losses = {id(update.state): 1.0 + 0.1 * update.client for update in updates} | {id(state.current): 1.2}
+    losses[id(updates[4].state)] = float("nan")
+    settings = StrategySettings(max_loss_increase=0.25)
+    accepted, reasons = screen(updates, state, settings, loss=lambda s: losses[id(s)])
+    assert [u.client for u in accepted] == [1, 2, 3, 4]
+    assert set(reasons) == {5, 6}
+    assert "1.6" in reasons[6]
+    assert "1.2" in reasons[6]

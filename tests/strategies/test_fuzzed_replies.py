@@ -1,0 +1,253 @@
+"""Malformed replies, drawn over the records: the server's state is bit for bit that of a run without them."""
+
+import struct
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bora_fl.blocks import BlockFactors
+from bora_fl.config import parse
+from bora_fl.records import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE, from_arrays, reply_content, to_arrays
+from bora_fl.state import AdapterState, flatten
+from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.base import FederatedStrategy, RoundReport
+
+ROUNDS, SICK = 2, 3  # the fourth node replies with garbage, to everything but the roll call
+CONFIG = {
+    "strategy.name": "refactor",
+    "strategy.server-optimizer": "momentum",
+    "strategy.residual": "carry",
+    "strategy.residual-rank": 1,
+    "strategy.fraction-evaluate": 1.0,
+    "strategy.sweeps": 1,
+    "adapter.rank": 2,
+    "adapter.num-blocks": 2,
+    "run.num-rounds": ROUNDS,
+}
+
+
+def adapter(seed: int) -> AdapterState:
+    g = torch.Generator().manual_seed(seed)
+    log = torch.randn(2, 2, 2, generator=g)
+    layer = BlockFactors(
+        torch.randn(4, 2, generator=g), (log / log.abs().mean()).exp(), torch.randn(2, 6, generator=g), 2.0
+    )
+    return AdapterState({"q": layer}, {"head.weight": torch.randn(3, 4, generator=g)})
+
+
+def good_reply(content: RecordDict, seed: int) -> RecordDict:
+    sent, number = adapter(0), content.config_records[INSTRUCTION]["round"]
+    parts = frozenset({"A", "sigma", "B", "tensors"})
+    metrics = {"num-examples": 10 + seed, "train-loss": 0.5, "partition": seed}
+    return reply_content(adapter(100 * number + seed), sent, parts, number, metrics)
+
+
+def evaluation(seed: int) -> RecordDict:
+    metrics = {"eval-loss": 1.0 + seed, "eval-accuracy": 0.5, "eval-examples": 7, "partition": seed}
+    return RecordDict({METRICS: MetricRecord(metrics)})
+
+
+Garble = Callable[[RecordDict], Any]
+
+
+class Grid:
+    """Four nodes; the last one's replies pass through `garble`."""
+
+    def __init__(self, garble: Garble) -> None:
+        self.garble = garble
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [2, 3, 4, 5]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self.answer(message) for message in messages]
+
+    def answer(self, message: Message) -> Message:
+        partition = message.metadata.dst_node_id - 2
+        if message.metadata.message_type == "query":
+            hello = ConfigRecord({"schema": SCHEMA, "partition": partition, "num-partitions": 4})
+            return Message(RecordDict({REPLY: hello}), reply_to=message)
+        trains = message.metadata.message_type == "train"
+        content = good_reply(message.content, partition) if trains else evaluation(partition)
+        if partition == SICK:
+            content = self.garble(content)
+        return Message(content, reply_to=message)
+
+
+class Silent:
+    def on_start(self, num_partitions: int) -> None: ...
+    def evaluate(self, *_: object) -> None: ...
+    def held_out_loss(self, *_: object) -> float:
+        raise AssertionError
+
+    def on_round(self, report: RoundReport, *_: object) -> None:
+        self.report = report
+
+
+def run(garble: Garble) -> tuple[dict[str, torch.Tensor], RoundReport]:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    options, observer = parse(CONFIG), Silent()
+    strategy = FederatedStrategy(options, build(options.strategy), "run", observer)
+    state = strategy.run(Grid(garble), ServerState.start(adapter(0)), [], 1)
+    carried = {f"carried/{name}": factors.dense() for name, factors in state.carried.items()}
+    return flatten(state.current) | carried | dict(state.memory), observer.report
+
+
+def absent(content: RecordDict) -> Error:
+    return Error(code=20, reason="gone")
+
+
+# --- ways to break a reply -------------------------------------------------------------------------------------------
+
+SCALARS = st.one_of(
+    st.integers(-(2**62), 2**62),
+    st.floats(),
+    st.text(max_size=20),
+    st.binary(max_size=20),
+    st.booleans(),
+    st.lists(st.integers(-5, 5), max_size=3),
+)
+BAD_NUMBERS = st.sampled_from([float("nan"), float("inf"), float("-inf"), [1.0, 2.0], []])
+BAD_WEIGHTS = st.one_of(BAD_NUMBERS, st.floats(max_value=0), st.integers(-(2**62), 0), st.just(1e300))
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Garble:
+    """Records that have nothing to do with the schema."""
+    drawn: dict[str, Any] = {}
+    for name in draw(st.lists(st.sampled_from([STATE, REPLY, METRICS, "x", ""]), max_size=4, unique=True)):
+        kind = draw(st.sampled_from(["config", "metric", "array"]))
+        keys = draw(st.lists(st.text(max_size=8), max_size=3, unique=True))
+        if kind == "config":
+            drawn[name] = ConfigRecord({key: draw(SCALARS) for key in keys})
+        elif kind == "metric":
+            drawn[name] = MetricRecord({key: draw(st.floats() | st.integers(-(2**62), 2**62)) for key in keys})
+        else:
+            drawn[name] = ArrayRecord({key: _array(draw(st.binary(max_size=64))) for key in keys})
+    return lambda content: RecordDict(drawn)
+
+
+@st.composite
+def without(draw: st.DrawFn) -> Garble:
+    """A record that is missing, or another kind of record in its place."""
+    name, other = draw(st.sampled_from([STATE, REPLY, METRICS])), draw(st.sampled_from([None, "config", "array"]))
+
+    def garble(content: RecordDict) -> RecordDict:
+        kept = {key: record for key, record in content.items() if key != name}
+        if other == "config" and name != REPLY:
+            kept[name] = ConfigRecord({"round": 1})
+        if other == "array" and name != STATE:
+            kept[name] = ArrayRecord({})
+        kept.pop(METRICS, None) if STATE not in content else None
+        return RecordDict(kept)
+
+    return garble
+
+
+@st.composite
+def wrong_reply(draw: st.DrawFn) -> Garble:
+    """Another schema, another round, a refusal, of any type."""
+    key = draw(st.sampled_from(["schema", "round", "refused"]))
+    value = draw(SCALARS.filter(lambda v: v not in (1, 2)))
+
+    def garble(content: RecordDict) -> RecordDict:
+        content[REPLY] = ConfigRecord({"schema": SCHEMA, "round": 1, key: value})
+        content.pop(METRICS) if STATE not in content else None
+        return content
+
+    return garble
+
+
+@st.composite
+def wrong_metrics(draw: st.DrawFn) -> Garble:
+    """Numbers that are none, weights that are none, a flood of names."""
+    flood = draw(st.booleans())
+    weight, number = draw(BAD_WEIGHTS), draw(BAD_NUMBERS)
+
+    def garble(content: RecordDict) -> RecordDict:
+        metrics = content.metric_records[METRICS]
+        if "num-examples" in metrics:
+            metrics["num-examples"] = weight
+        else:
+            metrics["eval-loss"] = number
+        if flood:
+            for i in range(500):
+                metrics[f"m{i}"] = i
+        return content
+
+    return garble
+
+
+@st.composite
+def wrong_arrays(draw: st.DrawFn) -> Garble:
+    """Entries that are missing, unknown, of a wrong shape, dtype or value, or bytes that are no array."""
+    way = draw(st.sampled_from(["drop", "add", "shape", "dtype", "value", "bytes", "header", "pickle", "type"]))
+    place, cut = draw(st.integers(0, 10)), draw(st.integers(0, 200))
+    shape = draw(st.lists(st.integers(0, 7), max_size=4))
+    bad = draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+    noise = draw(st.binary(max_size=200))
+
+    def garble(content: RecordDict) -> Any:
+        if STATE not in content:
+            return RecordDict({METRICS: MetricRecord({"eval-loss": float("nan")})})
+        arrays = content.array_records[STATE]
+        names = sorted(arrays)
+        name = names[place % len(names)]
+        tensor = from_arrays(arrays)[name]
+        if way == "drop":
+            del arrays[name]
+        elif way == "add":
+            arrays[f"{name}x"] = arrays[name]
+        elif way == "shape":
+            arrays[name] = to_arrays({"t": torch.zeros([*shape, 11])})["t"]
+        elif way == "dtype":
+            other = torch.float64 if tensor.dtype == torch.float32 else torch.float32
+            arrays[name] = to_arrays({"t": tensor.to(other)})["t"]
+        elif way == "value":
+            arrays[name] = to_arrays({"t": torch.full_like(tensor, bad)})["t"]
+        elif way == "bytes":
+            arrays[name] = _array(arrays[name].data[: min(cut, len(arrays[name].data) - 1)] + noise[:0])
+        elif way == "header":
+            arrays[name] = _array(arrays[name].data.replace(b"'shape': (", b"'shape': (9999999,"))
+        elif way == "pickle":
+            arrays[name] = _array(b"\x93NUMPY\x01\x00" + struct.pack("<H", 58) + PICKLED_HEADER + noise)
+        else:
+            arrays[name] = _array(noise)
+        return content
+
+    return garble
+
+
+PICKLED_HEADER = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(57) + b"\n"
+
+
+def _array(data: bytes) -> Array:
+    return Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=data)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> dict[str, torch.Tensor]:
+    return run(absent)[0]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(garble=st.one_of(records(), without(), wrong_reply(), wrong_metrics(), wrong_arrays()))
+def test_a_malformed_reply_leaves_no_trace(healthy: dict[str, torch.Tensor], garble: Garble):
+    state, report = run(garble)
+    assert state.keys() == healthy.keys()
+    assert all(torch.equal(state[name], healthy[name]) for name in healthy)
+    assert report.clients == 3
+    assert report.rejected >= 1
+    assert report.client_loss == pytest.approx(2.0)
+
+
+def test_a_good_reply_does_leave_one(healthy: dict[str, torch.Tensor]):
+    state, report = run(lambda content: content)
+    assert not torch.equal(state["tensors/head.weight"], healthy["tensors/head.weight"])
+    assert report.rejected == 0
