@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bora_fl import tracking
 from bora_fl.config import ConfigError, Scalar, Settings, parse
+from bora_fl.simulations.attack_bench import attacks
 from bora_fl.simulations.command import compare
 
 cli = typer.Typer(
@@ -211,6 +212,7 @@ def _launch(
 
 
 cli.command()(compare)
+cli.command()(attacks)
 logging.captureWarnings(True)
 if __name__ == "__main__":
     main()

@@ -121,6 +121,7 @@ def simulate(
     *,
     node_configs: dict[int, dict[str, Scalar]] | None = None,
     tamper: Tamper | None = None,
+    app: ClientApp | None = None,
 ) -> Path:
     """Run a whole federation in this process.
 
@@ -129,11 +130,12 @@ def simulate(
         num_nodes: Number of clients.
         node_configs: See `InProcessGrid`.
         tamper: See `InProcessGrid`.
+        app: The ClientApp; the product's own by default.
 
     Returns:
         The output folder.
     """
-    from bora_fl.client.app import app
+    from bora_fl.client.app import app as own
 
     settings = run_config if isinstance(run_config, Settings) else parse(run_config)
-    return Server(settings).run(InProcessGrid(app, num_nodes, settings.flat(), node_configs, tamper))
+    return Server(settings).run(InProcessGrid(app or own, num_nodes, settings.flat(), node_configs, tamper))

@@ -28,6 +28,7 @@ FLOWER = {
     "bora_fl/server/app.py",
     "bora_fl/server/run.py",
     "simulations/engine.py",
+    "simulations/attacks.py",
 }
 
 
