@@ -68,6 +68,18 @@ class ExplicitBasis:
         return self.vectors.mT @ vectors
 
 
+class Identity:
+    """The unit vectors: coordinates are the vectors themselves."""
+
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """See `Basis.expand`."""
+        return coordinates
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See `Basis.project`."""
+        return vectors
+
+
 @dataclass(frozen=True)
 class Compressed:
     """A block matrix `rows_i target_ij columns_jᵀ` of the weight's size, kept in pieces."""
@@ -79,6 +91,8 @@ class Compressed:
 
 def compress_stack(left: Tensor, sigma: Tensor, right: Tensor) -> Compressed:
     """Compress the stack `left [b, p, R]`, `sigma [b, b, R]`, `right [b, q, R]` losslessly."""
+    if _fills(left, right):
+        return Compressed(Identity(), _target(left, sigma, right), Identity())
     rows, columns = HouseholderBasis(left), HouseholderBasis(right)
     return Compressed(rows, _target(rows.triangle, sigma, columns.triangle), columns)
 
@@ -89,13 +103,24 @@ def _target(left: Tensor, sigma: Tensor, right: Tensor) -> Target:
     width = right.shape[1]
     if rank * (k + width + b) <= b * k * width:
         return StackTarget.of(left, sigma, right)
-    return CoreTarget.of((left.unsqueeze(1) * sigma.unsqueeze(2)) @ right.mT.unsqueeze(0))
+    cores = left.new_empty(b, b, k, width)
+    for i in range(b):  # a block at a time: the stack's components are many here
+        for j in range(b):
+            torch.mm(left[i] * sigma[i, j], right[j].mT, out=cores[i, j])
+    return CoreTarget.of(cores)
+
+
+def _fills(left: Tensor, right: Tensor) -> bool:
+    """Whether a stack has as many components as its blocks have rows and columns: then no basis is smaller."""
+    return left.shape[2] >= max(left.shape[1], right.shape[1])
 
 
 def compress_stack_and(
     left: Tensor, sigma: Tensor, right: Tensor, extra_left: Tensor, extra_right: Tensor
 ) -> tuple[Compressed, Tensor, Tensor]:
     """Compress a stack in bases that span further vectors too, and return those vectors' coordinates."""
+    if _fills(left, right):
+        return compress_stack(left, sigma, right), extra_left, extra_right
     rows = HouseholderBasis(torch.cat([left, extra_left], dim=2))
     columns = HouseholderBasis(torch.cat([right, extra_right], dim=2))
     size = sigma.shape[2]

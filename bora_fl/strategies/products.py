@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bora_fl.blocks import BlockFactors, merge
+from bora_fl.blocks import BlockFactors
 from bora_fl.blocks.factors import blocked
 from bora_fl.state import AdapterState
 from bora_fl.strategies.layer_merge import ALL, Trains
 
 _GROUP_RANK = 512  # components taken at a time
+_MOST_PRODUCTS = 10**10  # multiplications spent on an exact norm
+_PROBES = 64
 
 
 def gram_of_changes(states: Sequence[AdapterState], reference: AdapterState, shares: Trains = ALL) -> Tensor:
@@ -96,17 +98,47 @@ def sizes(factors: Sequence[BlockFactors], combinations: Sequence[Sequence[float
         combinations: Lists of one coefficient per update.
 
     Returns:
-        The norms, all from one Gram matrix while the components are few; else each from QR factorizations, whose cost
-        grows with the number of components and not with its square.
+        The norms: from one Gram matrix while the components are few, else from the blocks themselves, one after the
+        other, or, where that would take more than a second or so, from their action on random vectors: an unbiased
+        estimate of the square, a few percent off, the same vectors for all combinations.
     """
-    first = factors[0]
-    if sum(f.rank for f in factors) > max(first.shape) // first.num_blocks:
-        return [merge(factors, weights).norm() for weights in combinations]
-    gram = gram_of_products(factors)
     weights = torch.tensor([list(row) for row in combinations], dtype=torch.float64)
-    squares = torch.einsum("ck,kl,cl->c", weights, gram, weights).clamp_min(0.0)
+    (m, n), b, rank = factors[0].shape, factors[0].num_blocks, sum(f.rank for f in factors)
+    if rank <= max(m, n) // b:
+        gram = gram_of_products(factors)
+        squares = torch.einsum("ck,kl,cl->c", weights, gram, weights).clamp_min(0.0)
+    else:
+        squares = _squares_of_blocks(factors, weights, probes=_PROBES if rank * m * n > _MOST_PRODUCTS else 0)
     norms: list[float] = squares.sqrt().tolist()
     return norms
+
+
+def _squares_of_blocks(factors: Sequence[BlockFactors], weights: Tensor, probes: int) -> Tensor:
+    """Squared norms of combinations, `[C]`, block row by block row; of the action on `probes` random vectors if not 0.
+
+    With `x` standard normal, the mean of `‖M x‖²` is `‖M‖²`.
+    """
+    squares = torch.zeros(len(weights), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    pieces = [blocked(f) for f in factors]
+    b, q, _ = pieces[0][2].shape
+    # What multiplies the stack from the right: the columns of every block, or their images of the same random vectors.
+    vectors = torch.randn(b, q, probes, dtype=torch.float64, generator=generator) / max(probes, 1) ** 0.5
+    rights = [right.mT @ vectors if probes else right.mT for _, _, right in pieces]
+    for i in range(b):
+        if probes:  # Σ_j M_ij x_j, for every factor
+            rows = [
+                left[i] @ torch.einsum("jr,jrs->rs", sigma[i], right)
+                for (left, sigma, _), right in zip(pieces, rights, strict=True)
+            ]
+            squares += torch.einsum("cf,fps->cps", weights, torch.stack(rows)).square().sum((1, 2))
+            continue
+        for j in range(b):
+            blocks = [
+                (left[i] * sigma[i, j]) @ right[j] for (left, sigma, _), right in zip(pieces, rights, strict=True)
+            ]
+            squares += torch.einsum("cf,fpq->cpq", weights, torch.stack(blocks)).square().sum((1, 2))
+    return squares
 
 
 def squared_distances(gram: Tensor) -> Tensor:
