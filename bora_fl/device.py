@@ -9,6 +9,9 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 
+OWN_CHOICE = torch.get_num_threads()
+"""Torch's threads before anybody sets them."""
+
 
 @cache
 def pick_device() -> torch.device:
@@ -34,8 +37,8 @@ def settle(model: nn.Module) -> torch.device:
 
 def set_threads(threads: int) -> int:
     """Set torch's threads: as told, else the cores that Ray granted this process, else torch's own choice."""
-    wanted = threads or int(_granted("CPU"))
-    if wanted:
+    wanted = threads or int(_granted("CPU")) or OWN_CHOICE
+    if wanted != torch.get_num_threads():
         torch.set_num_threads(wanted)
     return torch.get_num_threads()
 

@@ -10,11 +10,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from bora_fl.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
 
-SCHEMA = 1
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
-STATE, FOLDS, INSTRUCTION, REPLY, METRICS = "state", "folds", "instruction", "reply", "metrics"
 
 
 class RejectedReplyError(ValueError):
@@ -145,19 +144,6 @@ def reply_content(
             METRICS: MetricRecord(dict(metrics)),
         }
     )
-
-
-def refusal(reason: str, *, folds_held: int | None = None) -> RecordDict:
-    """A reply of a site that could not do what it was asked.
-
-    Args:
-        reason: In words, for the server's log and metrics.
-        folds_held: The newest fold version the site holds, if folds were what it lacked.
-    """
-    reply = ConfigRecord({"schema": SCHEMA, "refused": reason})
-    if folds_held is not None:
-        reply["folds-held"] = folds_held
-    return RecordDict({REPLY: reply})
 
 
 def _reply_record(message: Message) -> ConfigRecord:

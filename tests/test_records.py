@@ -8,18 +8,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.records import (
-    INSTRUCTION,
-    METRICS,
-    REPLY,
-    STATE,
     Instruction,
     RejectedReplyError,
     from_arrays,
     read_reply,
-    refusal,
     reply_content,
     to_arrays,
 )
+from bora_fl.schema import INSTRUCTION, METRICS, REPLY, STATE, refusal
 from bora_fl.state import AdapterState, flatten, unflatten
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})

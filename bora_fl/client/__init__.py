@@ -1,7 +1,5 @@
 """The client: local training, private or not, and what a site keeps.
 
-Importing it registers the adapter's per-sample gradients with Opacus.
+The ClientApp imports nothing large: where a site worker trains, the process that Flower starts for each message only
+passes it on.
 """
-
-from bora_fl import preload as _preload  # noqa: F401
-from bora_fl.client import grad_sample as _grad_sample  # noqa: F401

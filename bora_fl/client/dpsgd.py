@@ -104,6 +104,7 @@ def train_privately(
     steps: int,
     spend: Callable[[float, float, int], object] | None,
     randomness: Randomness | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> PrivateTraining:
     """Take noised steps on a client's records.
 
@@ -123,6 +124,7 @@ def train_privately(
         spend: Called with `(noise_multiplier, sample_rate, steps)` before the first record is read, such as
             `Ledger.spend`; what it raises stops the training. None keeps no account.
         randomness: Source of noise and sampling. Left out, the operating system's; a seeded source is for simulations.
+        on_step: Called with (step, steps) after each step; what it raises ends the training.
 
     Returns:
         What was spent, and diagnostics that are not private.
@@ -147,7 +149,7 @@ def train_privately(
         spend(noise_multiplier, sample_rate, steps)
     tally = _Tally()
     with SampleGradients(model) if math.isfinite(clip_norm) else nullcontext() as collector:
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             optimizer.zero_grad(set_to_none=True)
             drawn = poisson_sample(len(records), sample_rate, randomness)
             tally.samples += len(drawn)
@@ -170,6 +172,8 @@ def train_privately(
                 elif parameter.grad is None:
                     parameter.grad = clipped_sum
             optimizer.step()
+            if on_step:
+                on_step(step, steps)
     optimizer.zero_grad(set_to_none=True)
     return PrivateTraining(noise_multiplier, clip_norm, sample_rate, steps, tally.diagnostics())
 

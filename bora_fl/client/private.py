@@ -1,5 +1,6 @@
 """A client's round under record-level differential privacy: noise solved once, spent in the ledger, then trained."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +36,14 @@ def noise_multiplier(settings: Settings, num_examples: int) -> float:
 
 
 def train_privately_for_a_round(
-    model: FederatedModel, data: Encoded, settings: Settings, *, factor: float, run_id: str, partition: int
+    model: FederatedModel,
+    data: Encoded,
+    settings: Settings,
+    *,
+    factor: float,
+    run_id: str,
+    partition: int,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, float | int]:
     """Train with DP-SGD for one round; the steps are on disk in the site's ledger before the first record is read.
 
@@ -46,6 +54,7 @@ def train_privately_for_a_round(
         factor: Share of the learning rate in this round.
         run_id: The run, under which the steps are booked.
         partition: The client's partition; with the data's files it names the ledger.
+        on_step: Called with (step, steps) after each step; what it raises ends the training, and the steps stay booked.
 
     Returns:
         What may leave the client: ε spent on this data set so far by all runs, the noise multiplier, the steps. The
@@ -89,6 +98,7 @@ def train_privately_for_a_round(
         physical_batch_size=privacy.physical_batch_size or 2 * train.batch_size,
         steps=num_steps(train, len(data)),
         spend=ledger.spend,
+        on_step=on_step,
     )
     return {"epsilon-per-record": ledger.epsilon(), "noise-multiplier": noise, "steps": result.steps}
 

@@ -1,12 +1,13 @@
 """A client's part of a round, free of Flower's transport: what was received in, what is replied out."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from flwr.app import ArrayRecord, RecordDict
 
 from bora_fl.blocks import at_rank
+from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.local import LocalPrivacy
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
@@ -16,12 +17,16 @@ from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel
-from bora_fl.records import FOLDS, Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
+from bora_fl.records import Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
+from bora_fl.schema import FOLDS
 from bora_fl.seeds import derive
 from bora_fl.sparsity import sparsify
 from bora_fl.state import AdapterState, flatten, unflatten
 
 LOCAL = "local-factors"
+
+OnStep = Callable[[str, int, int], None]
+"""Told what is being done, how many steps of it, out of how many; what it raises ends the round."""
 
 
 class MissingFoldsError(RuntimeError):
@@ -36,32 +41,9 @@ class MissingFoldsError(RuntimeError):
         self.held = held
 
 
-@dataclass(frozen=True)
-class ClientIdentity:
-    """Who a client is: its partition, out of how many, and the largest rank it can train (0: the federation's)."""
-
-    partition: int
-    num_partitions: int
-    max_rank: int = 0
-
-    @classmethod
-    def read(cls, node_config: Any, node_id: int) -> "ClientIdentity":
-        """From a SuperNode's node config.
-
-        Raises:
-            ValueError: If partition-id or num-partitions is missing.
-        """
-        if "partition-id" not in node_config or "num-partitions" not in node_config:
-            raise ValueError(
-                f"node {node_id} has no partition-id and num-partitions; start the SuperNode with "
-                '--node-config "partition-id=0 num-partitions=3"'
-            )
-        return cls(
-            int(node_config["partition-id"]), int(node_config["num-partitions"]), int(node_config.get("rank", 0))
-        )
-
-
-def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> RecordDict:
+def train_round(
+    site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, on_step: OnStep | None = None
+) -> RecordDict:
     """Receive, train, reply.
 
     Args:
@@ -69,6 +51,7 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
         content: The server's message.
         who: The client.
         memory: What the client keeps between rounds (factors that never leave it).
+        on_step: Called between steps.
 
     Returns:
         The reply's content.
@@ -86,17 +69,24 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
     mode, sends = settings.privacy.mode, instruction.shares & instruction.trains
     local = _book_locally(settings, instruction, who) if mode == "local" else None
     if instruction.evaluate and len(data.evaluation) and mode not in ("record", "local"):
-        metrics |= _named(_evaluate(site, model, data.evaluation))
+        metrics |= _named(_evaluate(site, model, data.evaluation, on_step))
     model.train_only(instruction.trains)
     factor = learning_rate_factor(settings.train, instruction.round, settings.run.num_rounds)
     started = time.perf_counter()
     if mode == "record":
         metrics |= train_privately_for_a_round(
-            model, data.train, settings, factor=factor, run_id=instruction.run_id, partition=who.partition
+            model,
+            data.train,
+            settings,
+            factor=factor,
+            run_id=instruction.run_id,
+            partition=who.partition,
+            on_step=_stage("train", on_step),
         )
     else:
         seed = derive(settings.run.seed, "batches", instruction.round, who.partition)
-        result = train(model, data.train, settings.train, factor=factor, seed=seed)
+        on_train_step = _stage("train", on_step)
+        result = train(model, data.train, settings.train, factor=factor, seed=seed, on_step=on_train_step)
         metrics |= {"train-loss": result.loss, "steps": result.steps}
     trained = model.read()
     _remember(memory, trained, instruction)
@@ -109,12 +99,14 @@ def train_round(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
     return reply_content(trained, sent, sends, instruction.round, metrics)
 
 
-def evaluate_round(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> dict[str, float | int]:
+def evaluate_round(
+    site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, on_step: OnStep | None = None
+) -> dict[str, float | int]:
     """Evaluate the received adapter on the client's held-out part; the counterpart of `train_round`."""
     instruction = Instruction.read(content)
     model, _ = _receive(site, content, instruction, state_of(content), who, memory)
     data = site.data(who.partition, who.num_partitions)
-    return {"partition": who.partition} | _named(_evaluate(site, model, data.evaluation))
+    return {"partition": who.partition} | _named(_evaluate(site, model, data.evaluation, on_step))
 
 
 def _receive(
@@ -152,10 +144,20 @@ def _book_locally(settings: Settings, instruction: Instruction, who: ClientIdent
     return LocalPrivacy.book(settings, instruction.run_id, who.partition)
 
 
-def _evaluate(site: Site, model: FederatedModel, data: Encoded) -> Metrics:
+def _evaluate(site: Site, model: FederatedModel, data: Encoded, on_step: OnStep | None) -> Metrics:
     device = settle(model.model)
     train = site.settings.train
-    return evaluate(model.model, data, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision))
+    return evaluate(
+        model.model,
+        data,
+        train.evaluation_batch_size,
+        autocast=lambda: autocast(device, train.precision),
+        progress=_stage("evaluate", on_step),
+    )
+
+
+def _stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | None:
+    return partial(on_step, name) if on_step else None
 
 
 def _named(metrics: Metrics) -> dict[str, float | int]:

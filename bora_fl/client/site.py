@@ -25,11 +25,12 @@ class Site:
     """
 
     def __init__(self, settings: Settings) -> None:
+        global _loads
         self.settings = settings
-        set_threads(settings.run.threads)
         self._tokenizer: Any = load_tokenizer(settings.model)
         raw = load_dataset(settings.data)
         self._base: Any = load_base(settings.model, raw.label_names, settings.run.seed)
+        _loads += 1
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
         self._originals: dict[str, torch.Tensor] = {}
@@ -48,7 +49,7 @@ class Site:
             adapter = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
         if self._model is None or self._model.rank != adapter.rank:
             if self._model is not None:
-                self._base = self._model.model.unload()
+                self._base, self._model = self._model.model.unload(), None
             self._model = FederatedModel(self._base, adapter, self.settings.model, self.settings.run.seed)
             if self.settings.train.checkpointing:
                 self._model.model.gradient_checkpointing_enable()
@@ -86,7 +87,11 @@ class Site:
             for name in layers:
                 if name not in self._originals:
                     self._originals[name] = model.base_weight(name).detach().clone()
-            model.add_to_base(layers)
+            try:
+                model.add_to_base(layers)
+            except BaseException:
+                self._restore(model)  # a process that lives on must not train on half a fold
+                raise
             self._folded = (run_id, v)
 
     def _restore(self, model: FederatedModel) -> None:
@@ -100,8 +105,14 @@ def _fold_path(run_id: str, version: int) -> Any:
     return cache_folder() / "folds" / run_id / f"{version}.safetensors"
 
 
+_loads = 0
 _current: tuple[object, Site] | None = None
 _lock = threading.Lock()
+
+
+def base_loads() -> int:
+    """How often this process has loaded a base model."""
+    return _loads
 
 
 def site(settings: Settings) -> Site:
@@ -109,6 +120,7 @@ def site(settings: Settings) -> Site:
     global _current
     key = (settings.model, settings.adapter, settings.data, settings.run.seed, settings.train.checkpointing)
     with _lock:
+        set_threads(settings.run.threads)
         if _current is None or _current[0] != key:
             _current = None  # frees the old model before the new one is loaded
             _current = (key, Site(settings))

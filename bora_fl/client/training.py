@@ -71,7 +71,7 @@ def train(
     *,
     factor: float,
     seed: int,
-    on_step: Callable[[int, int, float], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Train what `FederatedModel.train_only` has chosen for one round.
 
@@ -81,7 +81,7 @@ def train(
         settings: Steps, batches, optimizer, clipping, FedProx.
         factor: Share of the learning rate, from `learning_rate_factor`.
         seed: Seeds the batches and dropout.
-        on_step: Called with (step, steps, loss) after each step.
+        on_step: Called with (step, steps) after each step; what it raises ends the training.
 
     Raises:
         FloatingPointError: If the loss stops being finite; nothing of that round is kept.
@@ -123,7 +123,7 @@ def train(
         optimizer.step()
         total += loss
         if on_step:
-            on_step(step, steps, loss)
+            on_step(step, steps)
     return TrainResult(total / steps, steps, examples, time.perf_counter() - started)
 
 

@@ -15,10 +15,6 @@ from torch import Tensor
 from bora_fl.accounting import Unit, summarize
 from bora_fl.config import Settings
 from bora_fl.records import (
-    FOLDS,
-    INSTRUCTION,
-    SCHEMA,
-    STATE,
     Instruction,
     RejectedReplyError,
     from_arrays,
@@ -27,6 +23,7 @@ from bora_fl.records import (
     read_roll_call,
     to_arrays,
 )
+from bora_fl.schema import FOLDS, INSTRUCTION, SCHEMA, STATE
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, ServerState

@@ -10,7 +10,6 @@ from opacus.tests.grad_samples.common import GradSampleHooks_test
 from peft import get_peft_model
 from torch import nn
 
-import bora_fl.client  # noqa: F401  (registers the samplers)
 from bora_fl.adapters import BoraConfig
 from bora_fl.adapters.layer import BoraAdapter
 from bora_fl.client import dp_bench

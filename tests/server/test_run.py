@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from bora_fl import models, tracking
 from bora_fl.config import ConfigError
-from bora_fl.records import METRICS, STATE, from_arrays, to_arrays
+from bora_fl.records import from_arrays, to_arrays
+from bora_fl.schema import METRICS, STATE
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.base import RunFailedError

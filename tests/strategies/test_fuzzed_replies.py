@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import parse
-from bora_fl.records import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE, from_arrays, reply_content, to_arrays
+from bora_fl.records import from_arrays, reply_content, to_arrays
+from bora_fl.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.base import FederatedStrategy, RoundReport
