@@ -270,6 +270,35 @@ def parse(run_config: Mapping[str, Scalar]) -> Settings:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
+def overrides(pairs: list[str] | None) -> dict[str, Scalar]:
+    """Parse a command's ``key=value`` pairs into what the settings expect.
+
+    Raises:
+        ConfigError: For a pair without ``=`` or an unknown key.
+    """
+    known = Settings().flat()
+    result: dict[str, Scalar] = {}
+    for pair in pairs or []:
+        key, sign, text = pair.partition("=")
+        key, text = key.strip(), text.strip().strip("\"'")
+        if not sign:
+            raise ConfigError(f"--run-config {pair!r}: write key=value")
+        default = known.get(key, "")
+        if isinstance(default, bool):
+            if text.lower() not in {"true", "false"}:
+                raise ConfigError(f"{key} = {text!r}: write true or false")
+            result[key] = text.lower() == "true"
+        elif isinstance(default, int | float):
+            try:
+                result[key] = float(text) if isinstance(default, float) else int(text)
+            except ValueError:
+                result[key] = text
+        else:
+            result[key] = text
+    parse(result)
+    return result
+
+
 def _explain(item: Any) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])

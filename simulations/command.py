@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bora_fl.config import ConfigError, Scalar
+from bora_fl.config import ConfigError, Scalar, overrides
 from bora_fl.simulations.scenarios import SCENARIOS, near_misses
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ def compare(
         _show_scenarios()
         return
     # The rest needs torch, which the command's help does not.
-    from bora_fl.cli import overrides
     from bora_fl.data import fetch
     from bora_fl.simulations import report, results
     from bora_fl.simulations.cells import plan
