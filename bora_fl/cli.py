@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl import tracking
-from bora_fl.config import ConfigError, Scalar, Settings, parse
+from bora_fl.client.worker.command import worker
+from bora_fl.config import ConfigError, Scalar, Settings, overrides
 from bora_fl.simulations.attack_bench import attacks
 from bora_fl.simulations.command import compare
 
@@ -44,35 +45,6 @@ def main() -> None:
     except (LaunchError, FetchError) as error:
         console.print(f"[bold red]failed:[/] {error}", highlight=False, markup=True)
         sys.exit(1)
-
-
-def overrides(pairs: list[str] | None) -> dict[str, Scalar]:
-    """Parse ``key=value`` pairs into what the settings expect.
-
-    Raises:
-        ConfigError: For a pair without ``=`` or an unknown key.
-    """
-    known = Settings().flat()
-    result: dict[str, Scalar] = {}
-    for pair in pairs or []:
-        key, sign, text = pair.partition("=")
-        key, text = key.strip(), text.strip().strip("\"'")
-        if not sign:
-            raise ConfigError(f"--run-config {pair!r}: write key=value")
-        default = known.get(key, "")
-        if isinstance(default, bool):
-            if text.lower() not in {"true", "false"}:
-                raise ConfigError(f"{key} = {text!r}: write true or false")
-            result[key] = text.lower() == "true"
-        elif isinstance(default, int | float):
-            try:
-                result[key] = float(text) if isinstance(default, float) else int(text)
-            except ValueError:
-                result[key] = text
-        else:
-            result[key] = text
-    parse(result)
-    return result
 
 
 @cli.command()
@@ -213,6 +185,7 @@ def _launch(
 
 cli.command()(compare)
 cli.command()(attacks)
+cli.command()(worker)
 logging.captureWarnings(True)
 if __name__ == "__main__":
     main()

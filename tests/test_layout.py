@@ -13,7 +13,7 @@ LEVELS = [
     {"kernels", "seeds"},
     {"blocks", "adapters"},
     {"state", "sparsity", "accounting", "gaussian"},
-    {"config", "cache", "preload"},
+    {"config", "cache", "preload", "schema"},
     {"records", "models", "data", "device", "evaluate", "tracking"},
     {"client", "strategies"},
     {"server", "audit"},
@@ -22,7 +22,12 @@ LEVELS = [
 ]
 FLOWER = {
     "bora_fl/records.py",
+    "bora_fl/schema.py",
     "bora_fl/client/app.py",
+    "bora_fl/client/job.py",
+    "bora_fl/client/worker/pieces.py",
+    "bora_fl/client/worker/servicer.py",
+    "bora_fl/client/worker/stub.py",
     "bora_fl/client/round.py",
     "bora_fl/strategies/base.py",
     "bora_fl/server/app.py",

@@ -1,0 +1,1 @@
+"""The warm site worker: one process of a site keeps model, data and kernels, and works for each ClientApp."""

@@ -1,0 +1,108 @@
+"""``bora-fl worker``: the site's warm worker, and its status."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bora_fl.client.worker.address import Address, WorkerSettings
+from bora_fl.config import ConfigError, overrides, parse
+
+console = Console()
+
+
+def worker(
+    listen: Annotated[
+        str, typer.Option(help="unix:/path/to/worker.sock or tcp:127.0.0.1:PORT; empty is a socket in the state folder")
+    ] = "",
+    token_file: Annotated[
+        Path | None, typer.Option(help="token of a tcp address; written, readable by its owner alone, if missing")
+    ] = None,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option("--run-config", "-c", help="key=value of the coming run: load its model before round 1"),
+    ] = None,
+    warm_up: Annotated[bool, typer.Option("--warm-up", help="the same, for the default run config")] = False,
+    partition: Annotated[
+        str, typer.Option(help="ID/N, such as 0/3: tokenize that partition's data in the warm-up too")
+    ] = "",
+    grace: Annotated[float, typer.Option(help="seconds the job at work has to finish on SIGTERM")] = 30.0,
+    show_status: Annotated[bool, typer.Option("--status", help="show a running worker's status and stop")] = False,
+) -> None:
+    """Serve a site's SuperNode with a model, data and kernels that stay loaded between rounds.
+
+    Run it beside the SuperNode, as the same user and in the same folder, and tell the SuperNode where it listens:
+
+    flower-supernode ... --node-config 'partition-id=0 num-partitions=3 worker="unix:/run/bora_fl/worker.sock"'
+
+    The ClientApps of that SuperNode then hand their work over; without `worker` they train in their own process.
+    A tcp address takes worker-token-file="..." beside it. SIGTERM and Ctrl-C end the worker.
+    """
+    address = Address.read(listen) if listen else Address(path=default_socket())
+    settings = WorkerSettings(address, token_file, wait=2.0)
+    if show_status:
+        _show_status(settings)
+        return
+    chosen = overrides(run_config)
+    which = _partition(partition)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
+    # The rest needs torch, which the command's help and its status do not.
+    from bora_fl.client.worker.servicer import SiteWorker
+    from bora_fl.client.worker.serving import serve
+
+    site_worker = SiteWorker()
+    if chosen or warm_up or which:
+        site_worker.warm_up(parse(chosen), which)
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    serve(settings, site_worker, stop=stop, grace=grace)
+
+
+def default_socket() -> Path:
+    """``$BORA_FL_STATE/worker/worker.sock``, else under ``~/.local/state/bora_fl``."""
+    state = os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl"
+    return Path(state).expanduser().absolute() / "worker" / "worker.sock"
+
+
+def _partition(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    which, slash, count = text.partition("/")
+    if not (slash and which.isdigit() and count.isdigit() and int(which) < int(count)):
+        raise ConfigError(f"--partition {text!r}: write ID/N, such as 0/3, with IDs from 0")
+    return int(which), int(count)
+
+
+def _show_status(settings: WorkerSettings) -> None:
+    from bora_fl.client.worker.stub import WorkerError, status
+
+    try:
+        found = status(settings)
+    except WorkerError as error:
+        console.print(f"[bold red]failed:[/] {error}", highlight=False)
+        sys.exit(1)
+    table = Table(show_header=False, title=f"site worker at {settings.address}")
+    rows = {
+        "version": found.version,
+        "pid": found.pid,
+        "up": f"{found.uptime_seconds:.0f} s",
+        "base models loaded": found.base_loads,
+        "splits tokenized": found.data_loads,
+        "rounds trained": found.trained,
+        "evaluations": found.evaluated,
+        "refused": found.refused,
+        "cancelled": found.cancelled,
+        "waiting": found.waiting,
+        "at work on": found.current or "nothing",
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
