@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bora_fl.config import ConfigError, Scalar, parse
+from bora_fl.config import ConfigError, Scalar, overrides, parse
 
 DEFENCES: Mapping[str, dict[str, Scalar]] = {
     "none": {},
@@ -133,7 +133,6 @@ def attacks(
 
     A trial that has ended is not run again.
     """
-    from bora_fl.cli import overrides
     from bora_fl.data import fetch
     from bora_fl.simulations.attacks import ATTACKS
     from bora_fl.simulations.pool import run_all
