@@ -17,10 +17,6 @@ log = logging.getLogger(__name__)
 Kind = Literal["train", "evaluate"]
 
 
-class CancelledError(Exception):
-    """Nobody waits for the job any more; raised by the callback that is called between steps."""
-
-
 def perform(kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None = None) -> RecordDict:
     """Train or evaluate as a message asks, and reply with the result, or with the reason why there is none.
 
@@ -28,13 +24,11 @@ def perform(kind: Kind, content: RecordDict, context: Context, on_step: OnStep |
         kind: What the message asks for.
         content: The message's content.
         context: The node's; `context.state`, what the client keeps between rounds, is changed in place.
-        on_step: Called between steps with what is being done, steps done, and steps in all.
+        on_step: Called between steps with what is being done, steps done, and steps in all. What it raises beyond
+            `Exception` ends the work and passes through.
 
     Returns:
         The reply's content; a refusal if anything went wrong at this site.
-
-    Raises:
-        CancelledError: If `on_step` raises it.
     """
     try:
         who = ClientIdentity.read(context.node_config, context.node_id)
@@ -43,8 +37,6 @@ def perform(kind: Kind, content: RecordDict, context: Context, on_step: OnStep |
             return train_round(here, content, who, context.state, on_step)
         metrics = evaluate_round(here, content, who, context.state, on_step)
         return RecordDict({METRICS: MetricRecord(dict(metrics))})
-    except CancelledError:
-        raise
     except MissingFoldsError as error:
         return refusal(str(error), folds_held=error.held)
     except Exception as error:  # whatever went wrong at this site must reach the server in words

@@ -53,17 +53,14 @@ def worker(
     chosen = overrides(run_config)
     which = _partition(partition)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
-    # The rest needs torch, which the command's help and its status do not.
     from bora_fl.client.worker.servicer import SiteWorker
     from bora_fl.client.worker.serving import serve
 
-    site_worker = SiteWorker()
-    if chosen or warm_up or which:
-        site_worker.warm_up(parse(chosen), which)
+    run = (parse(chosen), which) if chosen or warm_up or which else None
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    serve(settings, site_worker, stop=stop, grace=grace)
+    serve(settings, SiteWorker(), stop=stop, grace=grace, warm_up=run)
 
 
 def default_socket() -> Path:

@@ -17,12 +17,9 @@ from flwr.common.serde import context_from_proto
 from flwr.proto.message_pb2 import Context as ProtoContext
 
 from bora_fl import __version__
-from bora_fl.client.job import CancelledError, perform
-from bora_fl.client.site import base_loads, site
 from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.worker_pb2 import Chunk, Job, StatusRequest, StatusResponse, WorkRequest, WorkResponse
 from bora_fl.config import Settings
-from bora_fl.data import loads as data_loads
 from bora_fl.schema import INSTRUCTION, REPLY, SCHEMA
 
 log = logging.getLogger(__name__)
@@ -32,6 +29,10 @@ QUEUE = 8
 HANDLERS = QUEUE + 4
 """Threads that answer calls: the queue, the job at work, and some for health and status."""
 SECONDS_BETWEEN_LINES = 2.0
+
+
+class CancelledError(BaseException):
+    """Nobody waits for the job any more. Not an `Exception`: no handler of the training's may take it for a failure."""
 
 
 @dataclass
@@ -70,7 +71,10 @@ class _Ticket:
 
 
 class SiteWorker:
-    """Serves `worker.proto`. All jobs run in one thread, which alone touches model, data and ledger."""
+    """Serves `worker.proto`. All jobs run in one thread, which alone touches model, data and ledger.
+
+    That thread imports the large libraries too, so that a restarted worker answers, and queues, within a second or two.
+    """
 
     def __init__(self) -> None:
         self._jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="job")
@@ -79,6 +83,11 @@ class SiteWorker:
         self._counts: Counter[str] = Counter()
         self._started = time.monotonic()
         self._closing = False
+        self._base_loads = self._data_loads = 0
+
+    def start(self) -> None:
+        """Begin to import the large libraries."""
+        self._jobs.submit(self._prepare)
 
     def warm_up(self, settings: Settings, partition: tuple[int, int] | None) -> None:
         """Load what a run needs before its first round.
@@ -89,6 +98,8 @@ class SiteWorker:
         """
 
         def load() -> None:
+            from bora_fl.client.site import site
+
             started = time.perf_counter()
             try:
                 here = site(settings)
@@ -98,6 +109,7 @@ class SiteWorker:
                 log.info("warm: %s loaded in %.1f s", settings.model.name, time.perf_counter() - started)
             except Exception:  # round 1 meets the same problem and tells the server
                 log.exception("the warm-up failed")
+            self._count_loads()
 
         self._jobs.submit(load)
 
@@ -105,7 +117,7 @@ class SiteWorker:
         """See `worker.proto`."""
         job, node, received = self._receive(requests, context)
         ticket = _Ticket(_name(job, node, received.content))
-        finished = self._enter(ticket, lambda: _run(ticket, job.kind, received.content, node), context)
+        finished = self._enter(ticket, lambda: self._run(ticket, job.kind, received.content, node), context)
         finished.add_done_callback(lambda _: self._leave(ticket, finished, job.kind))
 
         def cancel() -> None:
@@ -131,8 +143,8 @@ class SiteWorker:
             version=__version__,
             pid=os.getpid(),
             uptime_seconds=time.monotonic() - self._started,
-            base_loads=base_loads(),
-            data_loads=data_loads(),
+            base_loads=self._base_loads,
+            data_loads=self._data_loads,
             waiting=sum(t.doing == "waiting" for t in tickets),
             current=f"{current.name}: {current.doing}" if current else "",
             **{name: self._counts[name] for name in ("trained", "evaluated", "refused", "cancelled")},
@@ -190,6 +202,29 @@ class SiteWorker:
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{ahead} jobs are in the queue already")
         raise AssertionError("abort raises")
 
+    def _prepare(self) -> None:
+        started = time.perf_counter()
+
+        log.info("libraries loaded in %.1f s", time.perf_counter() - started)
+
+    def _run(self, ticket: _Ticket, kind: str, content: RecordDict, node: Context) -> RecordDict:
+        """A job's turn, in the one thread that trains."""
+        from bora_fl.client import job
+
+        if ticket.cancelled.is_set():
+            raise CancelledError
+        ticket.say("started")
+        try:
+            return job.perform("train" if kind == "train" else "evaluate", content, node, ticket.on_step)
+        finally:
+            self._count_loads()
+
+    def _count_loads(self) -> None:
+        from bora_fl import data
+        from bora_fl.client.site import base_loads
+
+        self._base_loads, self._data_loads = base_loads(), data.loads()
+
     def _leave(self, ticket: _Ticket, finished: "Future[RecordDict]", kind: str) -> None:
         """Count a job that has ended, in whatever way; its call may be gone."""
         reason = ""
@@ -205,14 +240,6 @@ class SiteWorker:
             self._counts[outcome] += 1
         log.info("%s: %s", ticket.name, f"{outcome}, {reason}" if reason else outcome)
         ticket.events.put(None)
-
-
-def _run(ticket: _Ticket, kind: str, content: RecordDict, node: Context) -> RecordDict:
-    """A job's turn, in the one thread that trains."""
-    if ticket.cancelled.is_set():
-        raise CancelledError
-    ticket.say("started")
-    return perform("train" if kind == "train" else "evaluate", content, node, ticket.on_step)
 
 
 def _was_cancelled(finished: "Future[RecordDict]") -> bool:

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from bora_fl.client.worker.address import Address, WorkerSettings, make_token, private_folder
 from bora_fl.client.worker.service import SERVICE, TOKEN_HEADER, add_to
 from bora_fl.client.worker.servicer import HANDLERS, SiteWorker
-from bora_fl.config import ConfigError
+from bora_fl.config import ConfigError, Settings
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,14 @@ LAST_SECONDS = 10.0
 """What a cancelled job may take to its next step before the process ends regardless."""
 
 
-def serve(settings: WorkerSettings, worker: SiteWorker, *, stop: threading.Event, grace: float) -> None:
+def serve(
+    settings: WorkerSettings,
+    worker: SiteWorker,
+    *,
+    stop: threading.Event,
+    grace: float,
+    warm_up: tuple[Settings, tuple[int, int] | None] | None = None,
+) -> None:
     """Serve until told to stop.
 
     Args:
@@ -33,6 +40,7 @@ def serve(settings: WorkerSettings, worker: SiteWorker, *, stop: threading.Event
         worker: What does the work.
         stop: Set to end.
         grace: Seconds that the job at work then has to finish.
+        warm_up: The run to load model and data for, and the partition whose data to tokenize.
 
     Raises:
         ConfigError: If the address cannot be used.
@@ -44,6 +52,9 @@ def serve(settings: WorkerSettings, worker: SiteWorker, *, stop: threading.Event
         server, health_service = _server(worker, settings.token())
         _bind(server, address)
         server.start()
+        worker.start()
+        if warm_up:
+            worker.warm_up(*warm_up)
         for name in ("", SERVICE):
             health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("serving on %s (pid %d)", address, os.getpid())

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.client.worker import servicer
+from bora_fl.client import job
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.servicer import SiteWorker
 from tests.client.worker.in_process import Training, serving
@@ -12,7 +12,7 @@ from tests.client.worker.in_process import Training, serving
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> Iterator[Training]:
     stand_in = Training()
-    monkeypatch.setattr(servicer, "perform", stand_in)
+    monkeypatch.setattr(job, "perform", stand_in)
     yield stand_in
     stand_in.finish.set()
 

@@ -16,7 +16,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bora_fl.client.worker import servicer, stub
+from bora_fl.client import job as client_job
+from bora_fl.client.worker import stub
 from bora_fl.client.worker.address import Address, WorkerSettings, make_token
 from bora_fl.client.worker.service import SERVICE
 from bora_fl.client.worker.servicer import QUEUE, SiteWorker
@@ -239,7 +240,7 @@ def test_an_adapter_of_80_mb_passes_both_ways(
         context.state["local-factors"] = content.array_records["state"]
         return content
 
-    monkeypatch.setattr(servicer, "perform", keep_and_return)
+    monkeypatch.setattr(client_job, "perform", keep_and_return)
     here = context()
     assert hand_over(unix, "train", records, here, 60.0) == records
     assert here.state.array_records["local-factors"] == records.array_records["state"]
