@@ -14,6 +14,7 @@ from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
 from bora_fl.simulations.attack_bench import attacks
 from bora_fl.simulations.command import compare
+from bora_fl.simulations.faults import faults
 
 cli = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters."
@@ -186,6 +187,7 @@ def _launch(
 cli.command()(compare)
 cli.command()(attacks)
 cli.command()(worker)
+cli.command()(faults)
 logging.captureWarnings(True)
 if __name__ == "__main__":
     main()

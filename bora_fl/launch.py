@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 STARTUP_SECONDS = 60.0
+LOST_SECONDS = 180.0
 
 
 class LaunchError(RuntimeError):
@@ -206,21 +207,44 @@ def _submit(
             raise
     if not run_id:
         raise LaunchError(f"`flwr run` did not start the run:\n{_tail(log)}")
-    return _status(run_id, connection, environment)
+    return _await_end(run_id, connection, environment, log, show)
 
 
-def _status(run_id: str, connection: str | None, environment: Mapping[str, str]) -> str:
-    """What Flower says of a run, once it has ended."""
-    command = [tool("flwr"), "ls", *([connection] if connection else []), "--run-id", run_id, "--format", "json"]
-    status = "unknown"
-    for _ in range(20):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
-            status = str(json.loads(result.stdout)["runs"][0]["status"])
-            if status.startswith("finished"):
-                return status
-        time.sleep(0.5)
-    return status
+def _await_end(
+    run_id: str, connection: str | None, environment: Mapping[str, str], log: Path, show: Callable[[str], None]
+) -> str:
+    """What Flower says of a run, once it has ended; the SuperLink may be away for a while in between.
+
+    The log stream breaks with the SuperLink, and the run may outlive both.
+    """
+    target = [connection] if connection else []
+    heard, streamed = time.monotonic(), True
+    while time.monotonic() - heard < LOST_SECONDS:
+        status = _status([tool("flwr"), "ls", *target, "--run-id", run_id, "--format", "json"], environment)
+        if status.startswith("finished"):
+            if not streamed:
+                whole = [tool("flwr"), "log", run_id, *target, "--show"]
+                with log.open("w") as file:
+                    subprocess.run(whole, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+            return status
+        if status:
+            heard = time.monotonic()
+        if streamed:
+            show(f"the stream of the log has ended; waiting for the end of run {run_id}")
+        streamed = False
+        time.sleep(2)
+    raise LaunchError(
+        f"the SuperLink has not answered for {LOST_SECONDS:.0f} s; start it again, see what became of run {run_id} "
+        "with `flwr ls`, and go on from the last checkpoint with -c run.resume=true"
+    )
+
+
+def _status(command: list[str], environment: Mapping[str, str]) -> str:
+    """The run's status; empty if the SuperLink does not answer."""
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+        return str(json.loads(result.stdout)["runs"][0]["status"])
+    return ""
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import os
 import signal
 import ssl
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,11 @@ class Service:
         return self.folder / f"{self.name}.log"
 
     @property
+    def started(self) -> bool:
+        """Whether it was ever started."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int | None:
         """The process, if it is running."""
         return self._process.pid if self._process and self._process.poll() is None else None
@@ -76,11 +82,13 @@ class Service:
 
     def kill(self) -> None:
         """End it and its descendants as a power cut would."""
-        self._signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
+        self._reap()
 
     def stop(self) -> None:
         """Ask it and its descendants to end; insist after five seconds."""
-        self._signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
+        self._reap()
         self.kill()
 
     def wait(self, seconds: float) -> int | None:
@@ -93,13 +101,16 @@ class Service:
         """The end of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.is_file() else ""
 
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to it and its descendants."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def _reap(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
 
 
 class Site:
@@ -164,10 +175,17 @@ class Deployment:
         folder: Keys, certificates, logs, databases and results.
         num_sites: Number of sites; site i serves partition i.
         environment: More environment variables for every process.
+        absent: Sites that are registered and not started.
     """
 
-    def __init__(self, folder: Path, num_sites: int = 3, environment: Mapping[str, str] | None = None) -> None:
-        self.folder, self.num_sites = folder.resolve(), num_sites
+    def __init__(
+        self,
+        folder: Path,
+        num_sites: int = 3,
+        environment: Mapping[str, str] | None = None,
+        absent: Sequence[int] = (),
+    ) -> None:
+        self.folder, self.num_sites, self._absent = folder.resolve(), num_sites, absent
         # Sites and server share this machine's cores: one thread each, and quick looks for new tasks.
         shared = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         self.environment = flower_environment() | shared | dict(environment or {})
@@ -211,6 +229,7 @@ class Deployment:
         ]
 
     def __enter__(self) -> Self:
+        self._on_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that SIGTERM ends them too
         try:
             self.superlink.start()
             self.write_connection()
@@ -218,7 +237,8 @@ class Deployment:
             self.executor.start()
             for site in self.sites:
                 self.flwr("supernode", "register", str(site.public_key), CONNECTION)
-                site.start()
+                if site.partition not in self._absent:
+                    site.start()
         except BaseException:
             self.close()
             raise
@@ -231,6 +251,7 @@ class Deployment:
 
     def close(self) -> None:
         """End every process; what they wrote stays."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         for service in reversed(self.services):
             service.stop()
 

@@ -34,6 +34,7 @@ FLOWER = {
     "bora_fl/server/run.py",
     "simulations/engine.py",
     "simulations/attacks.py",
+    "simulations/reply_faults.py",
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bora_fl import tracking
@@ -21,7 +22,7 @@ from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import ServerState, build
-from bora_fl.strategies.base import FederatedStrategy, RoundReport
+from bora_fl.strategies.base import FederatedStrategy, RoundReport, RunFailedError
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,15 @@ class Server:
         """Checkpoint first, then the metrics line: a crash in between repeats the round's line, never loses it."""
         row = asdict(report)
         checkpoint = Checkpoint(report.round, self._run_id, state, folds)
-        save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, self.settings.run.keep_checkpoints)
-        tracking.append(self.metrics_path, row)
+        keep = self.settings.run.keep_checkpoints
+        try:
+            save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)
+            tracking.append(self.metrics_path, row)
+        except (OSError, SafetensorError) as error:
+            raise RunFailedError(
+                f"round {report.round} could not be written to {self.folder} ({error}); make room there, then go on "
+                "from the last whole checkpoint with run.resume=true"
+            ) from error
         log.info("%s", tracking.line(row, self.settings.run.num_rounds))
 
     def _bring_to(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> None:

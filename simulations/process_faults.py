@@ -1,0 +1,207 @@
+"""Faults of processes and machines, inflicted on a deployment over loopback while it trains."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+
+from bora_fl.config import Scalar
+from bora_fl.simulations.faults import CONFIG, Fault, Verdict, judge
+from bora_fl.simulations.loopback import Deployment, DeploymentError, Service, Site, finished
+
+ROUND = 2  # in which the faults strike
+LIMIT = 1200.0  # seconds that anything may take
+RESTART = 5.0  # seconds until a service is up again, as under systemd
+TRAINING, SENT = "Receiving: train message", "Sent successfully"
+
+Strike = Callable[[Deployment], float]
+
+
+def _loopback(
+    strike: Strike, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
+) -> Callable[[Path], Verdict]:
+    """Start a run, strike, and see it to its end, resuming it if it stops.
+
+    Args:
+        strike: Waits for its moment, strikes, mends what a machine would mend by itself, and returns the moment.
+        more: More run config.
+        absent: Sites that are not there at the start.
+    """
+
+    def inflict(folder: Path) -> Verdict:
+        config = CONFIG | dict(more or {})
+        with Deployment(folder, absent=absent) as deployment:
+            run = deployment.submit(config)
+            struck = strike(deployment)
+            before = len(deployment.rounds())
+            outcome, lost = "completed", 0
+            if (code := _next_round(deployment, run, before)) is not None and code != 0:
+                outcome, lost = f"stopped: {_reason(run)}; resumed", 1
+                _mend(deployment)
+                run = deployment.submit(config | {"run.resume": True})
+                _next_round(deployment, run, before)
+            seconds = time.monotonic() - struck
+            finished(run, LIMIT, deployment.services)
+            return judge(deployment.output, config, outcome, seconds, lost)
+
+    return inflict
+
+
+def _next_round(deployment: Deployment, run: Service, before: int) -> int | None:
+    """Wait for a round more, or for the run's end and return its exit code."""
+    _until(lambda: len(deployment.rounds()) > before or run.pid is None, "the next round")
+    return run.wait(5) if run.pid is None else None
+
+
+def _until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise DeploymentError(f"waited {LIMIT:.0f} s for {what}")
+        time.sleep(0.2)
+
+
+def _reason(run: Service) -> str:
+    """The last line of a failed run that says why."""
+    lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line or "failed" in line), lines[-1])[:300]
+
+
+def _mend(deployment: Deployment) -> None:
+    for service in deployment.services:
+        if service.pid is None and service.started:
+            service.start()
+    deployment.wait_until_up()
+
+
+def _app(service: Service, name: str) -> psutil.Process | None:
+    """The app process that a SuperExec has started."""
+    if service.pid is None:
+        return None
+    children = psutil.Process(service.pid).children(recursive=True)
+    return next((child for child in children if any(name in part for part in child.cmdline()[:2])), None)
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _received(site: Site) -> int:
+    return site.node.log.read_text(errors="replace").count(TRAINING) if site.node.log.is_file() else 0
+
+
+def _await_training(deployment: Deployment, site: Site) -> psutil.Process:
+    """Wait until a site's ClientApp works on the round in which the faults strike."""
+    _until(lambda: _received(site) >= ROUND, f"round {ROUND}")
+    found: list[psutil.Process] = []
+
+    def busy() -> bool:
+        process = _app(site.executor, "flwr-clientapp")
+        found[:] = [process] if process and process.is_running() and _cpu(process) > 2 else []
+        return bool(found)
+
+    _until(busy, "the ClientApp")
+    return found[0]
+
+
+def _restart(*services: Service) -> float:
+    struck = time.monotonic()
+    time.sleep(RESTART)
+    for service in services:
+        service.start()
+    return struck
+
+
+def _site_mid_round(deployment: Deployment) -> float:
+    site = deployment.sites[1]
+    _await_training(deployment, site)
+    site.kill()
+    return _restart(*site.services)
+
+
+def _site_before_replying(deployment: Deployment) -> float:
+    """The node is stopped while its ClientApp trains; once that one has nothing left but to reply, both are killed."""
+    site = deployment.sites[1]
+    process = _await_training(deployment, site)
+    site.node.signal(signal.SIGSTOP)
+    spent = -1.0
+    while process.is_running() and (used := _cpu(process)) > spent:
+        spent = used
+        time.sleep(5)
+    site.kill()
+    return _restart(*site.services)
+
+
+def _site_after_replying(deployment: Deployment) -> float:
+    site = deployment.sites[1]
+    _until(lambda: site.node.log.is_file() and site.node.log.read_text().count(SENT) > ROUND, "the reply")
+    site.kill()
+    return _restart(*site.services)
+
+
+def _site_leaves(deployment: Deployment) -> float:
+    site = deployment.sites[1]
+    _await_training(deployment, site)
+    site.kill()
+    return time.monotonic()
+
+
+def _site_joins(deployment: Deployment) -> float:
+    _until(lambda: len(deployment.rounds()) >= 1, "round 1")
+    deployment.sites[2].start()
+    return time.monotonic()
+
+
+def _slow_site(deployment: Deployment) -> float:
+    site = deployment.sites[1]
+    _await_training(deployment, site)
+    struck = time.monotonic()
+    site.executor.signal(signal.SIGSTOP)
+    _until(lambda: len(deployment.rounds()) >= ROUND, "the deadline")
+    site.executor.signal(signal.SIGCONT)
+    return struck
+
+
+def _superlink_away(seconds: float) -> Strike:
+    def strike(deployment: Deployment) -> float:
+        _await_training(deployment, deployment.sites[1])
+        struck = time.monotonic()
+        deployment.superlink.kill()
+        time.sleep(seconds)
+        deployment.superlink.start()
+        return struck
+
+    return strike
+
+
+def _serverapp(deployment: Deployment) -> float:
+    _await_training(deployment, deployment.sites[1])
+    process = _app(deployment.executor, "flwr-serverapp")
+    if process is None:
+        raise DeploymentError("there is no ServerApp to kill")
+    process.kill()
+    return time.monotonic()
+
+
+def _fault(
+    summary: str, strike: Strike, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
+) -> Fault:
+    return Fault(summary, "loopback", _loopback(strike, more, absent))
+
+
+PROCESS_FAULTS: dict[str, Fault] = {
+    "site-mid-round": _fault("a site is killed in the middle of a round, up again after 5 s", _site_mid_round),
+    "site-before-reply": _fault("a site is killed before it replies, up again after 5 s", _site_before_replying),
+    "site-after-reply": _fault("a site is killed after it has replied, up again after 5 s", _site_after_replying),
+    "site-leaves": _fault("a site leaves in the middle of a round, for good", _site_leaves),
+    "site-joins-late": _fault(
+        "a site joins after round 1; strategy.min-nodes = 2", _site_joins, {"strategy.min-nodes": 2}, (2,)
+    ),
+    "slow-site": _fault("a site is slower than strategy.timeout", _slow_site, {"strategy.timeout": 45.0}),
+    "superlink-10s": _fault("the SuperLink is killed, up again after 10 s", _superlink_away(10)),
+    "superlink-75s": _fault("the SuperLink is killed, up again after 75 s", _superlink_away(75)),
+    "serverapp": _fault("the ServerApp is killed", _serverapp),
+}
