@@ -17,7 +17,7 @@ LEVELS = [
     {"records", "models", "data", "device", "evaluate", "tracking"},
     {"client", "strategies"},
     {"server", "audit"},
-    {"certificates", "launch", "export"},
+    {"certificates", "doctor", "launch", "export"},
     {"simulations", "cli"},
 ]
 FLOWER = {

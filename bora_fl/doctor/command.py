@@ -1,0 +1,59 @@
+"""``bora-fl doctor``."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+
+from bora_fl.config import ConfigError, overrides
+from bora_fl.doctor.examination import Role, Setup, connection, examine
+
+console = Console()
+_COLORS = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def doctor(
+    name: Annotated[str | None, typer.Argument(help="SuperLink connection of Flower's config.toml")] = None,
+    role: Annotated[str, typer.Option(help="server, site or all")] = "all",
+    superlink: Annotated[str, typer.Option(help="host:port that the sites dial")] = "",
+    root_certificates: Annotated[Path | None, typer.Option(help="ca.crt")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="the server's certificate")] = None,
+    key: Annotated[Path | None, typer.Option(help="its key")] = None,
+    site_key: Annotated[Path | None, typer.Option(help="the SuperNode's private key")] = None,
+    secret: Annotated[Path | None, typer.Option(help="the SuperExec's secret")] = None,
+    database: Annotated[Path | None, typer.Option(help="the SuperLink's database")] = None,
+    run_config: Annotated[list[str] | None, typer.Option("--run-config", "-c", help="key=value of the run")] = None,
+) -> None:
+    """Look for what would make a run fail, before it starts; exit 1 if something would."""
+    if role not in get_args(Role):
+        raise ConfigError(f"--role {role}: use one of {', '.join(get_args(Role))}")
+    if name:
+        home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
+        known, authority = connection(name, home / "config.toml")
+        superlink, root_certificates = superlink or known, root_certificates or authority
+    chosen: Role = next(r for r in get_args(Role) if r == role)
+    logging.disable(logging.WARNING)  # what matters of it is in the findings
+    setup = Setup(
+        chosen,
+        overrides(run_config),
+        superlink,
+        root_certificates,
+        certificate,
+        key,
+        site_key,
+        secret,
+        database,
+    )
+    counts = {"pass": 0, "warn": 0, "fail": 0}
+    for finding in examine(setup):
+        counts[finding.level] += 1
+        color = _COLORS[finding.level]
+        console.print(f"[{color}]{finding.level}[/]  ", end="")
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        console.print(f"{finding.subject}: {finding.text}{remedy}", highlight=False, markup=False, soft_wrap=True)
+    console.print(", ".join(f"{count} {level}" for level, count in counts.items()))
+    if counts["fail"]:
+        raise typer.Exit(1)

@@ -1,0 +1,119 @@
+"""Run config, data and model: whether they are there and fit together, and what they will take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bora_fl.config import ConfigError, Scalar, Settings, parse
+from bora_fl.data import FetchError, load_dataset
+from bora_fl.doctor.finding import Finding
+from bora_fl.doctor.machine import training_bytes
+
+_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run takes, as far as it can be told before it starts.
+
+    Attributes:
+        parameters: Of the base model and the adapter.
+        trained: Parameters that train.
+        adapter: Bytes of a checkpoint.
+        model: Bytes of the frozen weights.
+        training: Bytes of memory of a training step.
+    """
+
+    parameters: int
+    trained: int
+    adapter: int
+    model: int
+    training: float
+
+
+def check_config(run_config: Mapping[str, Scalar]) -> tuple[list[Finding], Settings | None]:
+    """Whether a run config can be used; every mistake is a line of its own."""
+    try:
+        settings = parse(run_config)
+    except ConfigError as error:
+        remedy = "`bora-fl config` lists the settings"
+        return [Finding("config", "fail", line, remedy) for line in str(error).splitlines()], None
+    changed = f"{len(run_config)} settings differ from the defaults" if run_config else "the defaults"
+    return [Finding("config", "pass", changed)], settings
+
+
+def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
+    """Whether the data is there with its columns and labels, and the class names.
+
+    Args:
+        settings: The run's settings.
+    """
+    subject = f"data {settings.data.name}"
+    try:
+        raw = load_dataset(settings.data)
+    except (ConfigError, FetchError) as error:
+        return Finding(subject, "fail", str(error), "set data.* to what the data holds; docs/data.md"), None
+    test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
+    text = f"{len(raw.train):,} rows to train on{test}"
+    if raw.label_names is None and settings.model.task == "classification":
+        remedy = "name the column of labels in data.label-column, or set model.task=causal-lm"
+        return Finding(subject, "fail", f"{text}, without labels for model.task = classification", remedy), None
+    if raw.label_names is not None:
+        text += f", classes {', '.join(raw.label_names[:8])}{' ...' if len(raw.label_names) > 8 else ''}"
+    if len(raw.train) < settings.train.batch_size:
+        remedy = "lower train.batch-size or get more data"
+        return Finding(subject, "warn", f"{text}: less than a batch of {settings.train.batch_size}", remedy), None
+    return Finding(subject, "pass", text), raw.label_names
+
+
+def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Finding, Sizes | None]:
+    """Whether the base model loads, on a device without memory, and takes the adapter.
+
+    Args:
+        settings: The run's settings.
+        label_names: Class names, for a classifier's head.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from bora_fl.models import FederatedModel, resolve
+
+    subject = f"model {settings.model.name}"
+    try:
+        source = resolve(settings.model.name)
+        config: Any = AutoConfig.from_pretrained(source, revision=settings.model.revision or None)
+        if label_names:
+            config.num_labels = len(label_names)
+        causal = settings.model.task == "causal-lm"
+        kind: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        with torch.device("meta"):
+            model = FederatedModel(kind.from_config(config), settings.adapter, settings.model, settings.run.seed)
+    except (ConfigError, ValueError, OSError, NotImplementedError) as error:
+        text = f"{' '.join(str(error).split())[:300]}"
+        return Finding(subject, "fail", text, "fetch the model, or correct model.* and adapter.*"), None
+    parameters, trained = sum(p.numel() for p in model.model.parameters()), model.num_trained
+    width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0))
+    layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "n_layer", 0))
+    bytes_each = _WEIGHT_BYTES[settings.model.dtype]
+    train = settings.train
+    memory = training_bytes(
+        parameters,
+        trained,
+        width,
+        layers,
+        batch=train.batch_size,
+        length=settings.model.max_length,
+        weight_bytes=bytes_each,
+        checkpointing=train.checkpointing,
+    )
+    sizes = Sizes(parameters, trained, 4 * trained, parameters * bytes_each, memory)
+    text = (
+        f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.2f} M train, {4 * trained / 1e6:.2f} MB travel each way"
+    )
+    return Finding(subject, "pass", text), sizes
+
+
+def result_folder(settings: Settings) -> Path:
+    """Where the server writes."""
+    return Path(settings.run.output_dir).expanduser().resolve()
