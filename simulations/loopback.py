@@ -22,6 +22,9 @@ from typing import Self
 import bora_fl
 from bora_fl import tracking
 from bora_fl.certificates import make_server, make_site
+from bora_fl.client.worker.address import Address, WorkerSettings
+from bora_fl.client.worker.stub import status
+from bora_fl.client.worker.worker_pb2 import StatusResponse
 from bora_fl.config import Scalar
 from bora_fl.launch import flower_environment, free_port, tool
 
@@ -126,7 +129,10 @@ class Site:
         self.partition, self.name = partition, f"site{partition}"
         self.folder = deployment.folder / self.name
         own, self.public_key, secret = make_site(self.folder / "keys", self.name)
-        environment = deployment.environment | {"FLWR_HOME": str(self.folder / "flwr")}
+        state = {"FLWR_HOME": str(self.folder / "flwr"), "BORA_FL_STATE": str(self.folder / "state")}
+        environment = deployment.environment | state
+        socket = f"unix:{self.folder / 'worker' / 'worker.sock'}"
+        config = f"partition-id={partition} num-partitions={deployment.num_sites}"
         address = ("127.0.0.1", free_port())
         self.node = Service(
             "supernode",
@@ -136,7 +142,7 @@ class Site:
                 *("--auth-supernode-private-key", str(key or own)),
                 *("--host", address[0], "--port", str(address[1])),
                 *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
-                *("--node-config", f"partition-id={partition} num-partitions={deployment.num_sites}"),
+                *("--node-config", f'{config} worker="{socket}"' if deployment.workers else config),
             ],
             self.folder,
             environment,
@@ -152,10 +158,24 @@ class Site:
             environment,
         )
 
+        self.worker: Service | None = None
+        if deployment.workers:
+            self._worker_settings = WorkerSettings(Address.read(socket), wait=20.0)
+            command = [tool("bora-fl"), "worker", "--listen", socket]
+            self.worker = Service("worker-process", command, self.folder, environment)
+
     @property
     def services(self) -> list[Service]:
         """All its processes, in the order in which they start."""
-        return [self.node, self.executor]
+        return [*([self.worker] if self.worker else []), self.node, self.executor]
+
+    def work(self) -> StatusResponse:
+        """What the site's worker has done and is doing.
+
+        Raises:
+            WorkerError: If there is none, or it does not answer.
+        """
+        return status(self._worker_settings)
 
     def start(self) -> None:
         """Start every process of the site."""
@@ -176,6 +196,7 @@ class Deployment:
         num_sites: Number of sites; site i serves partition i.
         environment: More environment variables for every process.
         absent: Sites that are registered and not started.
+        workers: Every site runs `bora-fl worker`.
     """
 
     def __init__(
@@ -184,8 +205,9 @@ class Deployment:
         num_sites: int = 3,
         environment: Mapping[str, str] | None = None,
         absent: Sequence[int] = (),
+        workers: bool = True,
     ) -> None:
-        self.folder, self.num_sites, self._absent = folder.resolve(), num_sites, absent
+        self.folder, self.num_sites, self._absent, self.workers = folder.resolve(), num_sites, absent, workers
         # Sites and server share this machine's cores: one thread each, and quick looks for new tasks.
         shared = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         self.environment = flower_environment() | shared | dict(environment or {})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from bora_fl.client.worker.stub import WorkerError
 from bora_fl.config import Scalar
 from bora_fl.simulations.faults import CONFIG, Fault, Verdict, judge
 from bora_fl.simulations.loopback import Deployment, DeploymentError, Service, Site, finished
@@ -84,27 +85,21 @@ def _app(service: Service, name: str) -> psutil.Process | None:
     return next((child for child in children if any(name in part for part in child.cmdline()[:2])), None)
 
 
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
-
-
 def _received(site: Site) -> int:
     return site.node.log.read_text(errors="replace").count(TRAINING) if site.node.log.is_file() else 0
 
 
-def _await_training(deployment: Deployment, site: Site) -> psutil.Process:
-    """Wait until a site's ClientApp works on the round in which the faults strike."""
+def _at_work(site: Site) -> bool:
+    try:
+        return bool(site.work().current)
+    except WorkerError:
+        return False
+
+
+def _await_training(site: Site) -> None:
+    """Wait until a site's worker is at work on the round in which the faults strike."""
     _until(lambda: _received(site) >= ROUND, f"round {ROUND}")
-    found: list[psutil.Process] = []
-
-    def busy() -> bool:
-        process = _app(site.executor, "flwr-clientapp")
-        found[:] = [process] if process and process.is_running() and _cpu(process) > 2 else []
-        return bool(found)
-
-    _until(busy, "the ClientApp")
-    return found[0]
+    _until(lambda: _at_work(site), "the worker to train")
 
 
 def _restart(*services: Service) -> float:
@@ -117,20 +112,17 @@ def _restart(*services: Service) -> float:
 
 def _site_mid_round(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(deployment, site)
+    _await_training(site)
     site.kill()
     return _restart(*site.services)
 
 
 def _site_before_replying(deployment: Deployment) -> float:
-    """The node is stopped while its ClientApp trains; once that one has nothing left but to reply, both are killed."""
+    """The node is stopped while its worker trains; once there is nothing left but to reply, the site is killed."""
     site = deployment.sites[1]
-    process = _await_training(deployment, site)
+    _await_training(site)
     site.node.signal(signal.SIGSTOP)
-    spent = -1.0
-    while process.is_running() and (used := _cpu(process)) > spent:
-        spent = used
-        time.sleep(5)
+    _until(lambda: not _at_work(site), "the end of the training")
     site.kill()
     return _restart(*site.services)
 
@@ -144,7 +136,7 @@ def _site_after_replying(deployment: Deployment) -> float:
 
 def _site_leaves(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(deployment, site)
+    _await_training(site)
     site.kill()
     return time.monotonic()
 
@@ -157,17 +149,28 @@ def _site_joins(deployment: Deployment) -> float:
 
 def _slow_site(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(deployment, site)
+    _await_training(site)
     struck = time.monotonic()
-    site.executor.signal(signal.SIGSTOP)
+    held = [service for service in (site.worker, site.executor) if service]
+    for service in held:
+        service.signal(signal.SIGSTOP)
     _until(lambda: len(deployment.rounds()) >= ROUND, "the deadline")
-    site.executor.signal(signal.SIGCONT)
+    for service in held:
+        service.signal(signal.SIGCONT)
     return struck
+
+
+def _worker(deployment: Deployment) -> float:
+    site = deployment.sites[1]
+    _await_training(site)
+    assert site.worker is not None
+    site.worker.kill()
+    return _restart(site.worker)
 
 
 def _superlink_away(seconds: float) -> Strike:
     def strike(deployment: Deployment) -> float:
-        _await_training(deployment, deployment.sites[1])
+        _await_training(deployment.sites[1])
         struck = time.monotonic()
         deployment.superlink.kill()
         time.sleep(seconds)
@@ -178,7 +181,7 @@ def _superlink_away(seconds: float) -> Strike:
 
 
 def _serverapp(deployment: Deployment) -> float:
-    _await_training(deployment, deployment.sites[1])
+    _await_training(deployment.sites[1])
     process = _app(deployment.executor, "flwr-serverapp")
     if process is None:
         raise DeploymentError("there is no ServerApp to kill")
@@ -196,6 +199,7 @@ PROCESS_FAULTS: dict[str, Fault] = {
     "site-mid-round": _fault("a site is killed in the middle of a round, up again after 5 s", _site_mid_round),
     "site-before-reply": _fault("a site is killed before it replies, up again after 5 s", _site_before_replying),
     "site-after-reply": _fault("a site is killed after it has replied, up again after 5 s", _site_after_replying),
+    "worker": _fault("a site's worker is killed while it trains, up again after 5 s", _worker),
     "site-leaves": _fault("a site leaves in the middle of a round, for good", _site_leaves),
     "site-joins-late": _fault(
         "a site joins after round 1; strategy.min-nodes = 2", _site_joins, {"strategy.min-nodes": 2}, (2,)
