@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from bora_fl import tracking
 from bora_fl.config import Scalar
-from bora_fl.records import METRICS, REPLY, SCHEMA, STATE, from_arrays, to_arrays
+from bora_fl.records import from_arrays, to_arrays
+from bora_fl.schema import METRICS, REPLY, SCHEMA, STATE
 from bora_fl.simulations.engine import Tamper, simulate
 from bora_fl.simulations.faults import CONFIG, SITES, Fault, Verdict, judge
 from bora_fl.strategies.base import RunFailedError
