@@ -97,12 +97,12 @@ def run(
     environment = flower_environment()
     if simulation is None:
         with tempfile.TemporaryDirectory() as stage:
-            status = _submit(_staged(app, Path(stage)), overrides, connection, None, environment, log, show)
+            status = _submit(stage(app, Path(stage)), overrides, connection, None, environment, log, show)
         return _judge(status, folder, log, None)
     show(f"starting Flower with {simulation.num_clients} clients; the first round also loads the model and the data")
     with _superlink(environment) as home, _followed(folder / "metrics.jsonl", settings.run.num_rounds, show):
         environment["FLWR_HOME"] = str(home)
-        status = _submit(_staged(app, home), overrides, "bora-fl", simulation, environment, log, show)
+        status = _submit(stage(app, home), overrides, "bora-fl", simulation, environment, log, show)
         with contextlib.suppress(OSError):
             shutil.copyfile(home / "superlink.log", folder / "superlink.log")
     return _judge(status, folder, log, settings.run.num_rounds)
@@ -152,7 +152,7 @@ def _judge(status: str, folder: Path, log: Path, num_rounds: int | None) -> Outc
     return Outcome(folder, log, rows)
 
 
-def _staged(app: Path, into: Path) -> Path:
+def stage(app: Path, into: Path) -> Path:
     """A copy of what a bundle takes of an app.
 
     Flower matches every file below the app's folder against its ignore rules, an environment's fifty thousand included,
