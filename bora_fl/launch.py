@@ -96,8 +96,8 @@ def run(
     overrides = {**run_config, "run.output-dir": str(folder)} if simulation else dict(run_config)
     environment = flower_environment()
     if simulation is None:
-        with tempfile.TemporaryDirectory() as stage:
-            status = _submit(stage(app, Path(stage)), overrides, connection, None, environment, log, show)
+        with tempfile.TemporaryDirectory() as copy:
+            status = _submit(stage(app, Path(copy)), overrides, connection, None, environment, log, show)
         return _judge(status, folder, log, None)
     show(f"starting Flower with {simulation.num_clients} clients; the first round also loads the model and the data")
     with _superlink(environment) as home, _followed(folder / "metrics.jsonl", settings.run.num_rounds, show):

@@ -31,6 +31,7 @@ from bora_fl.launch import flower_environment, free_port, tool
 CONNECTION = "loopback"
 OPERATOR = "operator"
 STARTUP_SECONDS = 60.0
+RESTART_SECONDS = 5.0
 
 
 class DeploymentError(RuntimeError):
@@ -53,16 +54,13 @@ class Service:
     folder: Path
     environment: Mapping[str, str]
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _wanted: bool = False
+    _started: float = 0.0
 
     @property
     def log(self) -> Path:
         """Standard output and error of every start."""
         return self.folder / f"{self.name}.log"
-
-    @property
-    def started(self) -> bool:
-        """Whether it was ever started."""
-        return self._process is not None
 
     @property
     def pid(self) -> int | None:
@@ -71,6 +69,7 @@ class Service:
 
     def start(self) -> None:
         """Start it, or start it again."""
+        self._wanted, self._started = True, time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -85,6 +84,7 @@ class Service:
 
     def kill(self) -> None:
         """End it and its descendants as a power cut would."""
+        self._wanted = False
         self.signal(signal.SIGKILL)
         self._reap()
 
@@ -93,6 +93,11 @@ class Service:
         self.signal(signal.SIGTERM)
         self._reap()
         self.kill()
+
+    def tend(self) -> None:
+        """Start it again if it has ended by itself, as systemd would."""
+        if self._wanted and self.pid is None and time.monotonic() - self._started > RESTART_SECONDS:
+            self.start()
 
     def wait(self, seconds: float) -> int | None:
         """Its exit code, or None if it is still running after that long."""
@@ -276,6 +281,11 @@ class Deployment:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         for service in reversed(self.services):
             service.stop()
+
+    def tend(self) -> None:
+        """Start again what has ended by itself."""
+        for service in self.services:
+            service.tend()
 
     def wait_until_up(self) -> None:
         """Wait until the SuperLink answers over TLS.

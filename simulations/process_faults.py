@@ -10,11 +10,10 @@ import psutil
 from bora_fl.client.worker.stub import WorkerError
 from bora_fl.config import Scalar
 from bora_fl.simulations.faults import CONFIG, Fault, Verdict, judge
-from bora_fl.simulations.loopback import Deployment, DeploymentError, Service, Site, finished
+from bora_fl.simulations.loopback import RESTART_SECONDS, Deployment, DeploymentError, Service, Site, finished
 
 ROUND = 2  # in which the faults strike
 LIMIT = 1200.0  # seconds that anything may take
-RESTART = 5.0  # seconds until a service is up again, as under systemd
 TRAINING, SENT = "Receiving: train message", "Sent successfully"
 
 Strike = Callable[[Deployment], float]
@@ -40,11 +39,12 @@ def _loopback(
             outcome, lost = "completed", 0
             if (code := _next_round(deployment, run, before)) is not None and code != 0:
                 outcome, lost = f"stopped: {_reason(run)}; resumed", 1
-                _mend(deployment)
+                deployment.wait_until_up()
                 run = deployment.submit(config | {"run.resume": True})
                 _next_round(deployment, run, before)
             seconds = time.monotonic() - struck
-            finished(run, LIMIT, deployment.services)
+            _until(deployment, lambda: run.pid is None, "the end of the run")
+            finished(run, 5, deployment.services)
             return judge(deployment.output, config, outcome, seconds, lost)
 
     return inflict
@@ -52,15 +52,17 @@ def _loopback(
 
 def _next_round(deployment: Deployment, run: Service, before: int) -> int | None:
     """Wait for a round more, or for the run's end and return its exit code."""
-    _until(lambda: len(deployment.rounds()) > before or run.pid is None, "the next round")
+    _until(deployment, lambda: len(deployment.rounds()) > before or run.pid is None, "the next round")
     return run.wait(5) if run.pid is None else None
 
 
-def _until(condition: Callable[[], bool], what: str) -> None:
+def _until(deployment: Deployment, condition: Callable[[], bool], what: str) -> None:
+    """Wait, starting again what ends by itself."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         if time.monotonic() > deadline:
             raise DeploymentError(f"waited {LIMIT:.0f} s for {what}")
+        deployment.tend()
         time.sleep(0.2)
 
 
@@ -68,13 +70,6 @@ def _reason(run: Service) -> str:
     """The last line of a failed run that says why."""
     lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line or "failed" in line), lines[-1])[:300]
-
-
-def _mend(deployment: Deployment) -> None:
-    for service in deployment.services:
-        if service.pid is None and service.started:
-            service.start()
-    deployment.wait_until_up()
 
 
 def _app(service: Service, name: str) -> psutil.Process | None:
@@ -96,15 +91,15 @@ def _at_work(site: Site) -> bool:
         return False
 
 
-def _await_training(site: Site) -> None:
+def _await_training(deployment: Deployment, site: Site) -> None:
     """Wait until a site's worker is at work on the round in which the faults strike."""
-    _until(lambda: _received(site) >= ROUND, f"round {ROUND}")
-    _until(lambda: _at_work(site), "the worker to train")
+    _until(deployment, lambda: _received(site) >= ROUND, f"round {ROUND}")
+    _until(deployment, lambda: _at_work(site), "the worker to train")
 
 
 def _restart(*services: Service) -> float:
     struck = time.monotonic()
-    time.sleep(RESTART)
+    time.sleep(RESTART_SECONDS)
     for service in services:
         service.start()
     return struck
@@ -112,7 +107,7 @@ def _restart(*services: Service) -> float:
 
 def _site_mid_round(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(site)
+    _await_training(deployment, site)
     site.kill()
     return _restart(*site.services)
 
@@ -120,41 +115,41 @@ def _site_mid_round(deployment: Deployment) -> float:
 def _site_before_replying(deployment: Deployment) -> float:
     """The node is stopped while its worker trains; once there is nothing left but to reply, the site is killed."""
     site = deployment.sites[1]
-    _await_training(site)
+    _await_training(deployment, site)
     site.node.signal(signal.SIGSTOP)
-    _until(lambda: not _at_work(site), "the end of the training")
+    _until(deployment, lambda: not _at_work(site), "the end of the training")
     site.kill()
     return _restart(*site.services)
 
 
 def _site_after_replying(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _until(lambda: site.node.log.is_file() and site.node.log.read_text().count(SENT) > ROUND, "the reply")
+    _until(deployment, lambda: site.node.log.is_file() and site.node.log.read_text().count(SENT) > ROUND, "the reply")
     site.kill()
     return _restart(*site.services)
 
 
 def _site_leaves(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(site)
+    _await_training(deployment, site)
     site.kill()
     return time.monotonic()
 
 
 def _site_joins(deployment: Deployment) -> float:
-    _until(lambda: len(deployment.rounds()) >= 1, "round 1")
+    _until(deployment, lambda: len(deployment.rounds()) >= 1, "round 1")
     deployment.sites[2].start()
     return time.monotonic()
 
 
 def _slow_site(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(site)
+    _await_training(deployment, site)
     struck = time.monotonic()
     held = [service for service in (site.worker, site.executor) if service]
     for service in held:
         service.signal(signal.SIGSTOP)
-    _until(lambda: len(deployment.rounds()) >= ROUND, "the deadline")
+    _until(deployment, lambda: len(deployment.rounds()) >= ROUND, "the deadline")
     for service in held:
         service.signal(signal.SIGCONT)
     return struck
@@ -162,7 +157,7 @@ def _slow_site(deployment: Deployment) -> float:
 
 def _worker(deployment: Deployment) -> float:
     site = deployment.sites[1]
-    _await_training(site)
+    _await_training(deployment, site)
     assert site.worker is not None
     site.worker.kill()
     return _restart(site.worker)
@@ -170,7 +165,7 @@ def _worker(deployment: Deployment) -> float:
 
 def _superlink_away(seconds: float) -> Strike:
     def strike(deployment: Deployment) -> float:
-        _await_training(deployment.sites[1])
+        _await_training(deployment, deployment.sites[1])
         struck = time.monotonic()
         deployment.superlink.kill()
         time.sleep(seconds)
@@ -181,7 +176,7 @@ def _superlink_away(seconds: float) -> Strike:
 
 
 def _serverapp(deployment: Deployment) -> float:
-    _await_training(deployment.sites[1])
+    _await_training(deployment, deployment.sites[1])
     process = _app(deployment.executor, "flwr-serverapp")
     if process is None:
         raise DeploymentError("there is no ServerApp to kill")
@@ -195,12 +190,18 @@ def _fault(
     return Fault(summary, "loopback", _loopback(strike, more, absent))
 
 
+# A SuperNode that is killed is let in again only once the SuperLink has missed its heartbeats, about 50 s later.
+LONGER: dict[str, Scalar] = {"run.num-rounds": 4, "run.evaluate-every": 4}
 PROCESS_FAULTS: dict[str, Fault] = {
-    "site-mid-round": _fault("a site is killed in the middle of a round, up again after 5 s", _site_mid_round),
-    "site-before-reply": _fault("a site is killed before it replies, up again after 5 s", _site_before_replying),
-    "site-after-reply": _fault("a site is killed after it has replied, up again after 5 s", _site_after_replying),
+    "site-mid-round": _fault("a site is killed in the middle of a round, up again after 5 s", _site_mid_round, LONGER),
+    "site-before-reply": _fault(
+        "a site is killed before it replies, up again after 5 s", _site_before_replying, LONGER
+    ),
+    "site-after-reply": _fault(
+        "a site is killed after it has replied, up again after 5 s", _site_after_replying, LONGER
+    ),
     "worker": _fault("a site's worker is killed while it trains, up again after 5 s", _worker),
-    "site-leaves": _fault("a site leaves in the middle of a round, for good", _site_leaves),
+    "site-leaves": _fault("a site leaves in the middle of a round, for good", _site_leaves, LONGER),
     "site-joins-late": _fault(
         "a site joins after round 1; strategy.min-nodes = 2", _site_joins, {"strategy.min-nodes": 2}, (2,)
     ),

@@ -35,7 +35,6 @@ def doctor(
         known, authority = connection(name, home / "config.toml")
         superlink, root_certificates = superlink or known, root_certificates or authority
     chosen: Role = next(r for r in get_args(Role) if r == role)
-    logging.disable(logging.WARNING)  # what matters of it is in the findings
     setup = Setup(
         chosen,
         overrides(run_config),
@@ -48,12 +47,16 @@ def doctor(
         database,
     )
     counts = {"pass": 0, "warn": 0, "fail": 0}
-    for finding in examine(setup):
-        counts[finding.level] += 1
-        color = _COLORS[finding.level]
-        console.print(f"[{color}]{finding.level}[/]  ", end="")
-        remedy = f"; {finding.remedy}" if finding.remedy else ""
-        console.print(f"{finding.subject}: {finding.text}{remedy}", highlight=False, markup=False, soft_wrap=True)
+    logging.disable(logging.WARNING)  # what matters of it is in the findings
+    try:
+        for finding in examine(setup):
+            counts[finding.level] += 1
+            color = _COLORS[finding.level]
+            console.print(f"[{color}]{finding.level}[/]  ", end="")
+            remedy = f"; {finding.remedy}" if finding.remedy else ""
+            console.print(f"{finding.subject}: {finding.text}{remedy}", highlight=False, markup=False, soft_wrap=True)
+    finally:
+        logging.disable(logging.NOTSET)
     console.print(", ".join(f"{count} {level}" for level, count in counts.items()))
     if counts["fail"]:
         raise typer.Exit(1)

@@ -63,7 +63,9 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
         text += f", classes {', '.join(raw.label_names[:8])}{' ...' if len(raw.label_names) > 8 else ''}"
     if len(raw.train) < settings.train.batch_size:
         remedy = "lower train.batch-size or get more data"
-        return Finding(subject, "warn", f"{text}: less than a batch of {settings.train.batch_size}", remedy), None
+        return Finding(
+            subject, "warn", f"{text}: less than a batch of {settings.train.batch_size}", remedy
+        ), raw.label_names
     return Finding(subject, "pass", text), raw.label_names
 
 

@@ -1,0 +1,222 @@
+import datetime
+import http.server
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from bora_fl.certificates import make_server, make_site
+from bora_fl.doctor import federation, machine, network, secrets, software
+
+NOW = datetime.datetime.now(datetime.UTC)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("server")
+    make_server(folder, ["localhost", "127.0.0.1", "*.example.org"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other")
+    make_server(folder, ["localhost", "127.0.0.1"])
+    return folder
+
+
+@pytest.fixture
+def superlink(server: Path) -> Iterator[int]:
+    """A port that answers over TLS as a SuperLink's health page does."""
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server / "server.pem", server / "server.key")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as running:
+        running.handle_error = lambda *_: None  # a client that turns away is what is tested
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running.server_address[1]
+        running.shutdown()
+        thread.join()
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("installed", "level"), [("1.41.0", "pass"), ("1.43.0", "fail"), (None, "fail")])
+def test_a_requirement(installed: str | None, level: str):
+    assert software.check_requirement(Requirement("flwr[simulation]>=1.41,<1.43"), installed).level == level
+
+
+@pytest.mark.parametrize(("version", "level"), [("3.11.7", "pass"), ("3.10.9", "fail")])
+def test_python(version: str, level: str):
+    assert software.check_python(version, ">=3.11").level == level
+
+
+def test_this_environment_is_right():
+    assert [finding.level for finding in software.check_versions()] == ["pass"]
+
+
+# --- certificates and keys -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("days", "level"), [(0, "pass"), (340, "warn"), (400, "fail"), (-1, "fail")])
+def test_expiry(days: int, level: str, server: Path):
+    certificate = secrets.load_certificate(server / "server.pem")
+    assert secrets.check_expiry("certificate", certificate, NOW + datetime.timedelta(days=days)).level == level
+
+
+@pytest.mark.parametrize(
+    ("host", "level"),
+    [("localhost", "pass"), ("127.0.0.1", "pass"), ("fed.example.org", "pass"), ("a.b.example.org", "fail")],
+)
+def test_names(host: str, level: str, server: Path):
+    assert secrets.check_name(secrets.load_certificate(server / "server.pem"), host).level == level
+
+
+def test_chain_and_pair(server: Path, other: Path):
+    certificate, authority = (secrets.load_certificate(server / name) for name in ("server.pem", "ca.crt"))
+    assert secrets.check_chain(certificate, authority).level == "pass"
+    assert secrets.check_chain(certificate, secrets.load_certificate(other / "ca.crt")).level == "fail"
+    assert secrets.check_pair(certificate, server / "server.key").level == "pass"
+    assert secrets.check_pair(certificate, other / "server.key").level == "fail"
+    assert secrets.check_pair(certificate, server / "ca.crt").level == "fail"
+
+
+def test_a_missing_or_wrong_certificate_is_a_finding(server: Path, tmp_path: Path):
+    assert secrets.load_certificate(tmp_path / "none.pem").level == "fail"
+    assert "not its key" in secrets.load_certificate(server / "server.key").remedy
+
+
+def test_a_site_key(tmp_path: Path, server: Path):
+    key, _, secret = make_site(tmp_path, "a")
+    assert secrets.check_site_key(key).level == "pass"
+    key.chmod(0o644)
+    assert secrets.check_site_key(key).level == "warn"
+    assert secrets.check_site_key(server / "server.key").level == "fail"  # PKCS 8, not OpenSSH
+    assert secrets.check_site_key(tmp_path / "none").level == "fail"
+    assert secrets.check_private(secret).level == "pass"
+    secret.write_bytes(b"")
+    assert secrets.check_private(secret).level == "fail"
+
+
+# --- network ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_superlink_that_answers_and_its_clock(superlink: int, server: Path):
+    finding, answer = network.check_reachable("127.0.0.1", superlink, server / "ca.crt")
+    assert finding.level == "pass"
+    assert abs(answer.skew) < 3
+    assert network.check_clock(answer.skew).level in {"pass", "warn"}
+
+
+def test_a_superlink_of_another_authority(superlink: int, other: Path):
+    finding, answer = network.check_reachable("127.0.0.1", superlink, other / "ca.crt")
+    assert (finding.level, answer) == ("fail", None)
+    assert "trusted" in finding.text
+
+
+def test_nobody_there_and_no_such_name(server: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        finding, _ = network.check_reachable("127.0.0.1", free.getsockname()[1], server / "ca.crt")
+    assert (finding.level, "refused" in finding.text) == ("fail", True)
+    assert network.check_reachable("no-such-host.invalid", 443, None)[0].level == "fail"
+
+
+@pytest.mark.parametrize(
+    ("skew", "level"),
+    [(0.0, "pass"), (20.0, "pass"), (100.0, "warn"), (310.0, "fail"), (-3.0, "warn"), (-7.0, "fail"), (None, "warn")],
+)
+def test_clock(skew: float | None, level: str):
+    assert network.check_clock(skew).level == level
+
+
+# --- machine ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "level"), [(10e9, "pass"), (2.5e9, "warn"), (0.5e9, "fail")])
+def test_space(free: float, level: str):
+    assert machine.judge_space("results", free, 1e9).level == level
+
+
+@pytest.mark.parametrize(("free", "level"), [(2e9, "pass"), (0.9e9, "warn"), (0.4e9, "fail")])
+def test_memory(free: float, level: str):
+    assert machine.judge_memory("cpu", free, 1e9).level == level
+
+
+def test_folders(tmp_path: Path):
+    assert machine.check_folder("results in", tmp_path / "deep" / "down", 1).level in {"pass", "warn"}
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "file").write_text("")
+    assert machine.check_folder("results in", tmp_path / "file" / "below", 1).level == "fail"
+    assert machine.check_folder("results in", tmp_path, 1e18).level == "fail"
+
+
+def test_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert machine.check_cores(cores).level == "pass"
+    assert machine.check_cores(cores + 1).level == "warn"
+
+
+def test_checkpointing_takes_less_memory():
+    size = {"parameters": 10**8, "trained": 10**6, "width": 768, "layers": 12, "batch": 16, "length": 128}
+    plain, saved = (machine.training_bytes(**size, weight_bytes=4, checkpointing=on) for on in (False, True))
+    assert 4e8 < saved < plain
+
+
+# --- the federation's settings ---------------------------------------------------------------------------------------
+
+
+def test_every_mistake_in_the_config_is_a_line():
+    findings, settings = federation.check_config({"run.num-round": 1, "train.momentun": 2.0})
+    assert settings is None
+    assert [finding.level for finding in findings] == ["fail", "fail"]
+
+
+def test_data_and_model(tiny_config):
+    _, settings = federation.check_config(tiny_config)
+    data, labels = federation.check_data(settings)
+    assert (data.level, labels) == ("pass", ["0", "1"])
+    model, sizes = federation.check_model(settings, labels)
+    assert model.level == "pass"
+    assert 0 < sizes.trained < sizes.parameters
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "words"),
+    [
+        ({"data.name": "missing.parquet"}, "fail", "missing.parquet"),
+        ({"data.text-column": "txt"}, "fail", "txt"),
+        ({"data.label-column": ""}, "fail", "labels"),
+        ({"train.batch-size": 1000}, "warn", "batch"),
+    ],
+)
+def test_data_that_does_not_fit(change, level: str, words: str, tiny_config):
+    _, settings = federation.check_config(tiny_config | change)
+    finding, _ = federation.check_data(settings)
+    assert finding.level == level
+    assert words in finding.text
+
+
+@pytest.mark.parametrize(
+    "change", [{"model.name": "embedded:nothing"}, {"adapter.num-blocks": 3}, {"adapter.target-modules": "nowhere"}]
+)
+def test_a_model_that_does_not_fit(change, tiny_config):
+    _, settings = federation.check_config(tiny_config | change)
+    finding, sizes = federation.check_model(settings, ["bad", "good"])
+    assert (finding.level, sizes) == ("fail", None)
