@@ -12,8 +12,8 @@ from rich.table import Table
 from bora_fl import tracking
 from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
-from bora_fl.simulations.attack_bench import attacks
 from bora_fl.doctor.command import doctor
+from bora_fl.simulations.attack_bench import attacks
 from bora_fl.simulations.command import compare
 from bora_fl.simulations.faults import faults
 
