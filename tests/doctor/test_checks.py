@@ -220,3 +220,9 @@ def test_a_model_that_does_not_fit(change, tiny_config):
     _, settings = federation.check_config(tiny_config | change)
     finding, sizes = federation.check_model(settings, ["bad", "good"])
     assert (finding.level, sizes) == ("fail", None)
+
+
+def test_the_clock_is_held_to_what_flower_asks():
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+
+    assert (network.AHEAD, network.BEHIND) == (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
