@@ -43,11 +43,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         warm, loads = measure(Path(folder) / "warm", config, workers=True)
         cold, _ = measure(Path(folder) / "cold", config, workers=False)
-    print(
-        f"with workers     {statistics.median(warm):7.1f} s a round (median of {len(warm)}), base-model loads {loads}"
-    )
-    print(f"without workers  {statistics.median(cold):7.1f} s a round (median of {len(cold)})")
-    print(f"ratio            {statistics.median(warm) / statistics.median(cold):7.2f}")
+    with_workers, without = statistics.median(warm), statistics.median(cold)
+    print(f"with workers     {with_workers:7.1f} s a round (median of {len(warm)}); base-model loads by site {loads}")
+    print(f"without workers  {without:7.1f} s a round (median of {len(cold)})")
+    print(f"ratio            {with_workers / without:7.2f}")
 
 
 if __name__ == "__main__":

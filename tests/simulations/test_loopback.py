@@ -70,6 +70,7 @@ def test_a_fine_tune_over_tls_equals_the_simulation_and_no_foreign_superexec_get
     deployment.executor.start()
     finished(run, 400, deployment.services)
     assert [(row["clients"], row["rejected"]) for row in deployment.rounds()] == [(3, 0)] * 2
+    assert [site.work().base_loads for site in deployment.sites] == [1] * 3
     deployed = adapter(deployment.output)
     simulated = adapter(simulate(CONFIG | {"run.output-dir": str(tmp_path / "simulated")}, 3))
     assert deployed.keys() == simulated.keys()
