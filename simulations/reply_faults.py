@@ -79,7 +79,7 @@ def saying(**reply: int) -> Spoil:
     return spoil
 
 
-def _bad_reply(spoil: Spoil, more: Mapping[str, Scalar] | None = None) -> Callable[[Path], Verdict]:
+def inflict_reply(spoil: Spoil, more: Mapping[str, Scalar] | None = None) -> Callable[[Path], Verdict]:
     """One site's reply is spoilt in one round; the run must be that in which it did not come."""
 
     def inflict(folder: Path) -> Verdict:
@@ -119,18 +119,18 @@ def _full_disk(folder: Path) -> Verdict:
 
 
 REPLY_FAULTS: dict[str, Fault] = {
-    "garbage": Fault("a site sends random bytes", "in process", _bad_reply(garbage)),
-    "nan": Fault("a site sends NaN", "in process", _bad_reply(scaled(float("nan")))),
-    "negative-weight": Fault("a site claims -100 examples", "in process", _bad_reply(weighing(-100))),
-    "huge-weight": Fault("a site claims 1e12 examples", "in process", _bad_reply(weighing(1e12))),
-    "old-round": Fault("a site sends the last round's reply", "in process", _bad_reply(saying(round=ROUND - 1))),
+    "garbage": Fault("a site sends random bytes", "in process", inflict_reply(garbage)),
+    "nan": Fault("a site sends NaN", "in process", inflict_reply(scaled(float("nan")))),
+    "negative-weight": Fault("a site claims -100 examples", "in process", inflict_reply(weighing(-100))),
+    "huge-weight": Fault("a site claims 1e12 examples", "in process", inflict_reply(weighing(1e12))),
+    "old-round": Fault("a site sends the last round's reply", "in process", inflict_reply(saying(round=ROUND - 1))),
     "other-schema": Fault(
-        "a site speaks another version of the wire schema", "in process", _bad_reply(saying(schema=SCHEMA + 1))
+        "a site speaks another version of the wire schema", "in process", inflict_reply(saying(schema=SCHEMA + 1))
     ),
     "scaled-100": Fault(
         "a site scales its factors by 100; strategy.max-update-norm = 5",
         "in process",
-        _bad_reply(scaled(100.0), {"strategy.max-update-norm": 5.0}),
+        inflict_reply(scaled(100.0), {"strategy.max-update-norm": 5.0}),
     ),
     "full-disk": Fault("the server's disk is full while it writes a checkpoint", "in process", _full_disk),
 }

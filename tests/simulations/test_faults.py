@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bora_fl.simulations import faults, loopback, reply_faults
+from bora_fl.simulations.loopback import Service
+
+
+@pytest.fixture
+def tiny(tiny_config, monkeypatch: pytest.MonkeyPatch):
+    """The bench on a tiny model."""
+    config = {key: value for key, value in tiny_config.items() if key != "run.output-dir"}
+    monkeypatch.setattr(reply_faults, "CONFIG", config)
+
+
+@pytest.mark.parametrize("name", [name for name in reply_faults.REPLY_FAULTS if name != "full-disk"])
+def test_a_bad_reply_is_set_aside_and_changes_nothing(name: str, tiny, tmp_path: Path):
+    verdict = reply_faults.REPLY_FAULTS[name].inflict(tmp_path)
+    assert verdict.outcome.startswith("set aside: ")
+    assert verdict.correct
+    assert verdict.rounds_lost == 1
+
+
+def test_a_full_disk_stops_the_run_with_a_message_and_the_run_resumes(tiny, tmp_path: Path):
+    verdict = reply_faults.REPLY_FAULTS["full-disk"].inflict(tmp_path)
+    assert verdict.correct
+    assert all(word in verdict.outcome for word in ("round 2", "No space left on device", "run.resume=true"))
+
+
+def test_the_bench_can_tell_a_wrong_adapter(tiny, tmp_path: Path):
+    verdict = reply_faults.inflict_reply(reply_faults.scaled(1.01))(tmp_path)
+    assert verdict.outcome == "merged unnoticed"
+    assert not verdict.correct
+    assert verdict.difference > faults.TOLERANCE
+
+
+def test_every_fault_is_in_the_catalogue():
+    wanted = {
+        *("site-mid-round", "site-before-reply", "site-after-reply", "worker", "superlink-10s", "superlink-75s"),
+        *("serverapp", "full-disk", "slow-site", "site-leaves", "site-joins-late", "other-schema", "garbage", "nan"),
+        *("huge-weight", "negative-weight", "old-round", "scaled-100"),
+    }
+    assert set(faults.catalogue()) == wanted
+
+
+def test_a_killed_service_takes_its_descendants_along_and_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loopback, "RESTART_SECONDS", 0.0)
+    service = Service("sleeper", ["sh", "-c", "sleep 60 & echo $!; wait"], tmp_path, {"PATH": "/usr/bin:/bin"})
+    service.start()
+    while not service.log.read_text().strip():
+        pass
+    child = psutil.Process(int(service.log.read_text()))
+    service.kill()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    service.tend()
+    assert service.pid is None  # who was killed stays down
+    service.start()
+    psutil.Process(service.pid).kill()
+    assert service.wait(10) is not None
+    service.tend()
+    assert service.pid is not None  # who ended is started again
+    service.stop()
+    assert service.pid is None
