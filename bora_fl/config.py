@@ -78,8 +78,8 @@ class DataSettings(_Group):
     text_column: str = Field("text", description="input text; the prompt for instruction data")
     label_column: str = Field("label", description="class (classification)")
     response_column: str = Field("", description="answer (instruction data); the loss covers it alone")
-    partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential"] = Field(
-        "natural", description="how examples are dealt to clients; the last three skew the sizes"
+    partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential", "local"] = (
+        Field("natural", description="how examples are dealt to clients; local: every site has data of its own")
     )
     partition_by: str = Field("domain", description="column of the natural id")
     alpha: Positive = Field(0.5, description="concentration of the Dirichlet split; small is skewed")

@@ -32,6 +32,7 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
       out while there are as many clients as classes.
     - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`. With fewer clients than ids every
       client holds whole ids, dealt from the largest to whoever has least.
+    - ``local``: nothing is dealt; a site's rows are all its own.
 
     Where the data has no labels, ``dirichlet`` and ``pathological`` deal the values of `partition_by` in their stead.
 
@@ -41,7 +42,7 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
         seed: Run seed.
 
     Returns:
-        For each client the rows it holds, int64; no row twice, no client without rows.
+        For each client the rows it holds, int64; no client without rows, and no row twice unless ``local``.
 
     Raises:
         ConfigError: If the data cannot be dealt so; the message names key, value and remedy.
@@ -50,6 +51,8 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
     rows = len(raw.train)
     if num_partitions < 1:
         raise ConfigError(f"data.num-partitions = {num_partitions}: there must be at least 1 client")
+    if settings.partition == "local":
+        return [np.arange(rows)] * num_partitions
     if num_partitions > rows:
         raise ConfigError(
             f"data.num-partitions = {num_partitions}: the training split has {rows} examples; use fewer clients"

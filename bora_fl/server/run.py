@@ -99,8 +99,10 @@ class Server:
             )
 
     def on_start(self, num_partitions: int) -> None:
-        """Draw how the data is dealt to the clients, in ``partition.png``."""
+        """Draw how the data is dealt to the clients, in ``partition.png``, unless the sites have data of their own."""
         data, seed = self.settings.data, self.settings.run.seed
+        if data.partition == "local":
+            return
         partition_picture(data, data.num_partitions or num_partitions, seed, self.folder / "partition.png")
 
     # --- what the strategy calls -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data import load_dataset, partition, partition_picture, partition_table
 
-KINDS = get_args(DataSettings.model_fields["partition"].annotation)
+KINDS = [k for k in get_args(DataSettings.model_fields["partition"].annotation) if k != "local"]
 
 
 def change(settings: DataSettings, **fields: Any) -> DataSettings:
@@ -81,6 +81,12 @@ def test_natural_clients_are_the_ids_in_order(shop: DataSettings) -> None:
     shops = np.array(load_dataset(shop).train["shop"][:])
     parts = partition(change(shop, partition="natural"), 5, 0)
     assert [set(shops[part]) for part in parts] == [{"s0"}, {"s1"}, {"s2"}, {"s3"}, {"s4"}]
+
+
+def test_data_of_a_sites_own_is_all_its_own(shop: DataSettings) -> None:
+    local = shop.model_copy(update={"partition": "local"})
+    for rows in partition(local, 3, seed=0):
+        np.testing.assert_array_equal(rows, np.arange(300))
 
 
 def test_fewer_clients_than_ids_hold_whole_ids_evenly(shop: DataSettings) -> None:

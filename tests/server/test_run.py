@@ -240,3 +240,10 @@ def test_a_client_whose_model_is_worse_on_held_out_examples_is_set_aside(tiny_co
     without = config | {"run.output-dir": str(tmp_path / "without")}
     dropped = simulate(without, 3, tamper=lambda message, partition: None if partition == 1 else message)
     assert equal(adapter(spoiled), adapter(dropped))
+
+
+def test_sites_with_data_of_their_own_train_on_all_of_it(tiny_config):
+    folder = simulate(tiny_config | {"data.partition": "local", "run.num-rounds": 1}, 3)
+    clients = tracking.read(folder / "metrics.jsonl")[0]["per_client"]
+    assert [clients[c]["num-examples"] + clients[c]["eval-examples"] for c in "012"] == [240] * 3
+    assert not (folder / "partition.png").exists()
