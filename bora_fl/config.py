@@ -171,6 +171,15 @@ class PrivacySettings(_Group):
     adaptive_clipping: bool = Field(False, description="adapt clip-norm to a quantile (client)")
     accountant: Literal["prv", "rdp"] = Field("prv", description="accountant of the ledger")
     physical_batch_size: CountOrZero = Field(0, description="sequences in memory at once; 0 is twice the batch size")
+    secure_aggregation: bool = Field(False, description="SecAgg+: the server learns the sum of the updates alone")
+    secure_threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        0.67, description="share of the clients that must answer to the end; the others may vanish (SecAgg+)"
+    )
+    clipping_range: Positive = Field(8.0, description="largest entry of an update that can be masked (SecAgg+)")
+    quantization_bits: Annotated[int, Field(ge=8, le=30)] = Field(
+        22, description="bits of a masked entry; 2^(32 - bits) clients fit into the sum (SecAgg+)"
+    )
+    max_examples: Count = Field(10000, description="most examples of a client, for weighting = examples (SecAgg+)")
     ledger_dir: str = Field("", description="where a site keeps its ledger; empty is <state folder>/ledger")
 
 
@@ -225,6 +234,16 @@ class Settings(_Group):
             raise ValueError(
                 f"strategy.max-loss-increase = {self.strategy.max_loss_increase} with data.test-split = '': the server "
                 "has no examples to measure a loss on; set data.test-split, or strategy.max-loss-increase to 0"
+            )
+        if self.privacy.secure_aggregation and self.privacy.mode == "client":
+            raise ValueError(
+                "privacy.secure-aggregation = true with privacy.mode = 'client': the server cannot clip updates that "
+                "it does not see; set privacy.mode to record or local"
+            )
+        if self.privacy.secure_aggregation and self.strategy.fraction_evaluate > 0:
+            raise ValueError(
+                f"strategy.fraction-evaluate = {self.strategy.fraction_evaluate} with privacy.secure-aggregation = "
+                "true: clients would report accuracies one by one; set strategy.fraction-evaluate to 0"
             )
         if self.strategy.residual != "drop" and self.strategy.residual_rank == 0:
             raise ValueError(

@@ -236,6 +236,7 @@ def _impossible(settings: Settings, variant: Variant, mixed_ranks: bool) -> str:
             adapter_method=variant.method,
             sigma_transform=settings.adapter.sigma_transform,
             seed=settings.run.seed,
+            secure_aggregation=settings.privacy.secure_aggregation,
         )
     except ValueError as error:
         return str(error)

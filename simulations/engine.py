@@ -4,6 +4,7 @@ Clients take turns, so one base model serves all of them, a run is the same bit 
 no time: right for comparisons, tests and small machines. Flower's own simulation (`flwr run`) scales further.
 """
 
+import copy
 import logging
 import traceback
 from collections.abc import Callable, Iterable
@@ -104,6 +105,7 @@ class InProcessGrid(Grid):
     def _handle(self, message: Message) -> Message | None:
         node = message.metadata.dst_node_id
         context = self._contexts[node]
+        message.content = copy.deepcopy(message.content)  # a network would copy it: handlers may change what they get
         try:
             reply = self._app(message, context)
         except Exception as error:  # a client's crash is an error reply, as over the wire

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"kernels", "seeds"},
     {"blocks", "adapters"},
-    {"state", "sparsity", "accounting", "gaussian"},
+    {"state", "sparsity", "accounting", "gaussian", "masks"},
     {"config", "cache", "preload", "schema"},
     {"records", "models", "data", "device", "evaluate", "tracking"},
     {"client", "strategies"},
@@ -29,7 +29,9 @@ FLOWER = {
     "bora_fl/client/worker/servicer.py",
     "bora_fl/client/worker/stub.py",
     "bora_fl/client/round.py",
+    "bora_fl/client/secure_aggregation.py",
     "bora_fl/strategies/base.py",
+    "bora_fl/strategies/secure_aggregation.py",
     "bora_fl/server/app.py",
     "bora_fl/server/run.py",
     "simulations/engine.py",

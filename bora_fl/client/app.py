@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.worker.address import WorkerSettings
@@ -58,7 +59,18 @@ def identify(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the received adapter and reply with what the strategy shares."""
-    return _answer(message, lambda: _work("train", message.content, context))
+    settings = parse(context.run_config)
+    if not settings.privacy.secure_aggregation:
+        return _answer(message, lambda: _work("train", message.content, context))
+    from bora_fl.client.secure_aggregation import answer
+
+    try:
+        content = answer(message, context, settings, lambda inner: _work("train", inner.content, context))
+    except Exception as error:  # to the protocol, a site that cannot go on is one that has vanished
+        log.exception("the round failed at this site")
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+    return Message(content, reply_to=message)
 
 
 @app.evaluate()

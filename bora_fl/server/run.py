@@ -42,6 +42,7 @@ class Server:
             adapter_method=settings.adapter.method,
             sigma_transform=settings.adapter.sigma_transform,
             seed=settings.run.seed,
+            secure_aggregation=settings.privacy.secure_aggregation,
         )
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)

@@ -76,8 +76,9 @@ class Aggregator:
     @property
     def linear(self) -> bool:
         """Whether the result depends on the updates through their weighted mean alone, as secure aggregation needs."""
-        plain = self.settings.robust == "none" and self.settings.max_update_norm == 0 and self.settings.min_cosine == -1
-        return self.preset.linear and plain
+        s = self.settings
+        unscreened = s.max_update_norm == 0 and s.min_cosine == -1 and s.max_loss_increase == 0
+        return self.preset.linear and s.robust == "none" and unscreened
 
     def trains(self, round: int) -> Trains:
         """The parts that clients train in a round, of A, sigma, B and tensors; rounds count from 1."""
@@ -250,6 +251,7 @@ def build(
     sigma_transform: str = "exp_norm",
     seed: int = 0,
     num_blocks: int | None = None,
+    secure_aggregation: bool = False,
 ) -> Aggregator:
     """The aggregator that the settings describe.
 
@@ -259,6 +261,7 @@ def build(
         sigma_transform: `adapter.sigma_transform`; plain LoRA has Sigma = 1 and is always `"identity"`.
         seed: `run.seed`.
         num_blocks: `adapter.num_blocks`, if it applies.
+        secure_aggregation: `privacy.secure_aggregation`: the server will see the mean of the updates alone.
 
     Raises:
         ValueError: For an unknown name, with near misses, or a combination that cannot be; names key, value and remedy.
@@ -292,7 +295,28 @@ def build(
         if refused:
             raise ValueError(f"{key} with strategy.name = {settings.name!r}: {why}")
     transform = "identity" if adapter_method == "lora" else sigma_transform
-    return Aggregator(row, settings, adapter_method, transform, seed, 1 if adapter_method == "lora" else num_blocks)
+    found = Aggregator(row, settings, adapter_method, transform, seed, 1 if adapter_method == "lora" else num_blocks)
+    if secure_aggregation and not found.linear:
+        raise ValueError(f"privacy.secure-aggregation = true with {_needs_every_update(found)}")
+    return found
+
+
+def _needs_every_update(aggregator: Aggregator) -> str:
+    """Which setting is it that a mean of the updates is not enough for, why, and the remedy."""
+    settings = aggregator.settings
+    if not aggregator.preset.linear:
+        able = ", ".join(name for name, row in PRESETS.items() if row.linear)
+        return (
+            f"strategy.name = {settings.name!r}: what it merges is no function of the updates' mean, and nothing else "
+            f"is unmasked; use one of {able}"
+        )
+    if settings.robust != "none":
+        return f"strategy.robust = {settings.robust!r}: it compares the updates with each other; set it to none"
+    return (
+        f"strategy.max-update-norm = {settings.max_update_norm:g}, strategy.min-cosine = {settings.min_cosine:g}, "
+        f"strategy.max-loss-increase = {settings.max_loss_increase:g}: screening looks at every update; set them to 0, "
+        "-1 and 0"
+    )
 
 
 def _mean_tensors(

@@ -29,6 +29,7 @@ from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, 
 from bora_fl.strategies.aggregation import Aggregator, ServerState
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.screening import screen
+from bora_fl.strategies.secure_aggregation import moved_by, secure_mean
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,8 @@ class FederatedStrategy(Strategy):
         self._call_roll(grid)
         nodes = self._sample(strategy.fraction_train, server_round, "train")
         self._cohort = len(nodes)
-        messages = self._messages(nodes, "train", server_round, arrays, strategy.evaluate_in_train)
+        evaluate = strategy.evaluate_in_train and not self.settings.privacy.secure_aggregation
+        messages = self._messages(nodes, "train", server_round, arrays, evaluate)
         self._report.bytes_down += sum(_size(message.content) for message in messages)
         return messages
 
@@ -238,7 +240,31 @@ class FederatedStrategy(Strategy):
         for client, reason in screened.items():
             self._set_aside(client, reason)
             report.per_client.pop(str(client), None)
+        report.clients = len(updates)
         return updates
+
+    def _accept_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> list[ClientUpdate]:
+        """The mean of the round's updates as one update; the server sees none of them."""
+        report, strategy, privacy = self._report, self.settings.strategy, self.settings.privacy
+        max_weight = privacy.max_examples if strategy.weighting == "examples" else 1
+        found = secure_mean(
+            grid, messages, privacy, round=server_round, max_weight=max_weight, timeout=strategy.timeout
+        )
+        report.bytes_up += found.bytes_up
+        for node, reason in found.failures.items():
+            if node not in found.nodes:
+                self._set_aside(node, reason)
+                self._held.pop(node, None)  # it may have lacked folds, which it is sent with the next round
+        if found.mean is None:
+            log.warning("round %d: too few clients were left to unmask the sum", server_round)
+            return []
+        self._held |= dict.fromkeys(found.nodes, self.state.fold_version)
+        report.clients = len(found.nodes)
+        parts = self.aggregator.trains(server_round) & self.aggregator.shares()
+        state, train_loss = moved_by(self.state.current, parts, found.mean)
+        if privacy.mode == "none":
+            report.train_loss = train_loss
+        return [ClientUpdate(0, 1.0, state)]
 
     def _advance(self, state: ServerState) -> None:
         """Go on with a state, and keep its fold if it is a new one."""
@@ -255,14 +281,15 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, screen and merge; with too few usable replies the round changes nothing."""
+        return self._merge(server_round, self.accept(server_round, replies))
+
+    def _merge(self, server_round: int, updates: list[ClientUpdate]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         report = self._report
-        updates = self.accept(server_round, replies)
-        report.clients = len(updates)
-        if len(updates) < self.settings.strategy.min_replies:
+        if report.clients < self.settings.strategy.min_replies:
             log.warning(
                 "round %d: %d usable replies, strategy.min-replies is %d; the adapter stays as it was",
                 server_round,
-                len(updates),
+                report.clients,
                 self.settings.strategy.min_replies,
             )
             return None, None
@@ -324,8 +351,11 @@ class FederatedStrategy(Strategy):
             arrays = to_arrays(flatten(self.state.current))
             config = ConfigRecord()
             timeout = self.settings.strategy.timeout
-            replies = grid.send_and_receive(self.configure_train(current, arrays, config, grid), timeout=timeout)
-            self.aggregate_train(current, replies)
+            messages = self.configure_train(current, arrays, config, grid)
+            if self.settings.privacy.secure_aggregation:
+                self._merge(current, self._accept_securely(current, messages, grid))
+            else:
+                self.aggregate_train(current, grid.send_and_receive(messages, timeout=timeout))
             usable |= report.clients > 0
             if not usable:
                 reasons = "; ".join(f"{who}: {why}" for who, why in report.reasons.items()) or "no reply in time"
@@ -390,7 +420,7 @@ def _size(content: RecordDict) -> int:
 def _summarize_clients(report: RoundReport) -> None:
     metrics = list(report.per_client.values())
     weights = [m["num-examples"] for m in metrics]
-    if all("train-loss" in m for m in metrics):
+    if metrics and all("train-loss" in m for m in metrics):
         report.train_loss = _mean([m["train-loss"] for m in metrics], weights)
     for unit in get_args(Unit):
         key = f"epsilon-per-{unit}"

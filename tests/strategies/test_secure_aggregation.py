@@ -1,0 +1,211 @@
+"""SecAgg+ over a whole federation: the plain mean, nothing but it, and clients that vanish in each stage."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from flwr.common import bytes_to_ndarray
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+from safetensors.torch import load_file
+
+from bora_fl import tracking
+from bora_fl.config import ConfigError, StrategySettings, parse
+from bora_fl.simulations.engine import simulate
+from bora_fl.state import unflatten
+from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.presets import PRESETS
+
+LINEAR = sorted(name for name, row in PRESETS.items() if row.linear)
+STAGES = ("keys", "shares", "masked", "unmask")
+
+
+@pytest.fixture
+def plain(tiny_config):
+    return tiny_config | {"run.num-rounds": 2}
+
+
+@pytest.fixture
+def secure(plain, tmp_path):
+    return plain | {
+        "privacy.secure-aggregation": True,
+        "privacy.max-examples": 100,
+        "run.output-dir": str(tmp_path / "secure"),
+    }
+
+
+def trained(folder) -> dict[str, torch.Tensor]:
+    """What the last checkpoint holds: tensors, and products, since the gauge of factors is not what is aggregated."""
+    newest = sorted((folder / "checkpoints").glob("round-*"))[-1]
+    flat = load_file(newest / "state.safetensors")
+    state = unflatten({n.removeprefix("current/"): t for n, t in flat.items() if n.startswith("current/")})
+    return {name: factors.dense() for name, factors in state.layers.items()} | dict(state.tensors)
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        step = 5e-5 * tensor.numel() ** 0.5  # of the quantization: 2 · 16 / 2^22 over the smallest client's share
+        assert float((found[name] - tensor).norm()) <= 5e-3 * float(tensor.norm()) + step, name
+
+
+def stage_of(reply) -> str:
+    record = reply.content.config_records[RECORD_KEY_CONFIGS]
+    keys = {Key.PUBLIC_KEY_1: "keys", Key.CIPHERTEXT_LIST: "shares", Key.MASKED_PARAMETERS: "masked"}
+    return next((stage for key, stage in keys.items() if key in record), "unmask")
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+@pytest.mark.parametrize("strategy", LINEAR)
+def test_the_masked_mean_is_the_plain_one_up_to_quantization(strategy: str, weighting: str, plain, secure):
+    chosen = {"strategy.name": strategy, "strategy.weighting": weighting, "data.partition": "linear"}
+    chosen |= {"run.num-rounds": len(PRESETS[strategy].schedule), "privacy.max-examples": 200}
+    chosen["privacy.clipping-range"] = 16.0
+    assert_close(trained(simulate(secure | chosen, 3)), trained(simulate(plain | chosen, 3)))
+
+
+def test_the_server_sees_no_weight_no_metric_and_nothing_but_masks(plain, secure):
+    seen = []
+
+    def watch(reply, partition: int):
+        if stage_of(reply) == "masked":
+            seen.append(reply.content)
+        return reply
+
+    rows = tracking.read(simulate(secure, 3, tamper=watch) / "metrics.jsonl")
+    assert len(seen) == 3 * 2
+    for content in seen:
+        assert {name: dict(record) for name, record in content.metric_records.items()} == {
+            "fitres.num_examples": {"num_examples": 1}
+        }
+        assert sum(len(array.data) for record in content.array_records.values() for array in record.values()) == 0
+        assert not content.config_records["fitres.metrics"]
+        arrays = [bytes_to_ndarray(b) for b in content.config_records[RECORD_KEY_CONFIGS][Key.MASKED_PARAMETERS]]
+        entries = np.concatenate([array.ravel() for array in arrays])
+        assert entries.min() >= 0
+        share, _ = np.histogram(entries, bins=4, range=(0, 2**32))
+        np.testing.assert_allclose(share / len(entries), 0.25, atol=0.12)
+    in_clear = tracking.read(simulate(plain, 3) / "metrics.jsonl")
+    for row, reference in zip(rows, in_clear, strict=True):
+        assert row["per_client"] == {}
+        assert row["clients"] == 3
+        assert row["train_loss"] == pytest.approx(reference["train_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_client_that_vanishes_in_any_stage_is_left_out_or_counted_and_the_mean_is_right(stage: str, plain, secure):
+    """Lost before its masked vector arrives it is in no mean; lost after that it is, and the others unmask it."""
+    chosen = {"run.num-rounds": 1, "strategy.weighting": "uniform", "data.partition": "iid"}
+    order = Counter()
+
+    def lose(reply, partition: int):
+        if partition == 1:
+            order[stage_of(reply)] += 1
+            return None if stage_of(reply) == stage else reply
+        return reply
+
+    folder = simulate(secure | chosen, 4, tamper=lose)
+    row = tracking.read(folder / "metrics.jsonl")[0]
+    assert order[stage] == 1
+    assert row["clients"] == (4 if stage == "unmask" else 3)
+    assert row["reasons"] == ({} if stage == "unmask" else {"3": "no reply in time"})
+
+    def lose_plainly(reply, partition: int):
+        return None if partition == 1 and stage != "unmask" else reply
+
+    assert_close(trained(folder), trained(simulate(plain | chosen, 4, tamper=lose_plainly)))
+
+
+def test_clients_lost_in_different_stages_do_not_spoil_the_sum(plain, secure):
+    chosen = {"run.num-rounds": 1, "strategy.weighting": "uniform", "data.partition": "iid"}
+    lost = {0: "keys", 2: "shares", 3: "masked", 5: "masked"}
+    folder = simulate(
+        secure | chosen | {"privacy.secure-threshold": 0.51},
+        8,
+        tamper=lambda reply, partition: None if lost.get(partition) == stage_of(reply) else reply,
+    )
+    assert tracking.read(folder / "metrics.jsonl")[0]["clients"] == 4
+    plainly = simulate(plain | chosen, 8, tamper=lambda reply, partition: None if partition in lost else reply)
+    assert_close(trained(folder), trained(plainly))
+
+
+def test_below_the_threshold_nothing_is_unmasked_and_the_adapter_stays(secure):
+    def lose(reply, partition: int):
+        return None if partition > 0 and stage_of(reply) == "masked" else reply
+
+    with pytest.raises(RunFailedError, match="no reply in time"):
+        simulate(secure | {"data.partition": "iid"}, 4, tamper=lose)
+
+
+def test_a_site_that_cannot_train_says_why_and_the_others_go_on(secure):
+    crowded = secure | {"data.partition": "linear", "privacy.max-examples": 80}
+    row = tracking.read(simulate(crowded, 4) / "metrics.jsonl")[0]
+    assert row["clients"] == 3
+    assert "privacy.max-examples = 80" in row["reasons"]["5"]
+
+
+def test_an_update_that_would_be_cut_is_refused_by_its_site(secure):
+    with pytest.raises(RunFailedError, match=r"privacy\.clipping-range = 0\.0001"):
+        simulate(secure | {"privacy.clipping-range": 1e-4}, 3)
+
+
+def test_a_client_of_another_rank_takes_no_part(secure):
+    mixed = secure | {"adapter.sigma-transform": "identity", "data.partition": "iid"}
+    row = tracking.read(simulate(mixed, 4, node_configs={2: {"rank": 1}}) / "metrics.jsonl")[0]
+    assert row["clients"] == 3
+    assert "federation's rank" in row["reasons"]["4"]
+
+
+@pytest.mark.parametrize("mode", ["record", "local"])
+def test_it_goes_with_noise_on_the_client(mode: str, secure, tmp_path):
+    private = secure | {
+        "privacy.mode": mode,
+        "privacy.epsilon": 50.0,
+        "privacy.delta": 1e-2,
+        "privacy.accountant": "rdp",
+        "privacy.ledger-dir": str(tmp_path / "ledger"),
+        "strategy.weighting": "uniform",
+        "strategy.name": "ffa",
+    }
+    rows = tracking.read(simulate(private, 3) / "metrics.jsonl")
+    assert [row["clients"] for row in rows] == [3, 3]
+    assert all(row["train_loss"] is None and row["epsilon"] is None for row in rows)
+    assert len(list((tmp_path / "ledger").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("strategy", sorted(set(PRESETS) - set(LINEAR)))
+def test_a_strategy_that_needs_every_update_refuses_it_with_the_reason(strategy: str):
+    with pytest.raises(ValueError, match=r"privacy\.secure-aggregation = true with .*no function of the updates' mean"):
+        build(StrategySettings(name=strategy), secure_aggregation=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"robust": "krum"}, "robust = 'krum'.*compares the updates"),
+        ({"max_update_norm": 1.0}, "screening looks at every update"),
+        ({"min_cosine": 0.0}, "screening looks at every update"),
+        ({"max_loss_increase": 0.1}, "screening looks at every update"),
+    ],
+)
+def test_so_do_rules_that_look_at_single_updates(settings, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        build(StrategySettings(name="fedavg", **settings), secure_aggregation=True)
+
+
+def test_the_server_refuses_at_its_start(secure):
+    with pytest.raises(ValueError, match="secure-aggregation"):
+        simulate(secure | {"strategy.name": "refactor"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"privacy.mode": "client", "strategy.weighting": "uniform"}, "does not see"),
+        ({"strategy.fraction-evaluate": 0.5}, "fraction-evaluate"),
+        ({"privacy.secure-threshold": 0.5}, "secure-threshold"),
+    ],
+)
+def test_settings_that_would_undo_it_are_refused(extra, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        parse({"privacy.secure-aggregation": True} | extra)
