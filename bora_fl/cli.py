@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bora_fl import tracking
@@ -45,7 +46,7 @@ def main() -> None:
             console.print(f"[bold red]error:[/] {line}", highlight=False)
         sys.exit(2)
     except (LaunchError, FetchError) as error:
-        console.print(f"[bold red]failed:[/] {error}", highlight=False, markup=True)
+        console.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -6,8 +6,10 @@ round stands in ``metrics.jsonl``.
 """
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,6 +41,8 @@ ENVIRONMENT = {
 }
 STARTUP_SECONDS = 60.0
 LOST_SECONDS = 180.0
+_ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
+_STAMP = re.compile(r"INFO|WARN|ERROR|bora-fl \|")
 
 
 class LaunchError(RuntimeError):
@@ -143,7 +147,7 @@ def _followed(metrics: Path, num_rounds: int, show: Callable[[str], None]) -> It
 
 def _judge(status: str, folder: Path, log: Path, num_rounds: int | None) -> Outcome:
     if status != "finished:completed":
-        raise LaunchError(f"the run ended as {status}; the last lines of {log}:\n{_tail(log)}")
+        raise LaunchError(f"the run ended as {status}: {_reason(log)} (the whole log: {log})")
     if num_rounds is None:
         return Outcome(folder, log)
     rows = tracking.read(folder / "metrics.jsonl")
@@ -325,6 +329,19 @@ def _readable(line: str) -> str | None:
     """The lines of the stream that bora_fl itself wrote."""
     _, mark, text = line.rstrip().partition("bora-fl | ")
     return text if mark else None
+
+
+def _reason(log: Path) -> str:
+    """What a failed run's log says of the error: the last line that names one and what belongs to it."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    named = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+    if not named:
+        return (
+            "its log names no error, so the ServerApp was killed or could not reach the SuperLink for too long; "
+            "-c run.resume=true goes on after the last finished round"
+        )
+    rest = itertools.takewhile(lambda line: line.strip() and not _STAMP.search(line), lines[named[-1] + 1 :])
+    return "\n".join([lines[named[-1]], *rest])
 
 
 def _tail(log: Path, lines: int = 25) -> str:

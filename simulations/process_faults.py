@@ -67,9 +67,8 @@ def _until(deployment: Deployment, condition: Callable[[], bool], what: str) -> 
 
 
 def _reason(run: Service) -> str:
-    """The last line of a failed run that says why."""
-    lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line or "failed" in line), lines[-1])[:300]
+    """What a failed run said last."""
+    return run.log.read_text(errors="replace").rpartition("failed: ")[2].strip()[:400]
 
 
 def _app(service: Service, name: str) -> psutil.Process | None:

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from bora_fl.config import ConfigError
-from bora_fl.launch import LaunchError, Simulation, run
+from bora_fl.launch import LaunchError, Simulation, _reason, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +31,27 @@ def test_a_run_that_fails_says_so(tiny_config):
 def test_a_wrong_setting_stops_before_anything_starts(tiny_config):
     with pytest.raises(ConfigError, match="did you mean"):
         run(ROOT, tiny_config | {"run.num-round": 2}, simulation=Simulation(2))
+
+
+LOG = """INFO :      Starting
+bora-fl | round 1/3: train loss 1.0
+ERROR :     ServerApp raised an exception
+Traceback (most recent call last):
+  File "run.py", line 1, in run
+bora_fl.strategies.base.RunFailedError: 1 of 3 nodes are connected after 600 s; start more SuperNodes
+or lower strategy.min-nodes
+INFO :      Finished
+"""
+
+
+def test_the_reason_of_a_failure_is_what_the_log_names(tmp_path: Path):
+    log = tmp_path / "run.log"
+    log.write_text(LOG)
+    first, second = _reason(log).splitlines()
+    assert first.startswith("bora_fl.strategies.base.RunFailedError: 1 of 3 nodes")
+    assert second == "or lower strategy.min-nodes"
+
+
+def test_a_run_that_was_killed_is_said_to_be_resumable(tmp_path: Path):
+    (tmp_path / "run.log").write_text("\n".join(LOG.splitlines()[:2]))
+    assert "run.resume=true" in _reason(tmp_path / "run.log")
