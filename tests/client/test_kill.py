@@ -24,7 +24,8 @@ from bora_fl.client.ledger import Ledger
 
 folder, when = sys.argv[1], sys.argv[2]
 model, records = Toy(), make_records(40)
-ledger = Ledger.open(folder, run_id="run", dataset_fingerprint="data", budget=Budget({budget}, {delta}), accountant="rdp")
+budget = Budget({budget}, {delta})
+ledger = Ledger.open(folder, run_id="run", dataset_fingerprint="data", budget=budget, accountant="rdp")
 taken = 0
 
 class Counted(torch.optim.SGD):
