@@ -15,6 +15,7 @@ from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
 from bora_fl.doctor.command import doctor
 from bora_fl.simulations.attack_bench import attacks
+from bora_fl.simulations.audit_command import audit
 from bora_fl.simulations.command import compare
 from bora_fl.simulations.faults import faults
 
@@ -187,6 +188,7 @@ def _launch(
 
 
 cli.command()(compare)
+cli.command()(audit)
 cli.command()(attacks)
 cli.command()(worker)
 cli.command()(doctor)

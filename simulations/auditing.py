@@ -1,0 +1,158 @@
+"""Train privately on data with canaries in it, and see how well they can be told apart.
+
+A canary is a sequence of random tokens with a random class (or, for a language model, to be predicted as it stands): no
+other record speaks for it, so what the model knows of it, it learned from it. Each is put into the data with
+probability ½; the product's own loop trains; a canary's score is how far its loss fell. `bora_fl.audit` makes a lower
+bound of ε of the scores.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bora_fl.accounting import Unit
+from bora_fl.audit import AuditResult, audit, draw_inclusion
+from bora_fl.client.private import train_privately_for_a_round
+from bora_fl.client.site import Site
+from bora_fl.client.training import learning_rate_factor, train
+from bora_fl.config import ConfigError, Settings
+from bora_fl.data import Encoded
+from bora_fl.evaluate import example_losses
+from bora_fl.gaussian import Randomness
+from bora_fl.models import FederatedModel
+from bora_fl.seeds import derive
+
+LENGTH = 8
+_EVERYTHING = frozenset({"A", "sigma", "B", "tensors"})
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was claimed, and what was found.
+
+    Attributes:
+        claimed: ε of the client's ledger after training; infinity without privacy.
+        found: The lower bound.
+        noise_multiplier: z of the training; 0 without privacy.
+        fell: Mean fall of the loss over the canaries that were trained on, and over the others.
+        unit: Whose presence was hidden.
+    """
+
+    claimed: float
+    found: AuditResult
+    noise_multiplier: float
+    fell: tuple[float, float]
+    unit: Unit = "record"
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim cannot be, at the bound's confidence."""
+        return self.found.epsilon > self.claimed
+
+
+def run_audit(
+    settings: Settings, canaries: int, *, confidence: float = 0.95, inclusion: Randomness | None = None
+) -> Audit:
+    """Train one client with canaries among its records, by the rounds that the settings plan, and bound ε from below.
+
+    Args:
+        settings: `privacy.mode` is `"record"`, or `"none"` to see what training without privacy gives away.
+        canaries: How many are drawn; about half of them are trained on.
+        confidence: Of the bound.
+        inclusion: Decides which; left out, the operating system's.
+
+    Raises:
+        ConfigError: If the settings are of another mode, or there are too few canaries.
+    """
+    if settings.privacy.mode not in ("record", "none"):
+        raise ConfigError(
+            f"privacy.mode = {settings.privacy.mode!r}: canaries are records, so an audit is of record, or of none"
+        )
+    if canaries < 32:
+        raise ConfigError(f"--canaries {canaries}: too few to find anything; give 32 or more")
+    site = Site(settings)
+    model, data = site.model(), site.data(0, 1).train
+    drawn = make_canaries(data, canaries, _vocabulary(model), derive(settings.run.seed, "canaries", 0))
+    included = draw_inclusion(canaries, inclusion)
+    records = concatenate(data, drawn.select(torch.nonzero(included).flatten().numpy()))
+    model.train_only(_EVERYTHING)
+    before = losses(model, drawn)
+    claimed, noise = _train(model, records, settings)
+    fall = before - losses(model, drawn)
+    found = audit(fall.nan_to_num(nan=-1e9), included, settings.privacy.delta, confidence=confidence)
+    return Audit(claimed, found, noise, (float(fall[included].mean()), float(fall[~included].mean())))
+
+
+def make_canaries(like: Encoded, count: int, vocabulary: int, seed: int) -> Encoded:
+    """Random tokens between the first and last of an ordinary example, with random classes if there are classes."""
+    generator = np.random.default_rng(seed)
+    length = min(LENGTH, like.max_length)
+    tokens = generator.integers(0, vocabulary, (count, length), dtype=np.int32)
+    first, last = like.begin[0], like.begin[0] + like.lengths[0] - 1
+    tokens[:, 0], tokens[:, -1] = like.tokens[first], like.tokens[last]
+    classes = None
+    if like.classes is not None:
+        classes = generator.choice(np.unique(like.classes), count).astype(np.int64)
+    return replace(
+        like,
+        tokens=tokens.reshape(-1),
+        begin=np.arange(count, dtype=np.int64) * length,
+        lengths=np.full(count, length, dtype=np.int64),
+        prompts=np.zeros(count, dtype=np.int64),
+        classes=classes,
+    )
+
+
+def concatenate(first: Encoded, second: Encoded) -> Encoded:
+    """All examples of both."""
+    classes = None
+    if first.classes is not None and second.classes is not None:
+        classes = np.concatenate([first.classes, second.classes])
+    return replace(
+        first,
+        tokens=np.concatenate([first.tokens, second.tokens]),
+        begin=np.concatenate([first.begin, second.begin + len(first.tokens)]),
+        lengths=np.concatenate([first.lengths, second.lengths]),
+        prompts=np.concatenate([first.prompts, second.prompts]),
+        classes=classes,
+    )
+
+
+def losses(model: FederatedModel, data: Encoded, batch_size: int = 128) -> Tensor:
+    """Each example's mean loss, `[examples]`."""
+    found = []
+    device = next(model.model.parameters()).device
+    model.model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(data), batch_size):
+            batch = data.batch(np.arange(start, min(start + batch_size, len(data))))
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = inputs.pop("labels")
+            total, targets, _ = example_losses(model.model(**inputs).logits, labels)
+            found.append((total / targets.clamp(min=1)).cpu())
+    return torch.cat(found)
+
+
+def _train(model: FederatedModel, records: Encoded, settings: Settings) -> tuple[float, float]:
+    """Train all planned rounds; returns the claimed ε and the noise multiplier."""
+    claimed, noise = math.inf, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        privacy = settings.privacy.model_copy(update={"ledger_dir": folder})
+        settings = settings.model_copy(update={"privacy": privacy})
+        for number in range(1, settings.run.num_rounds + 1):
+            factor = learning_rate_factor(settings.train, number, settings.run.num_rounds)
+            if privacy.mode == "none":
+                seed = derive(settings.run.seed, "batches", number, 0)
+                train(model, records, settings.train, factor=factor, seed=seed)
+                continue
+            spent = train_privately_for_a_round(model, records, settings, factor=factor, run_id="audit", partition=0)
+            claimed, noise = float(spent["epsilon-per-record"]), float(spent["noise-multiplier"])
+    return claimed, noise
+
+
+def _vocabulary(model: FederatedModel) -> int:
+    return int(model.model.get_input_embeddings().weight.shape[0])
