@@ -16,8 +16,9 @@ def private(tiny_config, tmp_path):
     }
 
 
-def test_a_private_run_stays_within_its_budget_and_says_so(private):
-    rows = tracking.read(simulate(private, 3) / "metrics.jsonl")
+@pytest.mark.parametrize("strategy", ["ffa", "fedsvd", "fed-sb", "cyclic"])
+def test_a_private_run_stays_within_its_budget_and_says_so(strategy: str, private):
+    rows = tracking.read(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
     assert all(row["rejected"] == 0 for row in rows)
     spent = [row["epsilon"]["largest"] for row in rows]
     assert spent == sorted(spent)
