@@ -127,6 +127,9 @@ class StrategySettings(_Group):
     wait_seconds: Positive = Field(600.0, description="how long to wait for min-nodes before the run stops")
     timeout: Positive = Field(3600.0, description="seconds a round waits for replies")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client")
+    refit: Literal["B", "all"] = Field(
+        "B", description="what a refactorization solves for: B alone, or B, A and Sigma in turn (more blocks than one)"
+    )
     sweeps: Count = Field(20, description="least-squares sweeps of a refactorization")
     residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
     residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")

@@ -28,12 +28,12 @@ BASE: dict[str, Scalar] = {
 # clients that drift apart: short texts, few clients, high and constant learning rates.
 QUICK: dict[str, Scalar] = BASE | {
     "model.max-length": 24,
-    "train.local-steps": 7,
+    "train.local-steps": 2,
     "train.learning-rate": 4e-3,
     "train.head-learning-rate": 2e-2,
     "train.schedule": "constant",
-    "run.num-rounds": 4,
-    "run.evaluate-every": 2,
+    "run.num-rounds": 14,
+    "run.evaluate-every": 7,
     "data.max-train-examples": 3000,
     "data.max-test-examples": 500,
     "data.evaluation-fraction": 0.05,

@@ -133,15 +133,24 @@ class Constraints:
     Args:
         floor: Smallest value of Sigma while columns have unit norm; none allows every sign.
         orthonormal_right: Keep the columns of every right block orthonormal (the Stiefel form).
+        only_left: Leave Sigma and the right factors as they are.
     """
 
     floor: float | None = None
     orthonormal_right: bool = False
+    only_left: bool = False
+
+    @property
+    def free(self) -> bool:
+        """Whether a step along the last change keeps every constraint but the floor."""
+        return not (self.orthonormal_right or self.only_left)
 
 
 def sweep(target: Target, fit: Fit, constraints: Constraints) -> Fit:
     """One pass over left, right and Sigma."""
     fit = update_left(target, fit)
+    if constraints.only_left:
+        return fit
     orthonormal = constraints.orthonormal_right
     fit = update_right_orthonormal(target, fit) if orthonormal else update_left(target.T, fit.T).T
     return update_sigma(target, fit, constraints.floor)
@@ -171,7 +180,7 @@ def fit_from(
             break
         fit = candidate
         gain = (error_before - error) / error_before
-        if gain >= tolerance and len(history) > 2 and not constraints.orthonormal_right:
+        if gain >= tolerance and len(history) > 2 and constraints.free:
             longer = _extrapolated(previous, fit, stretch, constraints.floor)
             longer_error = relative_error_of(target, longer)
             if longer_error < error:

@@ -64,6 +64,7 @@ def refactorize(
     cold: int | None = None,
     sigma_transform: str = "identity",
     orthonormal: bool = False,
+    only_B: bool = False,
     sweeps: int = 50,
     tolerance: float = 1e-3,
     reference_norms: Tensor | float | None = None,
@@ -78,6 +79,8 @@ def refactorize(
             The cheap algebraic guess is tried as well unless this is 0. Default: 0 with a start, 2 without.
         sigma_transform: `"identity"`, or `"exp_norm"` for a Sigma that must be one of its values.
         orthonormal: Keep the rows of every A_j orthonormal (Stiefel form), which bounds the gradient of B.
+        only_B: Leave the start's A and Sigma as they are and solve for B alone, which takes one solve: clients train
+            well from where they trained before, and a fit of all three moves to where they do not.
         sweeps: Most sweeps of alternating least squares.
         tolerance: Stop when a sweep lowers the error by less than this fraction of itself.
         reference_norms: Norms of A's rows in the stated gauge, as `row_norms` of `fix_gauge`. Default: the start's,
@@ -90,10 +93,10 @@ def refactorize(
         ValueError: If the rank or an option is out of range, or the start does not fit the update.
     """
     check_transform(sigma_transform)
-    _check(factors, rank, start, orthonormal)
+    _check(factors, rank, start, orthonormal, only_B)
     if isinstance(factors, BlockFactors) and factors.rank <= rank:
         factors = padded(factors, rank)
-        exact = None if orthonormal else _exact(factors, start, sigma_transform, reference_norms)
+        exact = None if orthonormal or only_B else _exact(factors, start, sigma_transform, reference_norms)
         if exact is not None:
             return exact
     whole, warm = _compressed_with(factors, start)
@@ -102,7 +105,7 @@ def refactorize(
     if size == 0:
         return _vanishing(factors, rank, start)
     floor = _floor(size, target.num_blocks, rank, warm) if sigma_transform == "exp_norm" else None
-    constraints = Constraints(floor, orthonormal)
+    constraints = Constraints(floor, orthonormal, only_B)
 
     start_error = None
     candidates: list[tuple[str, Fit]] = []
@@ -110,7 +113,9 @@ def refactorize(
         start_error = relative_error_of(target, warm)
         candidates.append(("start", warm))
     attempts = (2 if start is None else 0) if cold is None else cold
-    if target.num_blocks == 1:
+    if only_B:
+        attempts = 0
+    elif target.num_blocks == 1:
         candidates = [("svd", leading_svd(target, rank))]
     elif attempts > 0 or start is None:
         if isinstance(factors, BlockFactors):
@@ -143,9 +148,13 @@ def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFact
     return refactorize(factors, rank, start=start, sigma_transform=transform).factors
 
 
-def _check(update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None, orthonormal: bool) -> None:
+def _check(
+    update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None, orthonormal: bool, only_b: bool
+) -> None:
     if rank < 1:
         raise ValueError(f"rank is {rank}; give at least 1")
+    if only_b and (start is None or orthonormal):
+        raise ValueError("only_B keeps the start's A and Sigma; give a start, and leave orthonormal off")
     if start is not None and (start.shape, start.num_blocks, start.rank) != (update.shape, update.num_blocks, rank):
         raise ValueError(
             f"start is of a {start.shape} weight in {start.num_blocks} blocks and has rank {start.rank}; the fit is of"
@@ -241,7 +250,7 @@ def _best(
     target: Target, starts: list[tuple[str, Fit]], constraints: Constraints, sweeps: int, tolerance: float
 ) -> _Candidate:
     """Sweep all starts a little, then the best one to the end."""
-    if target.num_blocks == 1 and constraints.floor is None:
+    if starts[0][0] == "svd" and target.num_blocks == 1 and constraints.floor is None:
         return "svd", starts[0][1], [relative_error_of(target, starts[0][1])]
     best: _Candidate | None = None
     few = min(sweeps, _CANDIDATE_SWEEPS) if len(starts) > 1 else sweeps

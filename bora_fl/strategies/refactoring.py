@@ -15,7 +15,8 @@ def refactor(layer: LayerRound) -> LayerMerge:
     """Fit block factors of the adapter's rank to the mean of the products (ours).
 
     `min over (B, Sigma, A) of Σ_ij ‖M_ij − B_i diag(Sigma_ij) A_j‖²` with `M = Σ_k w_k delta_W^k`, started from the
-    factor mean and so never worse than it. For one block this is the truncated SVD of M.
+    factor mean and so never worse than it. For one block this is the truncated SVD of M. With
+    `strategy.refit = "B"` only B is solved for, which keeps A and Sigma where the clients train well.
     """
     return _with_residual(layer, block_fit(layer))
 
@@ -53,6 +54,7 @@ def block_fit(layer: LayerRound) -> BlockFactors:
         layer.rank,
         start=padded(factor_mean(layer.updates, layer.weights), layer.rank),
         sigma_transform=layer.sigma_transform,
+        only_B=layer.settings.refit == "B" and layer.current.num_blocks > 1,
         sweeps=layer.settings.sweeps,
     )
     return restore_range(fit.factors, layer.sigma_transform)
