@@ -24,14 +24,8 @@ from bora_fl.client.ledger import Ledger
 
 folder, when = sys.argv[1], sys.argv[2]
 model, records = Toy(), make_records(40)
-<<<<<<< HEAD
 budget = Budget({budget}, {delta})
 ledger = Ledger.open(folder, run_id="run", dataset_fingerprint="data", budget=budget, accountant="rdp")
-=======
-ledger = Ledger.open(
-    folder, run_id="run", dataset_fingerprint="data", budget=Budget({budget}, {delta}), accountant="rdp"
-)
->>>>>>> ddae8f0 (Refit B alone by default: clients train on where they trained before)
 taken = 0
 
 class Counted(torch.optim.SGD):
