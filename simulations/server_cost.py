@@ -38,7 +38,7 @@ class Adapter:
 
 
 ADAPTERS = (
-    Adapter("22 M encoder: query, value of 12 layers", 384, 8, 8, 24),
+    Adapter("33 M encoder: query, value of 12 layers", 384, 8, 8, 24),
     Adapter("7 B decoder: q, k, v, o of 32 layers", 4096, 16, 8, 128),
 )
 STRATEGIES = ("fedavg", "flora", "refactor")
