@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from bora_fl.blocks import BlockFactors, distance, factor_mean, merge, refactorize, relative_error
+from bora_fl.blocks import BlockFactors, distance, factor_mean, fix_gauge, merge, refactorize, relative_error
 from bora_fl.blocks.bench import LargestTensor
 from bora_fl.blocks.planted import F64, drifting_clients, from_dense, planted, random_factors
 
@@ -48,6 +48,26 @@ def test_error_is_the_dense_one_and_never_above_the_start(transform: str, b: int
     assert fit.start_error is not None
     assert fit.relative_error < fit.start_error
     assert all(later <= earlier for earlier, later in itertools.pairwise(fit.history))
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp_norm"])
+def test_b_alone_is_the_dense_least_squares_solution_and_leaves_the_rest(transform: str) -> None:
+    merged, mean = mean_of(drifting_clients(5, 5, b=4))
+    mean = fix_gauge(mean, sigma_transform=transform)
+    fit = refactorize(merged, 4, start=mean, sigma_transform=transform, only_B=True)
+    b, p, q = 4, merged.shape[0] // 4, merged.shape[1] // 4
+    right = [
+        torch.cat([mean.sigma[i, j][:, None] * mean.A[:, j * q : j * q + q] for j in range(b)], 1) for i in range(b)
+    ]
+    dense = merged.dense() / mean.scaling
+    for i in range(b):
+        best = torch.linalg.lstsq(right[i].mT, dense[i * p : (i + 1) * p].mT).solution.mT
+        wanted = best @ right[i] * mean.scaling
+        torch.testing.assert_close(fit.factors.dense()[i * p : (i + 1) * p], wanted, rtol=1e-6, atol=1e-8)
+    assert fit.start_error is not None
+    assert fit.relative_error < fit.start_error
+    with pytest.raises(ValueError, match="give a start"):
+        refactorize(merged, 4, only_B=True)
 
 
 @pytest.mark.parametrize("b", [2, 4])
