@@ -1,11 +1,15 @@
 """A tiny real BERT and a tiny data set with three natural clients, so that whole federations run in seconds."""
 
+import os
 import random
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+
+# Ray's workers yield to everything else by default: beside other tests they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 GOOD = ["good", "great", "fine", "happy", "nice"]
 BAD = ["bad", "awful", "sad", "poor", "wrong"]
