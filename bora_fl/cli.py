@@ -37,16 +37,18 @@ ConfigOption = Annotated[
 
 def main() -> None:
     """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
-    from bora_fl.data import FetchError
-    from bora_fl.launch import LaunchError
-
     try:
         cli()
     except ConfigError as error:
         for line in str(error).splitlines():
             console.print(f"[bold red]error:[/] {line}", highlight=False)
         sys.exit(2)
-    except (LaunchError, FetchError) as error:
+    except Exception as error:
+        from bora_fl.data import FetchError  # with torch, which most commands do without
+        from bora_fl.launch import LaunchError
+
+        if not isinstance(error, LaunchError | FetchError):
+            raise
         console.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 

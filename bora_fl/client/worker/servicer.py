@@ -1,5 +1,6 @@
 """The worker's side of a call: jobs wait for their turn, one trains at a time, and one that nobody waits for ends."""
 
+import importlib
 import logging
 import os
 import threading
@@ -204,7 +205,7 @@ class SiteWorker:
 
     def _prepare(self) -> None:
         started = time.perf_counter()
-
+        importlib.import_module("bora_fl.client.job")
         log.info("libraries loaded in %.1f s", time.perf_counter() - started)
 
     def _run(self, ticket: _Ticket, kind: str, content: RecordDict, node: Context) -> RecordDict:
