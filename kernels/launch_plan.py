@@ -182,7 +182,9 @@ def backward_plan(shape: LayerShape, needs: Needs) -> list[Launch]:
     if need_z:
         constants = {"NB": b, "R": r, "RP": shape.padded_rank, "BT": rows, "NEED_U": need_u, "NEED_SIGMA": needs.Sigma}
         mix_integers = {"T": shape.tokens, "tiles": mix_tiles}
-        num_warps = 4 if 16 < shape.padded_rank < 128 else 8  # as found by compiling: the other choice spills somewhere
+        # Found by compiling: the other choice spills somewhere, and AMD's warps are twice as wide.
+        wide = shape.backend == "cuda" and not 16 < shape.padded_rank < 128
+        num_warps = 8 if wide else 4
         launches.append(Launch("mix_back_kernel", (mix_slices, b), mix_integers, constants, num_warps, 1))
     if need_u:
         constants = _constants(shape, tile, NEED_X=needs.x, NEED_A=needs.A, **_of_x(shape))
