@@ -90,8 +90,10 @@ def _tile(kernel: str, shape: LayerShape) -> _Tile:
         return _Tile(128, 64, 8, 2)
     if half:
         return _Tile(64, 32, 8, 1) if shape.backend == "cuda" else _Tile(32, 32, 4, 1)
-    if rank <= 64:
-        return _Tile(64 if rank <= 32 else 32, 32, 8, 1)
+    if rank <= 32:
+        return _Tile(64, 32, 8 if shape.backend == "cuda" else 4, 1)
+    if rank == 64:
+        return _Tile(32, 32, 8, 1)
     # Three TF32 products keep more operands in registers than one does.
     return _Tile(16, 16, 4, 1) if shape.precision == "tf32x3" else _Tile(32, 16, 8, 1)
 
