@@ -121,9 +121,7 @@ class Server:
         """Loss on the part of the central test set that is kept for screening."""
         if self.screening is None:
             raise ValueError("no examples are kept for screening; set strategy.max-loss-increase")
-        adapter = self.settings.adapter
-        layers = {name: at_rank(f, adapter.rank, adapter.sigma_transform) for name, f in state.layers.items()}
-        self._bring_to(AdapterState(layers, state.tensors), folds)
+        self._bring_to(state, folds)
         return self._evaluate(self.screening).loss
 
     def _evaluate(self, data: Encoded) -> Metrics:
@@ -151,7 +149,9 @@ class Server:
         for fold in folds[self._folded :]:
             self.model.add_to_base(unflatten_factors(fold, ""))
         self._folded = len(folds)
-        self.model.write(state)
+        adapter = self.settings.adapter  # a strategy's state, or a client's, may be of a lower rank
+        layers = {name: at_rank(f, adapter.rank, adapter.sigma_transform) for name, f in state.layers.items()}
+        self.model.write(AdapterState(layers, state.tensors))
 
 
 def _split(test: Encoded, count: int, seed: int) -> tuple[Encoded, Encoded]:

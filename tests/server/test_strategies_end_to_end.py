@@ -39,3 +39,13 @@ def test_a_robust_rule_composes(rule: str, tiny_config):
     options = {"strategy.robust": rule, "run.num-rounds": 1, "train.local-steps": 1}
     rows = tracking.read(simulate(tiny_config | options, 3) / "metrics.jsonl")
     assert rows[0]["strategy"]["clients"] >= 1
+
+
+def test_a_merged_adapter_of_lower_rank_is_evaluated_and_saved_at_the_adapter_s(tiny_config):
+    options = {"strategy.name": "florist", "strategy.threshold": 0.01, "train.local-steps": 2}
+    folder = simulate(tiny_config | options, 3)
+    rows = tracking.read(folder / "metrics.jsonl")
+    assert rows[-1]["strategy"]["rank"] == 1
+    assert rows[-1]["evaluated"] == "central"
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in adapter.items() if name.endswith(".A")} == {2}
