@@ -134,11 +134,11 @@ def refactorize(
 
 
 def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFactors:
-    """Factors at a client's own rank: refitted to a smaller one, or padded with components that start at zero.
+    """Factors at another rank: refitted to a smaller one, or padded with components that start at zero.
 
     Args:
-        factors: A layer's factors at the server's rank.
-        rank: The client's rank.
+        factors: A layer's factors.
+        rank: The rank wanted, at least 1.
         sigma_transform: Of the adapter; a single block of plain LoRA has Sigma = 1 and takes ``identity``.
     """
     if factors.rank == rank:

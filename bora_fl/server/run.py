@@ -22,7 +22,8 @@ from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import ServerState, build
-from bora_fl.strategies.base import FederatedStrategy, RoundReport, RunFailedError
+from bora_fl.strategies.base import FederatedStrategy, RunFailedError
+from bora_fl.strategies.report import RoundReport
 
 log = logging.getLogger(__name__)
 

@@ -4,15 +4,15 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Protocol, get_args
+from dataclasses import asdict
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from bora_fl.accounting import Unit, summarize
+from bora_fl.accounting import summarize
 from bora_fl.config import Settings
 from bora_fl.records import (
     Instruction,
@@ -28,6 +28,7 @@ from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, ServerState
 from bora_fl.strategies.client_privacy import ClientPrivacy
+from bora_fl.strategies.report import RoundReport
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import moved_by, secure_mean
 
@@ -38,34 +39,6 @@ ALL_PARTS = frozenset({"A", "sigma", "B", "tensors"})
 
 class RunFailedError(RuntimeError):
     """The run cannot go on; its last checkpoint is whole."""
-
-
-@dataclass
-class RoundReport:
-    """What happened in a round; one line of ``metrics.jsonl``.
-
-    ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
-    or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
-    """
-
-    round: int
-    loss: float | None = None
-    accuracy: float | None = None
-    evaluated: str = ""
-    train_loss: float | None = None
-    client_loss: float | None = None
-    client_accuracy: float | None = None
-    client_accuracy_min: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-    server_seconds: float = 0.0
-    clients: int = 0
-    rejected: int = 0
-    reasons: dict[str, str] = field(default_factory=dict)
-    epsilon: dict[str, float | str] | None = None
-    strategy: dict[str, float] = field(default_factory=dict)
-    per_client: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -302,7 +275,7 @@ class FederatedStrategy(Strategy):
         state, report.strategy = self.aggregator.aggregate(state, updates, server_round)
         report.server_seconds = time.perf_counter() - started
         self._advance(state)
-        _summarize_clients(report)
+        report.summarize_clients()
         return to_arrays(flatten(state.current)), MetricRecord({"train-loss": report.train_loss or 0.0})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -319,7 +292,7 @@ class FederatedStrategy(Strategy):
             self._report.per_client[client] = self._report.per_client.get(client, {}) | found[node]
         if not found:
             return None
-        _summarize_evaluation(self._report, list(found.values()))
+        self._report.summarize_evaluation(list(found.values()))
         return MetricRecord({"eval-accuracy": self._report.client_accuracy or 0.0})
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -415,29 +388,3 @@ def round_half_up(value: float) -> int:
 
 def _size(content: RecordDict) -> int:
     return sum(len(array.data) for record in content.array_records.values() for array in record.values())
-
-
-def _summarize_clients(report: RoundReport) -> None:
-    metrics = list(report.per_client.values())
-    weights = [m["num-examples"] for m in metrics]
-    if metrics and all("train-loss" in m for m in metrics):
-        report.train_loss = _mean([m["train-loss"] for m in metrics], weights)
-    for unit in get_args(Unit):
-        key = f"epsilon-per-{unit}"
-        if spent := {client: m[key] for client, m in report.per_client.items() if key in m}:
-            report.epsilon = asdict(summarize(spent, unit))
-    evaluated = [m for m in metrics if m.get("eval-examples")]
-    if evaluated:
-        _summarize_evaluation(report, evaluated)
-
-
-def _summarize_evaluation(report: RoundReport, metrics: list[dict[str, float]]) -> None:
-    weights = [m.get("eval-examples", 0.0) for m in metrics]
-    report.client_loss = _mean([m.get("eval-loss", 0.0) for m in metrics], weights)
-    report.client_accuracy = _mean([m.get("eval-accuracy", 0.0) for m in metrics], weights)
-    report.client_accuracy_min = min((m.get("eval-accuracy", 0.0) for m in metrics), default=None)
-
-
-def _mean(values: list[float], weights: list[float]) -> float:
-    total = sum(weights)
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0

@@ -17,7 +17,8 @@ from bora_fl.records import from_arrays, reply_content, to_arrays
 from bora_fl.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.aggregation import ServerState, build
-from bora_fl.strategies.base import FederatedStrategy, RoundReport
+from bora_fl.strategies.base import FederatedStrategy
+from bora_fl.strategies.report import RoundReport
 
 ROUNDS, SICK = 2, 3  # the fourth node replies with garbage, to everything but the roll call
 CONFIG = {
