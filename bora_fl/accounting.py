@@ -156,6 +156,7 @@ def merge_history(history: Iterable[tuple[float, float, int]]) -> list[Spent]:
     return [Spent(*pair, steps) for pair, steps in sorted(steps_of.items())]
 
 
+@lru_cache(maxsize=64)  # every round of every client asks for the same few, and an answer takes seconds
 def solve_noise(
     target_epsilon: float, delta: float, sample_rate: float, total_steps: int, accountant: Accountant = "prv"
 ) -> float:

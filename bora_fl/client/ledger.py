@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from bora_fl.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
 from bora_fl.config import Settings
+from bora_fl.data import source_fingerprint
 
 _VERSION = 1
 
@@ -161,6 +162,28 @@ class Ledger:
         with self._file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def site_ledger(settings: Settings, run_id: str, partition: int, unit: Unit = "record") -> Ledger:
+    """The ledger of the data that a site trains on, under a run's budget.
+
+    Args:
+        settings: The run's settings.
+        run_id: The run, under which steps are booked.
+        partition: The client's partition; with the data's files it names the ledger.
+        unit: Whose presence the noise hides.
+
+    Raises:
+        ValueError: If the ledger on disk cannot be read.
+    """
+    return Ledger.open(
+        ledger_folder(settings),
+        run_id=run_id,
+        dataset_fingerprint=source_fingerprint(settings.data, partition),
+        budget=Budget(settings.privacy.epsilon, settings.privacy.delta),
+        accountant=settings.privacy.accountant,
+        unit=unit,
+    )
 
 
 def ledger_folder(settings: Settings) -> Path:

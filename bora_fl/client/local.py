@@ -5,17 +5,13 @@ mechanism, `bora_fl.gaussian.privatize`, whatever happened in training. The serv
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-from bora_fl.accounting import Budget, solve_noise
-from bora_fl.client.ledger import Ledger, ledger_folder, planned_rounds
+from bora_fl.accounting import solve_noise
+from bora_fl.client.ledger import planned_rounds, site_ledger
 from bora_fl.config import Settings
-from bora_fl.data import source_fingerprint
 from bora_fl.gaussian import Randomness, from_coordinates, privatize, to_coordinates
 from bora_fl.records import part_of
 from bora_fl.state import AdapterState, flatten, unflatten
-
-_solve = lru_cache(maxsize=64)(solve_noise)
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,8 @@ class LocalPrivacy:
             ValueError: If the ledger on disk cannot be read.
         """
         privacy = settings.privacy
-        ledger = Ledger.open(
-            ledger_folder(settings),
-            run_id=run_id,
-            dataset_fingerprint=source_fingerprint(settings.data, partition),
-            budget=Budget(privacy.epsilon, privacy.delta),
-            accountant=privacy.accountant,
-            unit="client",
-        )
-        noise = privacy.noise_multiplier or _solve(
+        ledger = site_ledger(settings, run_id, partition, "client")
+        noise = privacy.noise_multiplier or solve_noise(
             privacy.epsilon, privacy.delta, 1.0, planned_rounds(settings), privacy.accountant
         )
         spent = ledger.spend(noise, 1.0, 1)

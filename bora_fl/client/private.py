@@ -1,23 +1,20 @@
 """A client's round under record-level differential privacy: noise solved once, spent in the ledger, then trained."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from bora_fl.accounting import Budget, solve_noise
+from bora_fl.accounting import solve_noise
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.client.ledger import Ledger, ledger_folder, planned_rounds
+from bora_fl.client.ledger import planned_rounds, site_ledger
 from bora_fl.client.losses import sample_losses
 from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
-from bora_fl.data import Encoded, source_fingerprint
+from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.models import FederatedModel
-
-_solve = lru_cache(maxsize=64)(solve_noise)
 
 
 def planned_steps(settings: Settings, num_examples: int) -> int:
@@ -32,7 +29,7 @@ def noise_multiplier(settings: Settings, num_examples: int) -> float:
         return privacy.noise_multiplier
     rate = _expected_batch(settings, num_examples) / num_examples
     steps = planned_steps(settings, num_examples)
-    return _solve(privacy.epsilon, privacy.delta, rate, steps, privacy.accountant)
+    return solve_noise(privacy.epsilon, privacy.delta, rate, steps, privacy.accountant)
 
 
 def train_privately_for_a_round(
@@ -66,13 +63,7 @@ def train_privately_for_a_round(
     """
     privacy, train = settings.privacy, settings.train
     device = settle(model.model)
-    ledger = Ledger.open(
-        ledger_folder(settings),
-        run_id=run_id,
-        dataset_fingerprint=source_fingerprint(settings.data, partition),
-        budget=Budget(privacy.epsilon, privacy.delta),
-        accountant=privacy.accountant,
-    )
+    ledger = site_ledger(settings, run_id, partition)
     noise = noise_multiplier(settings, len(data))
 
     def collate(indices: list[int]) -> dict[str, Tensor]:
