@@ -91,12 +91,12 @@ def log_progress() -> None:
 
 @contextmanager
 def _connected(settings: WorkerSettings, wait: float) -> Iterator[tuple[Stub, list[tuple[str, str]]]]:
-    token = settings.token()
-    metadata = [(TOKEN_HEADER, f"Bearer {token}")] if token else []
     with grpc.insecure_channel(settings.address.target(), options=CHANNEL) as channel:
         _wait_for(channel, settings, wait)
         if settings.address.path:
             check_socket(settings.address.path)
+        token = settings.token()  # a worker that starts for the first time writes it before it listens
+        metadata = [(TOKEN_HEADER, f"Bearer {token}")] if token else []
         yield Stub(channel), metadata
 
 
