@@ -2,7 +2,7 @@
 
 from flwr.app import ConfigRecord, RecordDict
 
-SCHEMA = 1
+SCHEMA = 2
 STATE, FOLDS, INSTRUCTION, REPLY, METRICS = "state", "folds", "instruction", "reply", "metrics"
 
 

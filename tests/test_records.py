@@ -1,4 +1,3 @@
-import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.records import (
+    PACKED,
     Instruction,
     RejectedReplyError,
     from_arrays,
@@ -59,7 +59,7 @@ def test_an_instruction_survives_the_wire():
 
 
 def test_another_schema_is_named():
-    with pytest.raises(ValueError, match="schema 99, this site 1"):
+    with pytest.raises(ValueError, match="schema 99, this site 2"):
         Instruction.read(RecordDict({INSTRUCTION: ConfigRecord({"schema": 99})}))
 
 
@@ -71,7 +71,7 @@ def test_a_good_reply_is_the_client_s_state(request_message: Message):
 
 def test_frozen_parts_stay_home_and_are_filled_in(request_message: Message):
     content = good(frozenset({"B"}))
-    names = set(content.array_records[STATE])
+    names = set(from_arrays(content.array_records[STATE]))
     assert {n.rpartition("/")[2] for n in names} == {"B", "scaling"}
     got, _ = read_reply(reply(request_message, content), state(), frozenset({"B"}), ROUND, 3)
     assert torch.equal(got.layers["q"].B, state(seed=1).layers["q"].B)
@@ -102,11 +102,16 @@ def _metric(name: str, value: float) -> RecordDict:
     return content
 
 
+def _stored(kind: str) -> RecordDict:
+    content = good()
+    packed = content.array_records[STATE][PACKED]
+    content.array_records[STATE] = ArrayRecord({PACKED: Array("uint8", (len(packed.data),), kind, packed.data)})
+    return content
+
+
 def _garbage() -> RecordDict:
     content = good()
-    record = copy.deepcopy(content.array_records[STATE])
-    record["layers/q/A"] = Array("float32", (3, 4), "numpy.ndarray", b"\x80\x04not an array")
-    content.array_records[STATE] = record
+    content.array_records[STATE] = ArrayRecord({PACKED: Array("uint8", (14,), PACKED, b"\x80\x04not an array")})
     return content
 
 
@@ -127,10 +132,11 @@ BAD = {
     "zero weight": (lambda: _metric("num-examples", 0), "positive"),
     "nan weight": (lambda: _metric("num-examples", float("nan")), "finite"),
     "stale round": (lambda: reply_content(state(), state(), ALL, 3, {"num-examples": 1}), "round 3 in round 4"),
-    "another schema": (lambda: RecordDict({REPLY: ConfigRecord({"schema": 2, "round": ROUND})}), "schema 2"),
+    "another schema": (lambda: RecordDict({REPLY: ConfigRecord({"schema": 1, "round": ROUND})}), "schema 1"),
     "empty": (lambda: RecordDict(), "schema None"),
     "no state": (lambda: RecordDict({k: v for k, v in good().items() if k != STATE}), "no adapter state"),
-    "no arrays": (lambda: RecordDict({**good(), STATE: ArrayRecord()}), "missing"),
+    "no arrays": (lambda: RecordDict({**good(), STATE: ArrayRecord()}), "unreadable arrays"),
+    "pickled arrays": (lambda: _stored("numpy.ndarray"), "unreadable arrays"),
     "garbage bytes": (_garbage, "unreadable arrays"),
     "a refusal": (lambda: refusal("out of disk"), "out of disk"),
 }

@@ -214,7 +214,7 @@ def test_personal_factors_never_leave_the_client(tiny_config):
     seen = set()
 
     def watch(message: Message, partition: int) -> Message:
-        seen.update(message.content.array_records[STATE])
+        seen.update(from_arrays(message.content.array_records[STATE]))
         return message
 
     folder = simulate(tiny_config | {"strategy.name": "fedsa"}, 3, tamper=watch)

@@ -1,6 +1,6 @@
 """Malformed replies, drawn over the records: the server's state is bit for bit that of a run without them."""
 
-import struct
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import parse
-from bora_fl.records import from_arrays, reply_content, to_arrays
+from bora_fl.records import PACKED, from_arrays, reply_content, to_arrays
 from bora_fl.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.aggregation import ServerState, build
@@ -189,7 +189,9 @@ def wrong_metrics(draw: st.DrawFn) -> Garble:
 @st.composite
 def wrong_arrays(draw: st.DrawFn) -> Garble:
     """Entries that are missing, unknown, of a wrong shape, dtype or value, or bytes that are no array."""
-    way = draw(st.sampled_from(["drop", "add", "shape", "dtype", "value", "bytes", "header", "pickle", "type"]))
+    way = draw(
+        st.sampled_from(["drop", "add", "shape", "dtype", "value", "cut", "header", "pickle", "bytes", "entries"])
+    )
     place, cut = draw(st.integers(0, 10)), draw(st.integers(0, 200))
     shape = draw(st.lists(st.integers(0, 7), max_size=4))
     bad = draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
@@ -198,39 +200,42 @@ def wrong_arrays(draw: st.DrawFn) -> Garble:
     def garble(content: RecordDict) -> Any:
         if STATE not in content:
             return RecordDict({METRICS: MetricRecord({"eval-loss": float("nan")})})
-        arrays = content.array_records[STATE]
-        names = sorted(arrays)
+        flat = from_arrays(content.array_records[STATE])
+        packed = content.array_records[STATE][PACKED].data
+        names = sorted(flat)
         name = names[place % len(names)]
-        tensor = from_arrays(arrays)[name]
+        tensor = flat[name]
         if way == "drop":
-            del arrays[name]
+            del flat[name]
         elif way == "add":
-            arrays[f"{name}x"] = arrays[name]
+            flat[f"{name}x"] = flat[name]
         elif way == "shape":
-            arrays[name] = to_arrays({"t": torch.zeros([*shape, 11])})["t"]
+            flat[name] = torch.zeros([*shape, 11])
         elif way == "dtype":
-            other = torch.float64 if tensor.dtype == torch.float32 else torch.float32
-            arrays[name] = to_arrays({"t": tensor.to(other)})["t"]
+            flat[name] = tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
         elif way == "value":
-            arrays[name] = to_arrays({"t": torch.full_like(tensor, bad)})["t"]
-        elif way == "bytes":
-            arrays[name] = _array(arrays[name].data[: min(cut, len(arrays[name].data) - 1)] + noise[:0])
+            flat[name] = torch.full_like(tensor, bad)
+        if way == "cut":
+            packed = packed[: min(cut, len(packed) - 1)]
         elif way == "header":
-            arrays[name] = _array(arrays[name].data.replace(b"'shape': (", b"'shape': (9999999,"))
+            packed = packed.replace(b'"shape":[', b'"shape":[9999999,')
         elif way == "pickle":
-            arrays[name] = _array(b"\x93NUMPY\x01\x00" + struct.pack("<H", 58) + PICKLED_HEADER + noise)
+            packed = pickle.dumps(flat)
+        elif way == "bytes":
+            packed = noise
         else:
-            arrays[name] = _array(noise)
+            packed = to_arrays(flat)[PACKED].data
+        if way == "entries":
+            content.array_records[STATE] = ArrayRecord({n: Array(t.numpy()) for n, t in flat.items()})
+        else:
+            content.array_records[STATE] = ArrayRecord({PACKED: _array(packed)})
         return content
 
     return garble
 
 
-PICKLED_HEADER = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(57) + b"\n"
-
-
 def _array(data: bytes) -> Array:
-    return Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=data)
+    return Array(dtype="uint8", shape=(len(data),), stype=PACKED, data=data)
 
 
 @pytest.fixture(scope="module")
