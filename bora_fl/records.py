@@ -116,7 +116,8 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
     """
     if list(record) != [PACKED] or record[PACKED].stype != PACKED:
         raise ValueError(f"expected one array {PACKED!r}, found {', '.join(map(repr, record)) or 'none'}"[:500])
-    return safetensors.torch.load(record[PACKED].data)
+    flat: dict[str, Tensor] = safetensors.torch.load(record[PACKED].data)
+    return flat
 
 
 def shared(flat: Mapping[str, Tensor], parts: frozenset[str]) -> dict[str, Tensor]:

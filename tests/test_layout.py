@@ -31,6 +31,7 @@ FLOWER = {
     "bora_fl/client/round.py",
     "bora_fl/client/secure_aggregation.py",
     "bora_fl/strategies/base.py",
+    "bora_fl/strategies/exchange.py",
     "bora_fl/strategies/secure_aggregation.py",
     "bora_fl/server/app.py",
     "bora_fl/server/run.py",

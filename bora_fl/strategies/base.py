@@ -23,11 +23,12 @@ from bora_fl.records import (
     read_roll_call,
     to_arrays,
 )
-from bora_fl.schema import FOLDS, INSTRUCTION, SCHEMA, STATE
+from bora_fl.schema import FOLDS, INSTRUCTION, STATE
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, ServerState
 from bora_fl.strategies.client_privacy import ClientPrivacy
+from bora_fl.strategies.exchange import exchange, hello
 from bora_fl.strategies.report import RoundReport
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import moved_by, secure_mean
@@ -159,9 +160,8 @@ class FederatedStrategy(Strategy):
         new = [node for node in nodes if node not in self._roster]
         if not new:
             return
-        hello = RecordDict({INSTRUCTION: ConfigRecord({"schema": SCHEMA})})
-        messages = [Message(hello, dst_node_id=node, message_type="query") for node in new]
-        replies = grid.send_and_receive(messages, timeout=self.settings.strategy.timeout)
+        messages = [Message(hello(), dst_node_id=node, message_type="query") for node in new]
+        replies = exchange(grid, messages, self.settings.strategy.timeout)
         for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
             node = message.metadata.src_node_id
             try:
@@ -328,7 +328,7 @@ class FederatedStrategy(Strategy):
             if self.settings.privacy.secure_aggregation:
                 self._merge(current, self._accept_securely(current, messages, grid))
             else:
-                self.aggregate_train(current, grid.send_and_receive(messages, timeout=timeout))
+                self.aggregate_train(current, exchange(grid, messages, timeout))
             usable |= report.clients > 0
             if not usable:
                 reasons = "; ".join(f"{who}: {why}" for who, why in report.reasons.items()) or "no reply in time"
@@ -336,7 +336,7 @@ class FederatedStrategy(Strategy):
             arrays = to_arrays(flatten(self.state.current))
             evaluation = list(self.configure_evaluate(current, arrays, config, grid))
             if evaluation:
-                self.aggregate_evaluate(current, grid.send_and_receive(evaluation, timeout=timeout))
+                self.aggregate_evaluate(current, exchange(grid, evaluation, timeout))
             central = self.observer.evaluate(current, self.state, self.folds)
             if central:
                 report.loss, report.accuracy, report.evaluated = *central, "central"

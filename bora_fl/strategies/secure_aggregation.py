@@ -6,6 +6,7 @@ vanish before their key shares are out, whose masks are in no vector and need no
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from bora_fl import masks
 from bora_fl.config import PrivacySettings
 from bora_fl.records import part_of
 from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.strategies.exchange import exchange
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class _Watched:
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         sent = list(messages)
-        replies = list(self._grid.send_and_receive(sent, timeout=timeout))
+        replies = exchange(self._grid, sent, math.inf if timeout is None else timeout)
         silent = {m.metadata.dst_node_id for m in sent} - {m.metadata.src_node_id for m in replies}
         self.failures |= dict.fromkeys(sorted(silent), "no reply in time")
         for reply in replies:

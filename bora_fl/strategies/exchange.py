@@ -1,0 +1,83 @@
+"""A round's messages out and its replies in, without waiting for a site that has lost its message."""
+
+import logging
+import time
+from collections.abc import Iterable
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.superlink.grid import HttpGrid
+
+from bora_fl.schema import INSTRUCTION, SCHEMA
+
+log = logging.getLogger(__name__)
+
+LOST = "its SuperNode was started again and has lost the message"
+
+
+def hello() -> RecordDict:
+    """What a question to a node carries; any node that runs answers it at once."""
+    return RecordDict({INSTRUCTION: ConfigRecord({"schema": SCHEMA})})
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], timeout: float, *, poll: float = 1.0, quiet: float = 60.0
+) -> list[Message]:
+    """Send messages, and return the replies that come in time, each with the node it is about as its source.
+
+    A SuperLink hands a message out once. A SuperNode that is killed with one and started again is online and never
+    answers it, so that Flower would wait until the time is over. But a SuperNode works on one message after the other:
+    one that answers a later question has lost the earlier message. Who is silent is asked once nobody has answered for
+    `quiet` seconds, and for as long as the answers so far took. Flower's simulations lose no message and work on
+    several of a node's at once: they are not asked.
+
+    Args:
+        grid: Flower's grid.
+        messages: One for each node.
+        timeout: Seconds to wait.
+        poll: Seconds between two looks for replies.
+        quiet: Seconds without any reply, after which silent nodes are asked.
+    """
+    if not isinstance(grid, HttpGrid):
+        return list(grid.send_and_receive(messages, timeout=timeout))
+    sent = list(messages)
+    waiting: dict[str, Message] = {}
+    replies: list[Message] = []
+    ids: Iterable[str | None] = grid.push_messages(sent)
+    for message_id, message in zip(ids, sent, strict=True):
+        if message_id is None:  # Flower's word for a message that the SuperLink did not take
+            replies.append(_error(message, "the SuperLink did not take the message"))
+        else:
+            waiting[message_id] = message
+    asked: dict[str, str] = {}
+    started = heard = time.monotonic()
+    while waiting and time.monotonic() - started < timeout:
+        pulled = list(grid.pull_messages([*waiting, *asked]))
+        idle = {asked.pop(key) for m in pulled if (key := m.metadata.reply_to_message_id) in asked and m.has_content()}
+        if idle:  # what they had to send was there before their answer to the question
+            pulled += grid.pull_messages(list(waiting))
+        for reply in pulled:
+            key = reply.metadata.reply_to_message_id
+            asked.pop(key, None)
+            if key in waiting:
+                message = waiting.pop(key)
+                failed = reply.has_error()
+                replies.append(_error(message, reply.error.reason or "", reply.error.code) if failed else reply)
+                heard = time.monotonic()
+        replies += [_error(waiting.pop(key), LOST) for key in sorted(idle & waiting.keys())]
+        if time.monotonic() - heard > max(quiet, heard - started):
+            silent = [key for key in waiting if key not in asked.values()]
+            nodes = [waiting[key].metadata.dst_node_id for key in silent]
+            log.info("%d of %d nodes are silent", len(waiting), len(sent))
+            questions = grid.push_messages([Message(hello(), dst_node_id=n, message_type="query") for n in nodes])
+            asked |= {question: key for question, key in zip(questions, silent, strict=True) if question is not None}
+            heard = time.monotonic()
+        if waiting:
+            time.sleep(poll)
+    return replies
+
+
+def _error(message: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:
+    """An error in a node's name; the SuperLink reports errors in its own."""
+    return Message(Error(code, reason), reply_to=message)

@@ -1,0 +1,120 @@
+"""Waiting for replies over a SuperLink that hands every message out once."""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from bora_fl.schema import REPLY
+from bora_fl.strategies.exchange import LOST, exchange
+
+Node = Callable[[str], str]  # what became of a message of that kind: "answered", "at work", "gone" or "lost"
+
+
+class SuperLink(HttpGrid):
+    """Nodes in memory: each works on one message after the other."""
+
+    def __init__(self, nodes: dict[int, Node]) -> None:
+        self.nodes, self.sent, self.numbers = nodes, {}, itertools.count()
+        self.kinds: list[str] = []
+
+    def close(self) -> None:
+        """There is no connection."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
+        ids: list[str | None] = []
+        for message in messages:
+            self.kinds.append(message.metadata.message_type)
+            name = f"m{next(self.numbers)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.sent[name] = message
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for name in list(message_ids):
+            message = self.sent.get(name)
+            if message is None:
+                continue
+            fate = self.nodes[message.metadata.dst_node_id](message.metadata.message_type)
+            if fate == "answered":
+                replies.append(Message(RecordDict({REPLY: ConfigRecord({"round": 1})}), reply_to=message))
+            elif fate == "gone":
+                reply = Message(Error(5, "node unavailable"), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+                replies.append(reply)
+            else:
+                continue
+            del self.sent[name]
+        return replies
+
+
+@pytest.fixture(autouse=True)
+def identity():
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def run(nodes: dict[int, Node], timeout: float = 5.0) -> tuple[dict[int, str], SuperLink]:
+    grid = SuperLink(nodes)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
+    replies = exchange(grid, messages, timeout, poll=0.01, quiet=0.05)
+    assert len(replies) == len({reply.metadata.src_node_id for reply in replies})
+    return {m.metadata.src_node_id: m.error.reason if m.has_error() else "answered" for m in replies}, grid
+
+
+def prompt(kind: str) -> str:
+    return "answered"
+
+
+def restarted(kind: str) -> str:
+    """The message is lost, and what comes later is answered."""
+    return "lost" if kind == "train" else "answered"
+
+
+def slow(polls: int) -> Node:
+    """At work for some polls, and only then free for another message."""
+    left = itertools.count(polls, -1)
+    return lambda kind: ("at work" if next(left) > 0 else "answered") if kind == "train" else "at work"
+
+
+def test_prompt_nodes_are_asked_nothing():
+    replies, grid = run({2: prompt, 3: prompt})
+    assert replies == {2: "answered", 3: "answered"}
+    assert grid.kinds == ["train", "train"]
+
+
+def test_a_node_that_lost_its_message_is_not_waited_for():
+    replies, grid = run({2: prompt, 3: restarted}, timeout=60.0)
+    assert replies == {2: "answered", 3: LOST}
+    assert grid.kinds.count("query") == 1
+
+
+def test_a_slow_node_is_waited_for_and_asked_once():
+    replies, grid = run({2: prompt, 3: slow(60)}, timeout=60.0)
+    assert replies == {2: "answered", 3: "answered"}
+    assert grid.kinds.count("query") == 1
+
+
+def test_a_reply_that_arrives_in_the_middle_of_a_look_counts():
+    looked = []
+
+    def node(kind: str) -> str:
+        if kind == "query":
+            looked.append(kind)
+        return "answered" if looked else "at work"
+
+    assert run({2: node}, timeout=60.0)[0] == {2: "answered"}
+    assert looked
+
+
+def test_the_superlink_s_errors_bear_the_node_s_name():
+    assert run({2: prompt, 3: lambda kind: "gone"})[0] == {2: "answered", 3: "node unavailable"}
+
+
+def test_the_timeout_ends_the_wait():
+    assert run({2: prompt, 3: lambda kind: "at work"}, timeout=0.3)[0] == {2: "answered"}
