@@ -16,7 +16,7 @@ BASE: dict[str, Scalar] = {
     "data.max-train-examples": 256,
     "data.evaluation-fraction": 0.0,
     "train.batch-size": 64,
-    "train.local-steps": 100,
+    "train.local-steps": 200,
     "train.learning-rate": 4e-3,
     "train.schedule": "constant",
     "run.num-rounds": 1,

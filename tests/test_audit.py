@@ -54,8 +54,18 @@ def test_no_privacy_is_seen():
     assert (result.canaries, result.correct) == (1000, result.guesses)
 
 
+def test_what_only_the_lowest_scores_tell_is_found():
+    """A third of what was not trained on scores as high as what was: of random classes one in three is guessed."""
+    included = draw_inclusion(1000, SeededRandomness(0))
+    scores = torch.where(included, 1.0, (SeededRandomness(1).uniform(1000) < 1 / 3).float())
+    result = audit(scores, included, 1e-5)
+    assert (result.guesses, result.correct) == (250, 250)
+    assert result.epsilon > 3.5
+
+
+@pytest.mark.parametrize("guesses", [None, [300]])
 @pytest.mark.parametrize("true_epsilon", [0.5, 1.0, 3.0])
-def test_known_mechanism_is_overestimated_no_more_often_than_stated(true_epsilon):
+def test_known_mechanism_is_overestimated_no_more_often_than_stated(true_epsilon, guesses):
     """Randomized response answers truly with probability e^ε / (1 + e^ε): exactly ε, and no mechanism tells more."""
     trials, confidence = 150, 0.9
     randomness = SeededRandomness(3)
@@ -65,10 +75,11 @@ def test_known_mechanism_is_overestimated_no_more_often_than_stated(true_epsilon
         truthful = randomness.uniform(600) < 1 / (1 + math.exp(-true_epsilon))
         answers = torch.where(truthful, included, ~included)
         scores = answers + 0.01 * randomness.uniform(600)
-        bounds.append(audit(scores, included, 0.0, confidence=confidence, guesses=[300]).epsilon)
+        bounds.append(audit(scores, included, 0.0, confidence=confidence, guesses=guesses).epsilon)
     above = sum(bound > true_epsilon for bound in bounds)
     assert above <= binom.ppf(0.999, trials, 1 - confidence)
-    assert sorted(bounds)[trials // 2] > 0.6 * true_epsilon
+    # Five tries share the error where none is named, which costs most where there is little to find.
+    assert sorted(bounds)[trials // 2] > (0.6 if guesses or true_epsilon >= 1 else 0.2) * true_epsilon
 
 
 def test_gaussian_mechanism_stays_below_its_epsilon():
