@@ -67,8 +67,8 @@ def _until(deployment: Deployment, condition: Callable[[], bool], what: str) -> 
 
 
 def _reason(run: Service) -> str:
-    """What a failed run said last."""
-    return run.log.read_text(errors="replace").rpartition("failed: ")[2].strip()[:400]
+    """What a failed run said last, without its remedies."""
+    return run.log.read_text(errors="replace").rpartition("failed: ")[2].partition(";")[0].strip()[:400]
 
 
 def _app(service: Service, name: str) -> psutil.Process | None:
