@@ -8,6 +8,7 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
+from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError, overrides
 from bora_fl.doctor.examination import Role, Setup, connection, examine
 
@@ -25,6 +26,8 @@ def doctor(
     site_key: Annotated[Path | None, typer.Option(help="the SuperNode's private key")] = None,
     secret: Annotated[Path | None, typer.Option(help="the SuperExec's secret")] = None,
     database: Annotated[Path | None, typer.Option(help="the SuperLink's database")] = None,
+    worker: Annotated[str, typer.Option(help="the site's worker, as unix:/run/bora_fl/worker.sock")] = "",
+    worker_token_file: Annotated[Path | None, typer.Option(help="its token, if it listens on TCP")] = None,
     run_config: Annotated[list[str] | None, typer.Option("--run-config", "-c", help="key=value of the run")] = None,
 ) -> None:
     """Look for what would make a run fail, before it starts; exit 1 if something would."""
@@ -45,6 +48,7 @@ def doctor(
         site_key,
         secret,
         database,
+        WorkerSettings(Address.read(worker), worker_token_file, wait=5.0) if worker else None,
     )
     counts = {"pass": 0, "warn": 0, "fail": 0}
     logging.disable(logging.WARNING)  # what matters of it is in the findings

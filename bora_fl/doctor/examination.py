@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from bora_fl.cache import cache_folder
+from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import ConfigError, Scalar, Settings
 from bora_fl.doctor import federation, machine, network, secrets, software
 from bora_fl.doctor.finding import Finding
+from bora_fl.doctor.worker import check_worker
 
 Role = Literal["server", "site", "all"]
 
@@ -29,6 +31,7 @@ class Setup:
         site_key: The SuperNode's.
         secret: The SuperExec's.
         database: The SuperLink's.
+        worker: The site's.
     """
 
     role: Role
@@ -40,6 +43,7 @@ class Setup:
     site_key: Path | None = None
     secret: Path | None = None
     database: Path | None = None
+    worker: WorkerSettings | None = None
 
 
 def examine(setup: Setup) -> Iterator[Finding]:
@@ -51,6 +55,8 @@ def examine(setup: Setup) -> Iterator[Finding]:
         yield secrets.check_site_key(setup.site_key)
     if setup.secret:
         yield secrets.check_private(setup.secret)
+    if setup.worker and site:
+        yield check_worker(setup.worker)
     if setup.superlink:
         host, port = split(setup.superlink)
         reachable, answer = network.check_reachable(host, port, setup.authority)

@@ -5,8 +5,11 @@ from typer.testing import CliRunner
 
 from bora_fl.certificates import make_server, make_site
 from bora_fl.cli import cli
+from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError
 from bora_fl.doctor.examination import Setup, connection, examine, split
+from bora_fl.doctor.worker import check_worker
+from tests.client.worker.in_process import serving
 
 
 def test_a_machine_where_all_is_well(tiny_config, tmp_path: Path):
@@ -32,6 +35,22 @@ def test_a_server_is_not_asked_for_what_only_a_site_has(tiny_config, tmp_path: P
     subjects = {f.subject.split()[0] for f in examine(Setup("server", tiny_config, site_key=site_key))}
     assert "results" in subjects
     assert not subjects & {"cache", "memory", str(site_key)}
+
+
+def test_a_worker_is_asked(tmp_path: Path):
+    settings = WorkerSettings(Address(path=tmp_path / "sockets" / "worker.sock"), wait=1.0)
+    missing = check_worker(settings)
+    assert (missing.level, "there is no such socket" in missing.text) == ("fail", True)
+    with serving(settings):
+        assert check_worker(settings).level == "pass"
+
+
+def test_a_worker_of_another_version_would_refuse_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = WorkerSettings(Address(path=tmp_path / "sockets" / "worker.sock"), wait=5.0)
+    monkeypatch.setattr("bora_fl.doctor.worker.__version__", "9.9.9")
+    with serving(settings):
+        found = check_worker(settings)
+    assert (found.level, "9.9.9" in found.text) == ("fail", True)
 
 
 def test_the_command_fails_where_a_run_would(tiny_config):
