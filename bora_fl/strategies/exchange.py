@@ -44,9 +44,8 @@ def exchange(
     sent = list(messages)
     waiting: dict[str, Message] = {}
     replies: list[Message] = []
-    ids: Iterable[str | None] = grid.push_messages(sent)
-    for message_id, message in zip(ids, sent, strict=True):
-        if message_id is None:  # Flower's word for a message that the SuperLink did not take
+    for message_id, message in zip(_push(grid, sent), sent, strict=True):
+        if message_id is None:
             replies.append(_error(message, "the SuperLink did not take the message"))
         else:
             waiting[message_id] = message
@@ -70,12 +69,18 @@ def exchange(
             silent = [key for key in waiting if key not in asked.values()]
             nodes = [waiting[key].metadata.dst_node_id for key in silent]
             log.info("%d of %d nodes are silent", len(waiting), len(sent))
-            questions = grid.push_messages([Message(hello(), dst_node_id=n, message_type="query") for n in nodes])
+            questions = _push(grid, [Message(hello(), dst_node_id=node, message_type="query") for node in nodes])
             asked |= {question: key for question, key in zip(questions, silent, strict=True) if question is not None}
             heard = time.monotonic()
         if waiting:
             time.sleep(poll)
     return replies
+
+
+def _push(grid: Grid, messages: list[Message]) -> list[str | None]:
+    """Message ids; None for what the SuperLink did not take, which may be everything if it is too large for it."""
+    ids: list[str | None] = list(grid.push_messages(messages))
+    return ids or [None] * len(messages)
 
 
 def _error(message: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:

@@ -116,5 +116,11 @@ def test_the_superlink_s_errors_bear_the_node_s_name():
     assert run({2: prompt, 3: lambda kind: "gone"})[0] == {2: "answered", 3: "node unavailable"}
 
 
+def test_messages_that_the_superlink_does_not_take_are_errors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SuperLink, "push_messages", lambda self, messages: [])
+    replies, _ = run({2: prompt, 3: prompt})
+    assert replies == dict.fromkeys((2, 3), "the SuperLink did not take the message")
+
+
 def test_the_timeout_ends_the_wait():
     assert run({2: prompt, 3: lambda kind: "at work"}, timeout=0.3)[0] == {2: "answered"}
