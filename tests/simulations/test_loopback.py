@@ -112,6 +112,17 @@ def test_a_node_without_the_authority_is_refused(deployment: Deployment, tmp_pat
     assert "CERTIFICATE_VERIFY_FAILED" in ended(stranger)
 
 
+def test_a_securely_aggregated_fine_tune_is_the_plain_one(deployment: Deployment, tmp_path: Path):
+    """Up to the 22 bits of a masked entry, of which Adam would make whole steps in a second round."""
+    config = CONFIG | {"strategy.name": "fedavg", "strategy.weighting": "uniform", "run.num-rounds": 1}
+    secure = {"privacy.secure-aggregation": True, "run.output-dir": str(tmp_path / "secure")}
+    finished(deployment.submit(config | secure), 400, deployment.services)
+    deployed = adapter(tmp_path / "secure")
+    simulated = adapter(simulate(config | {"run.output-dir": str(tmp_path / "plain")}, 3))
+    for name in simulated:
+        torch.testing.assert_close(deployed[name], simulated[name], rtol=0, atol=5e-5)
+
+
 def test_no_log_and_no_command_line_tells_a_secret(deployment: Deployment):
     secret_files = [*deployment.folder.rglob("*.key"), *deployment.folder.rglob(SECRET)]
     assert len(secret_files) >= 9
