@@ -24,6 +24,7 @@ from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.base import FederatedStrategy, RunFailedError
 from bora_fl.strategies.report import RoundReport
+from bora_fl.strategies.sigma_range import restore_range
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +120,13 @@ class Server:
         return metrics.loss, metrics.accuracy
 
     def held_out_loss(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> float:
-        """Loss on the part of the central test set that is kept for screening."""
+        """Loss on the part of the central test set that is kept for screening; a client's Sigma may be out of range."""
         if self.screening is None:
             raise ValueError("no examples are kept for screening; set strategy.max-loss-increase")
-        self._bring_to(state, folds)
+        adapter = self.settings.adapter
+        transform = adapter.sigma_transform if adapter.method == "bora" else "identity"
+        layers = {name: restore_range(factors, transform) for name, factors in state.layers.items()}
+        self._bring_to(AdapterState(layers, state.tensors), folds)
         return self._evaluate(self.screening).loss
 
     def _evaluate(self, data: Encoded) -> Metrics:

@@ -193,6 +193,7 @@ class FederatedStrategy(Strategy):
             report.bytes_up += _size(message.content) if message.has_content() else 0
             try:
                 state, metrics = read_reply(message, sent, parts, server_round, self.settings.adapter.rank)
+                self._require_positive_sigma(node, state)
                 client = self._roster[node]
             except RejectedReplyError as rejected:
                 if rejected.folds_held is not None:
@@ -215,6 +216,14 @@ class FederatedStrategy(Strategy):
             report.per_client.pop(str(client), None)
         report.clients = len(updates)
         return updates
+
+    def _require_positive_sigma(self, node: int, state: AdapterState) -> None:
+        """Refuse what no client under ``exp_norm`` can have trained, and no merge could take."""
+        if self.settings.adapter.method != "bora" or self.settings.adapter.sigma_transform != "exp_norm":
+            return
+        for name, factors in state.layers.items():
+            if not bool((factors.sigma > 0).all()):
+                raise RejectedReplyError(node, f"layer {name}: Sigma is not positive, as exp_norm always makes it")
 
     def _accept_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> list[ClientUpdate]:
         """The mean of the round's updates as one update; the server sees none of them."""
@@ -274,6 +283,10 @@ class FederatedStrategy(Strategy):
             report.epsilon = asdict(summarize({"run": spent}, "client"))
         state, report.strategy = self.aggregator.aggregate(state, updates, server_round)
         report.server_seconds = time.perf_counter() - started
+        if not all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values()):
+            report.reasons["merge"] = "the merged adapter is not finite; the adapter stays as it was"
+            log.error("round %d: %s", server_round, report.reasons["merge"])
+            return None, None
         self._advance(state)
         report.summarize_clients()
         return to_arrays(flatten(state.current)), MetricRecord({"train-loss": report.train_loss or 0.0})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,20 @@ def negative_weight(message: Message) -> Message:
     return message
 
 
-@pytest.mark.parametrize("spoil", [nan, wrong_shape, wrong_key, negative_weight, lambda message: None])
+def times(factor: float, *parts: str) -> Callable[[Message], Message]:
+    def spoil(message: Message) -> Message:
+        flat = from_arrays(message.content.array_records[STATE])
+        flat = {name: t * factor if name.rpartition("/")[2] in parts else t for name, t in flat.items()}
+        message.content.array_records[STATE] = to_arrays(flat)
+        return message
+
+    return spoil
+
+
+negative_sigma = times(-1.0, "sigma")
+
+
+@pytest.mark.parametrize("spoil", [nan, wrong_shape, wrong_key, negative_weight, negative_sigma, lambda message: None])
 def test_a_bad_client_changes_nothing_for_the_others(spoil, tiny_config, tmp_path: Path):
     config = tiny_config | {"run.num-rounds": 1}
     bad = simulate(config, 3, tamper=lambda m, partition: spoil(m) if partition == 1 else m)
@@ -240,6 +254,19 @@ def test_a_client_whose_model_is_worse_on_held_out_examples_is_set_aside(tiny_co
     without = config | {"run.output-dir": str(tmp_path / "without")}
     dropped = simulate(without, 3, tamper=lambda message, partition: None if partition == 1 else message)
     assert equal(adapter(spoiled), adapter(dropped))
+
+
+def test_a_sigma_that_training_cannot_reach_is_no_obstacle_to_screening(tiny_config):
+    config = tiny_config | {"strategy.max-loss-increase": 5.0, "strategy.screening-examples": 20, "run.num-rounds": 1}
+    folder = simulate(config, 3, tamper=lambda m, partition: times(1.5, "sigma")(m) if partition == 1 else m)
+    assert tracking.read(folder / "metrics.jsonl")[0]["clients"] == 3
+
+
+@pytest.mark.parametrize("strategy", ["refactor", "fedavg"])
+def test_a_merge_that_overflows_leaves_the_adapter_as_it_was(strategy: str, tiny_config):
+    config = tiny_config | {"strategy.name": strategy, "run.num-rounds": 1}
+    folder = simulate(config, 3, tamper=lambda m, partition: times(3e38, "A", "B")(m) if partition == 1 else m)
+    assert all(bool(tensor.isfinite().all()) for tensor in adapter(folder).values())
 
 
 def test_sites_with_data_of_their_own_train_on_all_of_it(tiny_config):

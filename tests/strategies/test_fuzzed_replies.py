@@ -189,9 +189,8 @@ def wrong_metrics(draw: st.DrawFn) -> Garble:
 @st.composite
 def wrong_arrays(draw: st.DrawFn) -> Garble:
     """Entries that are missing, unknown, of a wrong shape, dtype or value, or bytes that are no array."""
-    way = draw(
-        st.sampled_from(["drop", "add", "shape", "dtype", "value", "cut", "header", "pickle", "bytes", "entries"])
-    )
+    ways = ["drop", "add", "shape", "dtype", "value", "cut", "header", "pickle", "bytes", "entries", "sign"]
+    way = draw(st.sampled_from(ways))
     place, cut = draw(st.integers(0, 10)), draw(st.integers(0, 200))
     shape = draw(st.lists(st.integers(0, 7), max_size=4))
     bad = draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
@@ -215,6 +214,8 @@ def wrong_arrays(draw: st.DrawFn) -> Garble:
             flat[name] = tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
         elif way == "value":
             flat[name] = torch.full_like(tensor, bad)
+        elif way == "sign":
+            flat |= {n: -t for n, t in flat.items() if n.endswith("/sigma")}
         if way == "cut":
             packed = packed[: min(cut, len(packed) - 1)]
         elif way == "header":
