@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from bora_fl.records import from_arrays, to_arrays
 from bora_fl.schema import METRICS, STATE
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
+from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.aggregation import Aggregator, ServerState
 from bora_fl.strategies.base import RunFailedError
 
 
@@ -166,7 +169,6 @@ def simulated_reply() -> Message:
 
     from bora_fl.blocks import BlockFactors
     from bora_fl.records import reply_content
-    from bora_fl.state import AdapterState
 
     state = AdapterState({"q": BlockFactors(torch.ones(4, 1), torch.ones(2, 2, 1), torch.ones(1, 4))})
     content = reply_content(state, state, frozenset({"A", "B", "sigma"}), 1, {"num-examples": 1})
@@ -262,10 +264,17 @@ def test_a_sigma_that_training_cannot_reach_is_no_obstacle_to_screening(tiny_con
     assert tracking.read(folder / "metrics.jsonl")[0]["clients"] == 3
 
 
-@pytest.mark.parametrize("strategy", ["refactor", "fedavg"])
-def test_a_merge_that_overflows_leaves_the_adapter_as_it_was(strategy: str, tiny_config):
-    config = tiny_config | {"strategy.name": strategy, "run.num-rounds": 1}
-    folder = simulate(config, 3, tamper=lambda m, partition: times(3e38, "A", "B")(m) if partition == 1 else m)
+def test_a_merge_that_is_not_finite_changes_nothing(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    merge = Aggregator.aggregate
+
+    def overflow(self: Aggregator, state: ServerState, updates: list[ClientUpdate], round: int):
+        merged, details = merge(self, state, updates, round)
+        tensors = {name: torch.full_like(t, float("inf")) for name, t in merged.current.tensors.items()}
+        return replace(merged, current=AdapterState(merged.current.layers, tensors)), details
+
+    monkeypatch.setattr(Aggregator, "aggregate", overflow)
+    folder = simulate(tiny_config | {"run.num-rounds": 1}, 3)
+    assert "not finite" in tracking.read(folder / "metrics.jsonl")[0]["reasons"]["merge"]
     assert all(bool(tensor.isfinite().all()) for tensor in adapter(folder).values())
 
 
