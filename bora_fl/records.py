@@ -209,6 +209,17 @@ def read_reply(
     return _complete(node, flat, flatten(sent), parts, max_rank), metrics
 
 
+def require_positive_sigma(node: int, state: AdapterState) -> None:
+    """Refuse what no client under ``exp_norm`` can have trained, and no merge could take.
+
+    Raises:
+        RejectedReplyError: If a Sigma is not positive everywhere.
+    """
+    for name, factors in state.layers.items():
+        if not bool((factors.sigma > 0).all()):
+            raise RejectedReplyError(node, f"layer {name}: Sigma is not positive, as exp_norm always makes it")
+
+
 def read_evaluation(message: Message) -> dict[str, float]:
     """The metrics of an evaluation reply.
 

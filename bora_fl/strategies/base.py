@@ -21,6 +21,7 @@ from bora_fl.records import (
     read_evaluation,
     read_reply,
     read_roll_call,
+    require_positive_sigma,
     to_arrays,
 )
 from bora_fl.schema import FOLDS, INSTRUCTION, STATE
@@ -185,15 +186,16 @@ class FederatedStrategy(Strategy):
 
     def accept(self, server_round: int, replies: Iterable[Message]) -> list[ClientUpdate]:
         """The updates that pass every check, ordered by client; the others are logged, counted and set aside."""
-        report, sent = self._report, self.state.current
+        report, sent, adapter = self._report, self.state.current, self.settings.adapter
         parts = self.aggregator.trains(server_round) & self.aggregator.shares()
         accepted: dict[int, ClientUpdate] = {}
         for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
             node = message.metadata.src_node_id
             report.bytes_up += _size(message.content) if message.has_content() else 0
             try:
-                state, metrics = read_reply(message, sent, parts, server_round, self.settings.adapter.rank)
-                self._require_positive_sigma(node, state)
+                state, metrics = read_reply(message, sent, parts, server_round, adapter.rank)
+                if adapter.method == "bora" and adapter.sigma_transform == "exp_norm":
+                    require_positive_sigma(node, state)
                 client = self._roster[node]
             except RejectedReplyError as rejected:
                 if rejected.folds_held is not None:
@@ -216,14 +218,6 @@ class FederatedStrategy(Strategy):
             report.per_client.pop(str(client), None)
         report.clients = len(updates)
         return updates
-
-    def _require_positive_sigma(self, node: int, state: AdapterState) -> None:
-        """Refuse what no client under ``exp_norm`` can have trained, and no merge could take."""
-        if self.settings.adapter.method != "bora" or self.settings.adapter.sigma_transform != "exp_norm":
-            return
-        for name, factors in state.layers.items():
-            if not bool((factors.sigma > 0).all()):
-                raise RejectedReplyError(node, f"layer {name}: Sigma is not positive, as exp_norm always makes it")
 
     def _accept_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> list[ClientUpdate]:
         """The mean of the round's updates as one update; the server sees none of them."""
