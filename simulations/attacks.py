@@ -20,8 +20,8 @@ from bora_fl.client.round import train_round
 from bora_fl.client.site import Site, site
 from bora_fl.config import parse
 from bora_fl.data import ClientData, Encoded
-from bora_fl.records import from_arrays, part_of, to_arrays
-from bora_fl.schema import STATE
+from bora_fl.wire.records import from_arrays, part_of, to_arrays
+from bora_fl.wire.schema import STATE
 
 TARGET_CLASS, TRIGGER_TOKENS, STAMPED = 0, 2, 0.5
 FLIPPED, SCALED = -5.0, 100.0

@@ -21,8 +21,8 @@ LEVELS = [
     {"simulations", "cli"},
 ]
 FLOWER = {
-    "bora_fl/records.py",
-    "bora_fl/schema.py",
+    "bora_fl/wire/records.py",
+    "bora_fl/wire/schema.py",
     "bora_fl/client/app.py",
     "bora_fl/client/job.py",
     "bora_fl/client/worker/pieces.py",

@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import parse
-from bora_fl.schema import REPLY, SCHEMA, refusal
+from bora_fl.wire.schema import REPLY, SCHEMA, refusal
 
 if TYPE_CHECKING:
     from bora_fl.client.job import Kind

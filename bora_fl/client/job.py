@@ -10,7 +10,7 @@ from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.round import MissingFoldsError, OnStep, evaluate_round, train_round
 from bora_fl.client.site import site
 from bora_fl.config import parse
-from bora_fl.schema import METRICS, refusal
+from bora_fl.wire.schema import METRICS, refusal
 
 log = logging.getLogger(__name__)
 

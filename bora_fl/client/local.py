@@ -10,8 +10,8 @@ from bora_fl.accounting import solve_noise
 from bora_fl.client.ledger import planned_rounds, site_ledger
 from bora_fl.config import Settings
 from bora_fl.gaussian import Randomness, from_coordinates, privatize, to_coordinates
-from bora_fl.records import part_of
 from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.wire.records import part_of
 
 
 @dataclass(frozen=True)

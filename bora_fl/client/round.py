@@ -17,11 +17,11 @@ from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel
-from bora_fl.records import Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
-from bora_fl.schema import FOLDS
 from bora_fl.seeds import derive
-from bora_fl.sparsity import sparsify
 from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.wire.records import Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
+from bora_fl.wire.schema import FOLDS
+from bora_fl.wire.sparsity import sparsify
 
 LOCAL = "local-factors"
 

@@ -16,8 +16,8 @@ from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from bora_fl import masks
 from bora_fl.config import Settings
-from bora_fl.records import from_arrays, part_of
-from bora_fl.schema import METRICS, REPLY, STATE
+from bora_fl.wire.records import from_arrays, part_of
+from bora_fl.wire.schema import METRICS, REPLY, STATE
 
 protocol = import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")  # its package hides it behind a function
 vars(protocol)["pseudo_rand_gen"] = masks.expand

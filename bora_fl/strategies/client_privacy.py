@@ -14,7 +14,6 @@ from torch import Tensor
 from bora_fl.accounting import Budget, Spent, solve_noise
 from bora_fl.config import PrivacySettings, Settings
 from bora_fl.gaussian import Randomness, from_coordinates, to_coordinates
-from bora_fl.records import part_of
 from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
 from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.central_dp import (
@@ -25,6 +24,7 @@ from bora_fl.strategies.central_dp import (
     noised_mean,
 )
 from bora_fl.strategies.layer_merge import Trains
+from bora_fl.wire.records import part_of
 
 _ROUNDS, _CLIP = "privacy/rounds", "privacy/clip_norm"
 

@@ -9,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
-from bora_fl.schema import INSTRUCTION, SCHEMA
+from bora_fl.wire.schema import INSTRUCTION, SCHEMA
 
 log = logging.getLogger(__name__)
 

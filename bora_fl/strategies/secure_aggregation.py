@@ -22,9 +22,9 @@ from flwr.serverapp import Grid
 
 from bora_fl import masks
 from bora_fl.config import PrivacySettings
-from bora_fl.records import part_of
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.strategies.exchange import exchange
+from bora_fl.wire.records import part_of
 
 log = logging.getLogger(__name__)
 

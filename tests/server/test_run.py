@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from bora_fl import models, tracking
 from bora_fl.config import ConfigError
-from bora_fl.records import from_arrays, to_arrays
-from bora_fl.schema import METRICS, STATE
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import Aggregator, ServerState
 from bora_fl.strategies.base import RunFailedError
+from bora_fl.wire.records import from_arrays, to_arrays
+from bora_fl.wire.schema import METRICS, STATE
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def simulated_reply() -> Message:
     from flwr.app import RecordDict
 
     from bora_fl.blocks import BlockFactors
-    from bora_fl.records import reply_content
+    from bora_fl.wire.records import reply_content
 
     state = AdapterState({"q": BlockFactors(torch.ones(4, 1), torch.ones(2, 2, 1), torch.ones(1, 4))})
     content = reply_content(state, state, frozenset({"A", "B", "sigma"}), 1, {"num-examples": 1})

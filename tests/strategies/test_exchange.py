@@ -9,8 +9,8 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from bora_fl.schema import REPLY
 from bora_fl.strategies.exchange import LOST, exchange
+from bora_fl.wire.schema import REPLY
 
 Node = Callable[[str], str]  # what became of a message of that kind: "answered", "at work", "gone" or "lost"
 

@@ -8,10 +8,10 @@ import torch
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import StrategySettings
-from bora_fl.sparsity import sparsify
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.alignment import align
+from bora_fl.wire.sparsity import sparsify
 
 LAYER = "query"
 ROWS, COLUMNS = 24, 16

@@ -21,7 +21,7 @@ from bora_fl import __version__
 from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.worker_pb2 import Chunk, Job, StatusRequest, StatusResponse, WorkRequest, WorkResponse
 from bora_fl.config import Settings
-from bora_fl.schema import INSTRUCTION, REPLY, SCHEMA
+from bora_fl.wire.schema import INSTRUCTION, REPLY, SCHEMA
 
 log = logging.getLogger(__name__)
 

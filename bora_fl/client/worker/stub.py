@@ -16,7 +16,7 @@ from bora_fl.client.worker.address import WorkerSettings, check_socket
 from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.service import TOKEN_HEADER, Stub
 from bora_fl.client.worker.worker_pb2 import Chunk, Job, StatusRequest, StatusResponse, WorkRequest
-from bora_fl.schema import SCHEMA
+from bora_fl.wire.schema import SCHEMA
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.client.worker.servicer import SiteWorker
 from bora_fl.client.worker.serving import serve
-from bora_fl.schema import REPLY
+from bora_fl.wire.schema import REPLY
 
 
 class Training:

@@ -2,7 +2,7 @@
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from bora_fl.schema import INSTRUCTION
+from bora_fl.wire.schema import INSTRUCTION
 
 
 def context(partition: int = 0, **run_config) -> Context:

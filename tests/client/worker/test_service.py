@@ -23,7 +23,7 @@ from bora_fl.client.worker.service import SERVICE
 from bora_fl.client.worker.servicer import QUEUE, SiteWorker
 from bora_fl.client.worker.stub import WorkerError, hand_over, status
 from bora_fl.config import ConfigError
-from bora_fl.schema import REPLY
+from bora_fl.wire.schema import REPLY
 from tests.client.worker.in_process import Training, eventually, serving
 from tests.client.worker.messages import content, context
 

@@ -11,8 +11,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from bora_fl.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
+from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
 PACKED = "safetensors"

@@ -6,7 +6,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.supercore.task_identity import TaskIdentity
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.records import (
+from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.wire.records import (
     PACKED,
     Instruction,
     RejectedReplyError,
@@ -15,8 +16,7 @@ from bora_fl.records import (
     reply_content,
     to_arrays,
 )
-from bora_fl.schema import INSTRUCTION, METRICS, REPLY, STATE, refusal
-from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, STATE, refusal
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})
 ROUND = 4

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.sparsity import sparsify
 from bora_fl.state import AdapterState, flatten
+from bora_fl.wire.sparsity import sparsify
 
 
 def states(dtype=torch.float32):
