@@ -2,7 +2,7 @@
 
 A canary is a sequence of random tokens with a random class (or, for a language model, to be predicted as it stands): no
 other record speaks for it, so what the model knows of it, it learned from it. Each is put into the data with
-probability ½; the product's own loop trains; a canary's score is how far its loss fell. `bora_fl.audit` makes a lower
+probability ½; the product's own loop trains; a canary's score is how far its loss fell. `bora_fl.privacy.audit` makes a lower
 bound of ε of the scores.
 """
 
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bora_fl.accounting import Unit
-from bora_fl.audit import AuditResult, audit, draw_inclusion
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import learning_rate_factor, train
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded
 from bora_fl.evaluate import example_losses
-from bora_fl.gaussian import Randomness
 from bora_fl.models import FederatedModel
+from bora_fl.privacy.accounting import Unit
+from bora_fl.privacy.audit import AuditResult, audit, draw_inclusion
+from bora_fl.privacy.gaussian import Randomness
 from bora_fl.seeds import derive
 
 LENGTH = 8

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bora_fl.accounting import Unit
 from bora_fl.client.per_sample import SampleGradients
-from bora_fl.gaussian import Randomness, SystemRandomness, add_noise, poisson_sample, require_mechanism
+from bora_fl.privacy.accounting import Unit
+from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise, poisson_sample, require_mechanism
 
 
 class Records(Protocol):

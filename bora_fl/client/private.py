@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bora_fl.accounting import solve_noise
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.client.ledger import planned_rounds, site_ledger
 from bora_fl.client.losses import sample_losses
 from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.models import FederatedModel
+from bora_fl.privacy.accounting import solve_noise
+from bora_fl.privacy.ledger import planned_rounds, site_ledger
 
 
 def planned_steps(settings: Settings, num_examples: int) -> int:

@@ -8,7 +8,6 @@ from flwr.app import ArrayRecord, RecordDict
 
 from bora_fl.blocks import at_rank
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.local import LocalPrivacy
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import learning_rate_factor, train
@@ -17,6 +16,7 @@ from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel
+from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.records import Instruction, from_arrays, part_of, reply_content, state_of, to_arrays

@@ -14,8 +14,8 @@ from flwr.common import Code, FitRes, NDArrays, Parameters, Status, ndarrays_to_
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
-from bora_fl import masks
 from bora_fl.config import Settings
+from bora_fl.privacy import masks
 from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.schema import METRICS, REPLY, STATE
 

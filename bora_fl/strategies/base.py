@@ -12,8 +12,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from bora_fl.accounting import summarize
 from bora_fl.config import Settings
+from bora_fl.privacy.accounting import summarize
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, ServerState

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bora_fl.accounting import Budget, Spent, solve_noise
 from bora_fl.config import PrivacySettings, Settings
-from bora_fl.gaussian import Randomness, from_coordinates, to_coordinates
-from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
-from bora_fl.strategies.aggregation import ServerState
-from bora_fl.strategies.central_dp import (
+from bora_fl.privacy.accounting import Budget, Spent, solve_noise
+from bora_fl.privacy.central import (
     AdaptiveClip,
     ClientAccount,
     adaptive_noised_mean,
     noised_each,
     noised_mean,
 )
+from bora_fl.privacy.gaussian import Randomness, from_coordinates, to_coordinates
+from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
+from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.layer_merge import Trains
 from bora_fl.wire.records import part_of
 

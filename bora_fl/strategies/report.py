@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import get_args
 
-from bora_fl.accounting import Unit, summarize
+from bora_fl.privacy.accounting import Unit, summarize
 
 
 @dataclass

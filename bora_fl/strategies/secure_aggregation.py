@@ -1,7 +1,7 @@
 """The server's part of secure aggregation: one round of Flower's SecAgg+ workflow, from messages to a mean.
 
 Flower has SecAgg+ as a workflow for its older strategies. `secure_mean` gives it what it needs of one of those (who is
-asked, what they are sent, where the result goes) and corrects two things: the masks (`bora_fl.masks`), and clients that
+asked, what they are sent, where the result goes) and corrects two things: the masks (`bora_fl.privacy.masks`), and clients that
 vanish before their key shares are out, whose masks are in no vector and need not be removed.
 """
 
@@ -20,8 +20,8 @@ from flwr.server.compat.legacy_context import LegacyContext
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
 from flwr.serverapp import Grid
 
-from bora_fl import masks
 from bora_fl.config import PrivacySettings
+from bora_fl.privacy import masks
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.strategies.exchange import exchange
 from bora_fl.wire.records import part_of

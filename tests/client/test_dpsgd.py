@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bora_fl.accounting import Budget, BudgetExceeded
 from bora_fl.adapters.layer import BoraAdapter
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.client.ledger import Ledger, fingerprint
-from bora_fl.gaussian import SeededRandomness, SystemRandomness, poisson_sample
+from bora_fl.privacy.accounting import Budget, BudgetExceeded
+from bora_fl.privacy.gaussian import SeededRandomness, SystemRandomness, poisson_sample
+from bora_fl.privacy.ledger import Ledger, fingerprint
 from tests.client.toy_model import Toy, collate, losses, make_records
 
 RECORDS = make_records(12)

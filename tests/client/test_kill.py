@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.accounting import Budget, Spent, epsilon
-from bora_fl.client.ledger import Ledger
+from bora_fl.privacy.accounting import Budget, Spent, epsilon
+from bora_fl.privacy.ledger import Ledger
 
 DELTA, NOISE, STEPS, BUDGET = 1e-2, 1.0, 10, 20.0
 PREAMBLE = """
@@ -18,9 +18,9 @@ import json, os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 from toy_model import Toy, collate, losses, make_records
-from bora_fl.accounting import Budget
+from bora_fl.privacy.accounting import Budget
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.client.ledger import Ledger
+from bora_fl.privacy.ledger import Ledger
 
 folder, when = sys.argv[1], sys.argv[2]
 model, records = Toy(), make_records(40)

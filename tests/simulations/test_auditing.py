@@ -6,11 +6,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bora_fl.audit import audit, draw_inclusion
 from bora_fl.cli import cli
 from bora_fl.client.site import Site
 from bora_fl.config import ConfigError, parse
-from bora_fl.gaussian import SeededRandomness
+from bora_fl.privacy.audit import audit, draw_inclusion
+from bora_fl.privacy.gaussian import SeededRandomness
 from bora_fl.simulations.audit_command import BASE
 from bora_fl.simulations.auditing import concatenate, losses, make_canaries, run_audit
 

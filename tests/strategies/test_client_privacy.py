@@ -26,7 +26,7 @@ def test_a_run_uses_up_its_budget_and_no_more(strategy: str, private):
 
 
 def test_the_budget_survives_a_restart(private):
-    from bora_fl.accounting import BudgetExceeded
+    from bora_fl.privacy.accounting import BudgetExceeded
 
     fixed = private | {"privacy.noise-multiplier": 0.7, "run.num-rounds": 2, "train.local-steps": 1}
     simulate(fixed, 3)

@@ -9,7 +9,7 @@ merge, before any product or refactorization, which are then post-processing and
   the mean of products is no function of the mean, so the noise of other clients hides nothing there.
 
 Updates are differences from what was sent, as named tensors; leave out what was not trained. Sigma moves in logarithms
-(`bora_fl.gaussian.to_coordinates`), where a noised value stays positive.
+(`bora_fl.privacy.gaussian.to_coordinates`), where a noised value stays positive.
 """
 
 import math
@@ -20,8 +20,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bora_fl.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon
-from bora_fl.gaussian import Randomness, SystemRandomness, add_noise, clip, privatize, require_mechanism
+from bora_fl.privacy.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon
+from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise, clip, privatize, require_mechanism
 
 Update = Mapping[str, Tensor]
 Sampling = Literal["poisson", "fixed"]

@@ -1,15 +1,15 @@
 """Local privacy of a client's update: booked before training, clipped and noised before it leaves.
 
 The update (trained minus received, over every tensor that is sent, Sigma in logarithms) is one release of the Gaussian
-mechanism, `bora_fl.gaussian.privatize`, whatever happened in training. The server is not trusted.
+mechanism, `bora_fl.privacy.gaussian.privatize`, whatever happened in training. The server is not trusted.
 """
 
 from dataclasses import dataclass
 
-from bora_fl.accounting import solve_noise
-from bora_fl.client.ledger import planned_rounds, site_ledger
 from bora_fl.config import Settings
-from bora_fl.gaussian import Randomness, from_coordinates, privatize, to_coordinates
+from bora_fl.privacy.accounting import solve_noise
+from bora_fl.privacy.gaussian import Randomness, from_coordinates, privatize, to_coordinates
+from bora_fl.privacy.ledger import planned_rounds, site_ledger
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.records import part_of
 

@@ -7,7 +7,7 @@ import pytest
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.special import logsumexp, ndtr
 
-from bora_fl.accounting import EpsilonSummary, epsilon, merge_history, solve_noise, summarize
+from bora_fl.privacy.accounting import EpsilonSummary, epsilon, merge_history, solve_noise, summarize
 
 DELTA = 1e-5
 HISTORIES = [

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from bora_fl.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
 from bora_fl.config import Settings
 from bora_fl.data import source_fingerprint
+from bora_fl.privacy.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
 
 _VERSION = 1
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from bora_fl.accounting import epsilon
 from bora_fl.adapters.layer import BoraAdapter
-from bora_fl.audit import audit, draw_inclusion, lower_bound, p_value
 from bora_fl.client.dpsgd import train_privately
-from bora_fl.gaussian import SeededRandomness
+from bora_fl.privacy.accounting import epsilon
+from bora_fl.privacy.audit import audit, draw_inclusion, lower_bound, p_value
+from bora_fl.privacy.gaussian import SeededRandomness
 
 
 def perfect(canaries):

@@ -19,8 +19,8 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from bora_fl.accounting import Unit
-from bora_fl.gaussian import Randomness, SystemRandomness
+from bora_fl.privacy.accounting import Unit
+from bora_fl.privacy.gaussian import Randomness, SystemRandomness
 
 _LARGEST_EPSILON = 100.0
 

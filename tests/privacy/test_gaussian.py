@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bora_fl.gaussian import (
+from bora_fl.privacy.gaussian import (
     SeededRandomness,
     SystemRandomness,
     add_noise,

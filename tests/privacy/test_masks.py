@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bora_fl.masks import expand
+from bora_fl.privacy.masks import expand
 
 SHAPES = [(1,), (3, 5), (2, 0), ()]
 

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from bora_fl.accounting import Budget, BudgetExceeded, epsilon
 from bora_fl.blocks import BlockFactors, refactorize
-from bora_fl.gaussian import SeededRandomness, joint_norm
-from bora_fl.strategies.central_dp import (
+from bora_fl.privacy.accounting import Budget, BudgetExceeded, epsilon
+from bora_fl.privacy.central import (
     AdaptiveClip,
     ClientAccount,
     adaptive_noised_mean,
     noised_each,
     noised_mean,
 )
+from bora_fl.privacy.gaussian import SeededRandomness, joint_norm
 
 SHAPES = {"layers/q/B": torch.zeros(4, 2), "tensors/head": torch.zeros(3)}
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bora_fl import accounting
-from bora_fl.accounting import Budget, BudgetExceeded, epsilon, solve_noise
-from bora_fl.client.ledger import Ledger, fingerprint
+from bora_fl.privacy import accounting
+from bora_fl.privacy.accounting import Budget, BudgetExceeded, epsilon, solve_noise
+from bora_fl.privacy.ledger import Ledger, fingerprint
 
 DATA = fingerprint(["first", "second"])
 LARGE = Budget(1000.0, 1e-5)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bora_fl import tracking
-from bora_fl.accounting import BudgetExceeded, epsilon
 from bora_fl.blocks import BlockFactors
-from bora_fl.client.local import LocalPrivacy
 from bora_fl.config import ConfigError, parse
-from bora_fl.gaussian import SeededRandomness
+from bora_fl.privacy.accounting import BudgetExceeded, epsilon
+from bora_fl.privacy.gaussian import SeededRandomness
+from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.base import RunFailedError
