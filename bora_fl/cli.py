@@ -13,7 +13,7 @@ from rich.table import Table
 from bora_fl import tracking
 from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
-from bora_fl.doctor.command import doctor
+from bora_fl.deployment.doctor.command import doctor
 from bora_fl.simulations.attack_bench import attacks
 from bora_fl.simulations.audit_command import audit
 from bora_fl.simulations.command import compare
@@ -45,7 +45,7 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         from bora_fl.data import FetchError  # with torch, which most commands do without
-        from bora_fl.launch import LaunchError
+        from bora_fl.deployment.launch import LaunchError
 
         if not isinstance(error, LaunchError | FetchError):
             raise
@@ -142,7 +142,7 @@ def server_certificates(
     days: Annotated[int, typer.Option(help="how long they are valid", min=1)] = 365,
 ) -> None:
     """Make an authority, the server's certificate and its SuperExec secret; ca.crt goes to every site."""
-    from bora_fl.certificates import make_server
+    from bora_fl.deployment.certificates import make_server
 
     _list(make_server(into, host, days))
 
@@ -153,7 +153,7 @@ def site_keys(
     into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
 ) -> None:
     """Make a site's key pair and its SuperExec secret; only NAME.key.pub leaves the site, for the server."""
-    from bora_fl.certificates import make_site
+    from bora_fl.deployment.certificates import make_site
 
     _list(make_site(into, name))
 
@@ -171,8 +171,8 @@ def _show(line: str) -> None:
 def _launch(
     app: Path, run_config: dict[str, Scalar], simulate: int, cpus: int, gpus: float, connection: str | None
 ) -> None:
-    from bora_fl.launch import Simulation
-    from bora_fl.launch import run as launch
+    from bora_fl.deployment.launch import Simulation
+    from bora_fl.deployment.launch import run as launch
 
     simulation = Simulation(simulate, cpus, gpus) if simulate else None
     outcome = launch(

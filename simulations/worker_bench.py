@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from bora_fl.config import Scalar
-from bora_fl.simulations.loopback import Deployment, finished
+from bora_fl.deployment.loopback import Deployment, finished
 
 LIMIT = 3600.0
 

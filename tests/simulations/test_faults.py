@@ -4,8 +4,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bora_fl.simulations import faults, loopback, reply_faults
-from bora_fl.simulations.loopback import Service
+from bora_fl.deployment import loopback
+from bora_fl.deployment.loopback import Service
+from bora_fl.simulations import faults, reply_faults
 
 
 @pytest.fixture

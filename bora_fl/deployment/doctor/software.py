@@ -8,7 +8,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from bora_fl.doctor.finding import Finding
+from bora_fl.deployment.doctor.finding import Finding
 
 
 def check_python(version: str, wanted: str) -> Finding:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError, overrides
-from bora_fl.doctor.examination import Role, Setup, connection, examine
+from bora_fl.deployment.doctor.examination import Role, Setup, connection, examine
 
 console = Console()
 _COLORS = {"pass": "green", "warn": "yellow", "fail": "bold red"}

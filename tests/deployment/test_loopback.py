@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bora_fl.certificates import SECRET, make_server, make_site
-from bora_fl.launch import free_port
+from bora_fl.deployment.certificates import SECRET, make_server, make_site
+from bora_fl.deployment.launch import free_port
+from bora_fl.deployment.loopback import CONNECTION, Deployment, DeploymentError, Service, Site, finished
 from bora_fl.simulations.engine import simulate
-from bora_fl.simulations.loopback import CONNECTION, Deployment, DeploymentError, Service, Site, finished
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(600)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from bora_fl.certificates import make_server, make_site
 from bora_fl.config import ConfigError
+from bora_fl.deployment.certificates import make_server, make_site
 
 
 def handshake(folder: Path, name: str, authority: Path) -> str:

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bora_fl.certificates import make_server, make_site
 from bora_fl.cli import cli
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError
-from bora_fl.doctor.examination import Setup, connection, examine, split
-from bora_fl.doctor.worker import check_worker
+from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.doctor.examination import Setup, connection, examine, split
+from bora_fl.deployment.doctor.worker import check_worker
 from tests.client.worker.in_process import serving
 
 
@@ -47,7 +47,7 @@ def test_a_worker_is_asked(tmp_path: Path):
 
 def test_a_worker_of_another_version_would_refuse_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = WorkerSettings(Address(path=tmp_path / "sockets" / "worker.sock"), wait=5.0)
-    monkeypatch.setattr("bora_fl.doctor.worker.__version__", "9.9.9")
+    monkeypatch.setattr("bora_fl.deployment.doctor.worker.__version__", "9.9.9")
     with serving(settings):
         found = check_worker(settings)
     assert (found.level, "9.9.9" in found.text) == ("fail", True)

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
-from bora_fl.doctor.finding import Finding
+from bora_fl.deployment.doctor.finding import Finding
 
 SOON = datetime.timedelta(days=30)
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")

@@ -7,8 +7,8 @@ from typing import Any
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.data import FetchError, load_dataset
-from bora_fl.doctor.finding import Finding
-from bora_fl.doctor.machine import training_bytes
+from bora_fl.deployment.doctor.finding import Finding
+from bora_fl.deployment.doctor.machine import training_bytes
 
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

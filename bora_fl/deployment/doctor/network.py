@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from bora_fl.doctor.finding import Finding
+from bora_fl.deployment.doctor.finding import Finding
 
 TIMEOUT = 10.0
 # Flower 1.41 refuses an authenticated site whose clock is this many seconds ahead of the server's, or behind it.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from bora_fl.certificates import make_server, make_site
-from bora_fl.doctor import federation, machine, network, secrets, software
+from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.doctor import federation, machine, network, secrets, software
 
 NOW = datetime.datetime.now(datetime.UTC)
 

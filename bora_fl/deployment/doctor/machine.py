@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bora_fl.doctor.finding import Finding
+from bora_fl.deployment.doctor.finding import Finding
 
 GB = 1e9
 

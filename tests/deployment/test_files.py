@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bora_fl.certificates import make_server, make_site
-from bora_fl.launch import stage, tool
+from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.launch import stage, tool
 
 ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT / "deploy"

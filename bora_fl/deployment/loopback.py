@@ -21,12 +21,12 @@ from typing import Self
 
 import bora_fl
 from bora_fl import tracking
-from bora_fl.certificates import make_server, make_site
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import status
 from bora_fl.client.worker.worker_pb2 import StatusResponse
 from bora_fl.config import Scalar
-from bora_fl.launch import flower_environment, free_port, tool
+from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.launch import flower_environment, free_port, tool
 
 CONNECTION = "loopback"
 OPERATOR = "operator"

@@ -4,7 +4,7 @@ from bora_fl import __version__
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.client.worker.stub import WorkerError, status
 from bora_fl.config import ConfigError
-from bora_fl.doctor.finding import Finding
+from bora_fl.deployment.doctor.finding import Finding
 
 
 def check_worker(settings: WorkerSettings) -> Finding:

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from bora_fl.config import ConfigError
-from bora_fl.launch import LaunchError, Simulation, _reason, run
+from bora_fl.deployment.launch import LaunchError, Simulation, _reason, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
