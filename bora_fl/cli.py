@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
 from bora_fl.deployment.doctor.command import doctor

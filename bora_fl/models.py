@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.cache import cache_folder
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
+from bora_fl.paths import cache_folder
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState
 

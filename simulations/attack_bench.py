@@ -74,7 +74,7 @@ def run_trial(trial: Trial) -> str:
     """Run a trial in this process; returns why it failed, or an empty string."""
     import shutil
 
-    from bora_fl import tracking
+    from bora_fl import report as tracking
     from bora_fl.simulations.attacks import ATTACKS, attacked
     from bora_fl.simulations.engine import simulate
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError, Scalar
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import save_file
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import Scalar
 from bora_fl.simulations.engine import Tamper, simulate
 from bora_fl.simulations.faults import CONFIG, SITES, Fault, Verdict, judge

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.simulations.cells import Cell, Plan, Variant
 from bora_fl.simulations.statistics import Estimate, estimate, paired, spread
 from bora_fl.simulations.sweep import outcome

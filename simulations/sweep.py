@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import bora_fl
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError
 from bora_fl.simulations.cells import LEDGER, Cell
 from bora_fl.simulations.engine import simulate

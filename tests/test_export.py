@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bora_fl import data, tracking
+from bora_fl import data
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
 from bora_fl.export import export_lora, export_merged

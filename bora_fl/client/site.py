@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bora_fl.cache import cache_folder
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, client_data, load_dataset
 from bora_fl.device import set_threads
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.paths import cache_folder
 from bora_fl.state import unflatten_factors
 
 log = logging.getLogger(__name__)

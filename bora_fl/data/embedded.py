@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from bora_fl.cache import cache_folder
 from bora_fl.config import ConfigError
 from bora_fl.data.sources import SOURCES, Package, Row, Source
+from bora_fl.paths import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError, Scalar, parse
 
 # What Flower, Ray and OpenMP must be told; the README says why.

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 import bora_fl
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import status
 from bora_fl.client.worker.worker_pb2 import StatusResponse

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.accounting import BudgetExceeded, epsilon

@@ -2,7 +2,7 @@
 
 import psutil
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.simulations.engine import simulate
 
 

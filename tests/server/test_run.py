@@ -11,7 +11,8 @@ import torch
 from flwr.app import Message, MetricRecord
 from safetensors.torch import load_file
 
-from bora_fl import models, tracking
+from bora_fl import models
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate

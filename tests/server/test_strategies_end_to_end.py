@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.presets import PRESETS
 

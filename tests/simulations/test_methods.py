@@ -1,6 +1,6 @@
 import pytest
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import parse
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, load_base

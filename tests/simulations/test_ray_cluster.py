@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.simulations.engine import simulate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from filelock import FileLock
 from rich.console import Console
 
 import bora_fl.client.site
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.client import training
 from bora_fl.config import ConfigError
 from bora_fl.simulations import report, results, sweep

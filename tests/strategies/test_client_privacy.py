@@ -1,6 +1,6 @@
 import pytest
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError, parse
 from bora_fl.simulations.engine import simulate
 

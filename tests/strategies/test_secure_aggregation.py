@@ -9,7 +9,7 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 from safetensors.torch import load_file
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.config import ConfigError, StrategySettings, parse
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import unflatten

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bora_fl.cache import cache_folder
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import ConfigError, Scalar, Settings
 from bora_fl.deployment.doctor import federation, machine, network, secrets, software
 from bora_fl.deployment.doctor.finding import Finding
 from bora_fl.deployment.doctor.worker import check_worker
+from bora_fl.paths import cache_folder
 
 Role = Literal["server", "site", "all"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bora_fl import tracking
+from bora_fl import report as tracking
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import WorkerError, status
 from bora_fl.simulations.engine import simulate
