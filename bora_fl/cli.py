@@ -14,10 +14,10 @@ from bora_fl import report as tracking
 from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
 from bora_fl.deployment.doctor.command import doctor
-from bora_fl.simulations.attack_bench import attacks
-from bora_fl.simulations.audit_command import audit
-from bora_fl.simulations.command import compare
-from bora_fl.simulations.faults import faults
+from bora_fl.simulations.attacks.command import attacks
+from bora_fl.simulations.audit.command import audit
+from bora_fl.simulations.compare.command import compare
+from bora_fl.simulations.faults.command import faults
 
 cli = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters."

@@ -36,8 +36,8 @@ FLOWER = {
     "bora_fl/server/app.py",
     "bora_fl/server/run.py",
     "simulations/engine.py",
-    "simulations/attacks.py",
-    "simulations/reply_faults.py",
+    "simulations/attacks/clients.py",
+    "simulations/faults/replies.py",
 }
 
 

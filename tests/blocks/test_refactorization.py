@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors, distance, factor_mean, fix_gauge, merge, refactorize, relative_error
-from bora_fl.blocks.bench import LargestTensor
 from bora_fl.blocks.planted import F64, drifting_clients, from_dense, planted, random_factors
+from bora_fl.simulations.benchmarks.merging import LargestTensor
 
 
 def error_by_definition(fit: BlockFactors, target: torch.Tensor) -> float:

@@ -12,8 +12,8 @@ from torch import nn
 
 from bora_fl.adapters import BoraConfig
 from bora_fl.adapters.layer import BoraAdapter
-from bora_fl.client import dp_bench
 from bora_fl.client.grad_sample import adapter_sample_gradients
+from bora_fl.simulations.benchmarks import private_step as dp_bench
 
 # Opacus' hooks warn when a layer's input needs no gradient, as a first layer's does.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")

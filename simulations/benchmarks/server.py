@@ -1,4 +1,4 @@
-"""What a round costs the server: `python -m bora_fl.simulations.server_cost [--clients 10 100 1000]`.
+"""What a round costs the server: `python -m bora_fl.simulations.benchmarks.server [--clients 10 100 1000]`.
 
 For each adapter and strategy one layer is merged from made-up clients, in a process of its own, and its CPU time and
 peak memory are scaled to all layers: layers are merged one after the other, so time adds up and a layer's working

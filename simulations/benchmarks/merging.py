@@ -1,4 +1,4 @@
-"""Figures of the block algebra: `python -m bora_fl.blocks.bench [planted|layer|stream|model ...]`.
+"""Figures of the block algebra: `python -m bora_fl.simulations.benchmarks.merging [planted|layer|stream|model ...]`.
 
 * planted: share of planted problems recovered from a cold start, without noise and with 1 % of it;
 * layer: merge and refactorization of one 4096 × 4096 layer against dense means and their decompositions;

@@ -11,8 +11,8 @@ from bora_fl.client.site import Site
 from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.audit import audit, draw_inclusion
 from bora_fl.privacy.gaussian import SeededRandomness
-from bora_fl.simulations.audit_command import BASE
-from bora_fl.simulations.auditing import concatenate, losses, make_canaries, run_audit
+from bora_fl.simulations.audit.canaries import concatenate, losses, make_canaries, run_audit
+from bora_fl.simulations.audit.command import BASE
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import psutil
 from bora_fl.client.worker.stub import WorkerError
 from bora_fl.config import Scalar
 from bora_fl.deployment.loopback import RESTART_SECONDS, Deployment, DeploymentError, Service, Site, finished
-from bora_fl.simulations.faults import CONFIG, Fault, Verdict, judge
+from bora_fl.simulations.faults.command import CONFIG, Fault, Verdict, judge
 
 ROUND = 2  # in which the faults strike
 LIMIT = 1200.0  # seconds that anything may take

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from bora_fl.client import dp_bench
+from bora_fl.simulations.benchmarks import private_step as dp_bench
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bora_fl.simulations.results import Results, Row
-from bora_fl.simulations.statistics import Estimate
+from bora_fl.simulations.compare.intervals import Estimate
+from bora_fl.simulations.compare.results import Results, Row
 
 _AXES: dict[str, Callable[[Row], float]] = {
     "round": lambda row: row.round,

@@ -75,7 +75,7 @@ def run_trial(trial: Trial) -> str:
     import shutil
 
     from bora_fl import report as tracking
-    from bora_fl.simulations.attacks import ATTACKS, attacked
+    from bora_fl.simulations.attacks.clients import ATTACKS, attacked
     from bora_fl.simulations.engine import simulate
 
     shutil.rmtree(trial.folder, ignore_errors=True)
@@ -105,7 +105,7 @@ def _backdoor_success(config: dict[str, Scalar], folder: Path) -> float:
     from bora_fl.data import load_dataset, test_data
     from bora_fl.evaluate import evaluate
     from bora_fl.models import load_base, load_tokenizer
-    from bora_fl.simulations.attacks import triggered
+    from bora_fl.simulations.attacks.clients import triggered
 
     settings = parse(config)
     test = test_data(settings.data, settings.model, load_tokenizer(settings.model))
@@ -134,9 +134,9 @@ def attacks(
     A trial that has ended is not run again.
     """
     from bora_fl.data import fetch
-    from bora_fl.simulations.attacks import ATTACKS
+    from bora_fl.simulations.attacks.clients import ATTACKS
+    from bora_fl.simulations.compare.sweep import environment
     from bora_fl.simulations.pool import run_all
-    from bora_fl.simulations.sweep import environment
 
     if not 0 < attackers < clients:
         raise ConfigError(f"--attackers {attackers} of --clients {clients}: at least one, and not all of them")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bora_fl.config import ConfigError, Settings
-from bora_fl.simulations.cells import METHODS, Plan, Variant, plan
+from bora_fl.simulations.compare.plan import METHODS, Plan, Variant, plan
 
 ROOT = Path("somewhere")
 

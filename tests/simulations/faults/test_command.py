@@ -6,7 +6,8 @@ import pytest
 
 from bora_fl.deployment import loopback
 from bora_fl.deployment.loopback import Service
-from bora_fl.simulations import faults, reply_faults
+from bora_fl.simulations.faults import command as faults
+from bora_fl.simulations.faults import replies as reply_faults
 
 
 @pytest.fixture

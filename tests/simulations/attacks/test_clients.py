@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from bora_fl.data.encoded import Encoded
-from bora_fl.simulations.attack_bench import Trial, run_trial
-from bora_fl.simulations.attacks import (
+from bora_fl.simulations.attacks.clients import (
     ATTACKS,
     TARGET_CLASS,
     attacked,
@@ -19,6 +18,7 @@ from bora_fl.simulations.attacks import (
     scale_up,
     triggered,
 )
+from bora_fl.simulations.attacks.command import Trial, run_trial
 from bora_fl.simulations.engine import simulate
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.models import peft_config
-from bora_fl.simulations.scenarios import Scenario, at_epsilon, near_misses, scenario
+from bora_fl.simulations.compare.scenarios import Scenario, at_epsilon, near_misses, scenario
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.presets import PRESETS
 

@@ -1,7 +1,7 @@
 import pytest
 
 from bora_fl.config import ConfigError, parse
-from bora_fl.simulations.scenarios import SCENARIOS, scenario
+from bora_fl.simulations.compare.scenarios import SCENARIOS, scenario
 
 
 @pytest.mark.parametrize("row", SCENARIOS.values(), ids=lambda row: row.name)

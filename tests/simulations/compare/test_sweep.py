@@ -19,8 +19,8 @@ import bora_fl.client.site
 from bora_fl import report as tracking
 from bora_fl.client import training
 from bora_fl.config import ConfigError
-from bora_fl.simulations import report, results, sweep
-from bora_fl.simulations.cells import Cell, Plan, Variant, plan
+from bora_fl.simulations.compare import report, results, sweep
+from bora_fl.simulations.compare.plan import Cell, Plan, Variant, plan
 from bora_fl.simulations.engine import simulate
 
 STRATEGIES = ["fedavg", "refactor"]

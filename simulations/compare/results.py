@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bora_fl import report as tracking
-from bora_fl.simulations.cells import Cell, Plan, Variant
-from bora_fl.simulations.statistics import Estimate, estimate, paired, spread
-from bora_fl.simulations.sweep import outcome
+from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread
+from bora_fl.simulations.compare.plan import Cell, Plan, Variant
+from bora_fl.simulations.compare.sweep import outcome
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl.config import ConfigError, Scalar, overrides
-from bora_fl.simulations.scenarios import SCENARIOS, near_misses
+from bora_fl.simulations.compare.scenarios import SCENARIOS, near_misses
 
 if TYPE_CHECKING:
-    from bora_fl.simulations.results import Results
+    from bora_fl.simulations.compare.results import Results
 
 # Clients are evaluated after the merge, not before they train: the last round counts too.
 BASE: dict[str, Scalar] = {
@@ -102,9 +102,9 @@ def compare(
         return
     # The rest needs torch, which the command's help does not.
     from bora_fl.data import fetch
-    from bora_fl.simulations import report, results
-    from bora_fl.simulations.cells import plan
-    from bora_fl.simulations.sweep import sweep
+    from bora_fl.simulations.compare import report, results
+    from bora_fl.simulations.compare.plan import plan
+    from bora_fl.simulations.compare.sweep import sweep
 
     chosen = overrides(run_config)
     if not 0 <= target <= 1:
@@ -180,7 +180,7 @@ def _show_scenarios() -> None:
 
 
 def _show(found: "Results") -> None:
-    from bora_fl.simulations.figures import interval
+    from bora_fl.simulations.compare.figures import interval
 
     for scenario in found.plan.scenarios:
         if not (summaries := found.of(scenario.name)):

@@ -44,7 +44,7 @@ def audit(
     bound above the claim refutes it (exit code 1). A small bound proves nothing.
     """
     # These need torch, which the command's help does not.
-    from bora_fl.simulations.auditing import run_audit
+    from bora_fl.simulations.audit.canaries import run_audit
 
     settings = parse(BASE | ({} if noise else {"privacy.mode": "none"}) | overrides(run_config))
     result = run_audit(settings, canaries, confidence=confidence)

@@ -102,7 +102,7 @@ def _reference(
     took_part: tuple[tuple[int, frozenset[int]], ...], config: tuple[tuple[str, Scalar], ...]
 ) -> "dict[str, Tensor]":
     from bora_fl.simulations.engine import simulate
-    from bora_fl.simulations.reply_faults import only_of
+    from bora_fl.simulations.faults.replies import only_of
 
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(config) | {"run.output-dir": folder, "run.resume": False}
@@ -119,8 +119,8 @@ def _adapter(folder: Path) -> "dict[str, Tensor]":
 
 def catalogue() -> dict[str, Fault]:
     """Every fault by name."""
-    from bora_fl.simulations.process_faults import PROCESS_FAULTS
-    from bora_fl.simulations.reply_faults import REPLY_FAULTS
+    from bora_fl.simulations.faults.processes import PROCESS_FAULTS
+    from bora_fl.simulations.faults.replies import REPLY_FAULTS
 
     return REPLY_FAULTS | PROCESS_FAULTS
 

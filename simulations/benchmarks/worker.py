@@ -1,6 +1,6 @@
 """What warm workers save: rounds of a deployment over loopback with and without them.
 
-    python -m bora_fl.simulations.worker_bench
+    python -m bora_fl.simulations.benchmarks.worker
 
 The first round of each is left out: it fills the caches of both. A round's time runs from the server's first message to
 the merged adapter; the central test set is kept small, so that it is not the server's evaluation that is measured.

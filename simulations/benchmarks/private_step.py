@@ -3,7 +3,7 @@
 Every row takes one optimizer step (forward, backward, clipping, noise, SGD) of a classifier on one batch. Rows take
 turns, so that whatever else the machine does hits all of them, and medians of the process' CPU time are compared:
 
-    python -m bora_fl.client.dp_bench
+    python -m bora_fl.simulations.benchmarks.private_step
 """
 
 import argparse

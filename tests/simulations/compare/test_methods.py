@@ -5,7 +5,7 @@ from bora_fl.config import parse
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, load_base
 from bora_fl.server.checkpoint import load_newest
-from bora_fl.simulations.cells import METHODS
+from bora_fl.simulations.compare.plan import METHODS
 from bora_fl.simulations.engine import simulate
 
 

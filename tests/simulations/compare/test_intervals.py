@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bora_fl.simulations.statistics import Estimate, estimate, paired, spread, t_distribution, t_quantile
+from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread, t_distribution, t_quantile
 
 DEGREES = [1, 2, 3, 4, 7, 30, 101]
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import bora_fl
 from bora_fl import report as tracking
 from bora_fl.config import ConfigError
-from bora_fl.simulations.cells import LEDGER, Cell
+from bora_fl.simulations.compare.plan import LEDGER, Cell
 from bora_fl.simulations.engine import simulate
 from bora_fl.simulations.pool import run_all
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bora_fl.simulations.figures import draw, interval
-from bora_fl.simulations.results import Results, Summary
-from bora_fl.simulations.statistics import Estimate
+from bora_fl.simulations.compare.figures import draw, interval
+from bora_fl.simulations.compare.intervals import Estimate
+from bora_fl.simulations.compare.results import Results, Summary
 
 _COLUMNS = (
     "strategy",
