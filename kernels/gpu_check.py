@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from bora_fl.kernels import bench, cost
-from bora_fl.kernels.bench_rivals import DTYPES
+from bora_fl.kernels.bench import cost
+from bora_fl.kernels.bench import layer as bench
+from bora_fl.kernels.bench.rivals import DTYPES
 from bora_fl.kernels.launch_plan import LayerShape
 
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "triton_cases.py"

@@ -1,4 +1,4 @@
-"""Time the layer against its rivals on this machine: `python -m bora_fl.kernels.bench [--tokens 2048 …]`.
+"""Time the layer against its rivals on this machine: `python -m bora_fl.kernels.bench.layer [--tokens 2048 …]`.
 
 Every rival is a frozen linear layer plus an adapter, forward and backward; each first has to agree with float64, and no
 time is printed for one that does not. Rounds are interleaved, so that drift of the machine meets all alike; the table
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bora_fl.kernels.bench_rivals import RIVALS, Problem
+from bora_fl.kernels.bench.rivals import RIVALS, Problem
 
 WARMED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 BASELINE = "PEFT LoRA, rank r"
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
             environment |= {"KINETO_LOG_LEVEL": "99"}  # the memory profiler logs every start and stop
             environment |= {"GLIBC_TUNABLES": WARMED} if allocator == "warmed" else {}
-            command = [sys.executable, "-m", "bora_fl.kernels.bench", *given, "--allocator", allocator]
+            command = [sys.executable, "-m", "bora_fl.kernels.bench.layer", *given, "--allocator", allocator]
             subprocess.run(command, env=environment, check=True)
         return
     torch.set_num_threads(1)

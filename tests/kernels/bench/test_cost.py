@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from bora_fl.kernels import cost
+from bora_fl.kernels.bench import cost
 from bora_fl.kernels.launch_plan import LayerShape, backward_plan, forward_plan
 from bora_fl.kernels.reference import Needs
 
