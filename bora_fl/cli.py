@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bora_fl import report as tracking
 from bora_fl.client.worker.command import worker
 from bora_fl.config import ConfigError, Scalar, Settings, overrides
 from bora_fl.deployment.doctor.command import doctor
+from bora_fl.report import rounds_table
 from bora_fl.simulations.attacks.command import attacks
 from bora_fl.simulations.audit.command import audit
 from bora_fl.simulations.compare.command import compare
@@ -183,7 +183,7 @@ def _launch(
         show=_show,
     )
     if outcome.rows:
-        console.print(tracking.table(outcome.rows, "rounds"))
+        console.print(rounds_table(outcome.rows, "rounds"))
         pictures = ("partition.png", "rounds.png")
         for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
             console.print(f"  {outcome.folder / name}", highlight=False, soft_wrap=True)

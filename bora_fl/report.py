@@ -1,14 +1,70 @@
-"""What a run writes for people and programs: ``metrics.jsonl`` and the table of rounds."""
+"""What happened in a round: the report, ``metrics.jsonl``, the table of rounds and their picture."""
 
 import json
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.table import Table
 
+from bora_fl.privacy.accounting import Unit, summarize
 
-def append(path: Path, row: dict[str, Any]) -> None:
+
+@dataclass
+class RoundReport:
+    """What happened in a round; one line of ``metrics.jsonl``.
+
+    ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
+    or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
+    """
+
+    round: int
+    loss: float | None = None
+    accuracy: float | None = None
+    evaluated: str = ""
+    train_loss: float | None = None
+    client_loss: float | None = None
+    client_accuracy: float | None = None
+    client_accuracy_min: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    server_seconds: float = 0.0
+    clients: int = 0
+    rejected: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+    epsilon: dict[str, float | str] | None = None
+    strategy: dict[str, float] = field(default_factory=dict)
+    per_client: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def summarize_clients(self) -> None:
+        """Fill in what follows from `per_client`: the training loss, ε, and the evaluation before training."""
+        metrics = list(self.per_client.values())
+        if metrics and all("train-loss" in m for m in metrics):
+            self.train_loss = _mean([m["train-loss"] for m in metrics], [m["num-examples"] for m in metrics])
+        for unit in get_args(Unit):
+            key = f"epsilon-per-{unit}"
+            if spent := {client: m[key] for client, m in self.per_client.items() if key in m}:
+                self.epsilon = asdict(summarize(spent, unit))
+        evaluated = [m for m in metrics if m.get("eval-examples")]
+        if evaluated:
+            self.summarize_evaluation(evaluated)
+
+    def summarize_evaluation(self, metrics: list[dict[str, float]]) -> None:
+        """Fill in the clients' mean loss and accuracy, weighted by examples, and the worst client's accuracy."""
+        weights = [m.get("eval-examples", 0.0) for m in metrics]
+        self.client_loss = _mean([m.get("eval-loss", 0.0) for m in metrics], weights)
+        self.client_accuracy = _mean([m.get("eval-accuracy", 0.0) for m in metrics], weights)
+        self.client_accuracy_min = min((m.get("eval-accuracy", 0.0) for m in metrics), default=None)
+
+
+def _mean(values: list[float], weights: list[float]) -> float:
+    total = sum(weights)
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one JSON object as a line, on disk when this returns."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -16,7 +72,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """All rows; a last line cut off by a crash is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -27,15 +83,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut(path: Path, last_round: int) -> None:
+def drop_rows_after(path: Path, last_round: int) -> None:
     """Drop rows after a round, so that a resumed run writes each round once."""
-    rows = [row for row in read(path) if row["round"] <= last_round]
+    rows = [row for row in read_rows(path) if row["round"] <= last_round]
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     part.replace(path)
 
 
-def line(row: dict[str, Any], num_rounds: int) -> str:
+def round_line(row: dict[str, Any], num_rounds: int) -> str:
     """A round in one line."""
     spent = row.get("epsilon")
     privacy = f", epsilon {spent['largest']:.3g} per {spent['unit']}" if spent else ""
@@ -47,7 +103,7 @@ def line(row: dict[str, Any], num_rounds: int) -> str:
     )
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
+def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
     """The table of rounds.
 
     ``train`` is the training loss; ``on`` says what loss and accuracy were measured on: the central test set, or the
@@ -72,7 +128,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return result
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
+def rounds_picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw loss and accuracy over the rounds."""
     from matplotlib.figure import Figure
 

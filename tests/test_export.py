@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bora_fl import data
-from bora_fl import report as tracking
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
 from bora_fl.export import export_lora, export_merged
 from bora_fl.models import load_base, load_tokenizer
+from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 
 
@@ -26,7 +26,7 @@ def test_a_merged_model_needs_nothing_of_ours_and_predicts_as_the_run_did(strate
     export_merged(folder, tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert not hasattr(model, "peft_config")
-    last = tracking.read(folder / "metrics.jsonl")[-1]
+    last = read_rows(folder / "metrics.jsonl")[-1]
     assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
 
 
@@ -39,7 +39,7 @@ def test_a_lora_export_predicts_as_the_run_did(tiny_config, tmp_path: Path):
     settings = parse(tiny_config)
     base = load_base(settings.model, data.load_dataset(settings.data).label_names, 0)
     model = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
-    last = tracking.read(folder / "metrics.jsonl")[-1]
+    last = read_rows(folder / "metrics.jsonl")[-1]
     assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
 
 

@@ -10,18 +10,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own level and those before it.
 LEVELS = [
-    {"kernels", "seeds"},
+    {"kernels", "seeds", "paths"},
     {"blocks", "adapters"},
-    {"state", "sparsity", "accounting", "gaussian", "masks"},
-    {"config", "cache", "preload", "schema"},
-    {"records", "models", "data", "device", "evaluate", "tracking"},
+    {"state", "config", "preload"},
+    {"device", "data"},
+    {"wire", "privacy", "models", "evaluate"},
+    {"report"},
     {"client", "strategies"},
-    {"server", "audit"},
-    {"certificates", "doctor", "launch", "export"},
+    {"server"},
+    {"deployment"},
+    {"export"},
     {"simulations", "cli"},
 ]
 FLOWER = {
     "bora_fl/wire/records.py",
+    "bora_fl/wire/replies.py",
     "bora_fl/wire/schema.py",
     "bora_fl/client/app.py",
     "bora_fl/client/job.py",

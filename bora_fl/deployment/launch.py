@@ -26,8 +26,8 @@ from pathlib import Path
 
 import psutil
 
-from bora_fl import report as tracking
 from bora_fl.config import ConfigError, Scalar, parse
+from bora_fl.report import read_rows, round_line
 
 # What Flower, Ray and OpenMP must be told; the README says why.
 ENVIRONMENT = {
@@ -124,14 +124,14 @@ def flower_environment() -> dict[str, str]:
 @contextlib.contextmanager
 def _followed(metrics: Path, num_rounds: int, show: Callable[[str], None]) -> Iterator[None]:
     """Show each round as it ends; Flower's log stream lags behind by minutes."""
-    done, seen = threading.Event(), len(tracking.read(metrics))
+    done, seen = threading.Event(), len(read_rows(metrics))
 
     def follow(count: int) -> None:
         while True:
             last_look = done.wait(0.5)
-            rows = tracking.read(metrics)
+            rows = read_rows(metrics)
             for row in rows[count:]:
-                show(tracking.line(row, num_rounds))
+                show(round_line(row, num_rounds))
             count = max(count, len(rows))
             if last_look:
                 return
@@ -150,7 +150,7 @@ def _judge(status: str, folder: Path, log: Path, num_rounds: int | None) -> Outc
         raise LaunchError(f"the run ended as {status}: {_reason(log)} (the whole log: {log})")
     if num_rounds is None:
         return Outcome(folder, log)
-    rows = tracking.read(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
     if not rows or rows[-1]["round"] != num_rounds or not (folder / "adapter").is_dir():
         raise LaunchError(f"the run ended without a result; the last lines of {log}:\n{_tail(log)}")
     return Outcome(folder, log, rows)

@@ -20,13 +20,13 @@ from types import TracebackType
 from typing import Self
 
 import bora_fl
-from bora_fl import report as tracking
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import status
 from bora_fl.client.worker.worker_pb2 import StatusResponse
 from bora_fl.config import Scalar
 from bora_fl.deployment.certificates import make_server, make_site
 from bora_fl.deployment.launch import flower_environment, free_port, tool
+from bora_fl.report import read_rows
 
 CONNECTION = "loopback"
 OPERATOR = "operator"
@@ -344,7 +344,7 @@ class Deployment:
 
     def rounds(self) -> list[dict[str, object]]:
         """The finished rounds of the run in `output`."""
-        return tracking.read(self.output / "metrics.jsonl")
+        return read_rows(self.output / "metrics.jsonl")
 
     def write_connection(self, name: str = OPERATOR, authority: Path | None = None) -> None:
         """Write a Flower home that knows the SuperLink, and whom to trust: its own authority by default."""

@@ -11,19 +11,18 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bora_fl import report as tracking
 from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, round_line, rounds_picture
 from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.base import FederatedStrategy, RunFailedError
-from bora_fl.strategies.report import RoundReport
 from bora_fl.strategies.sigma_range import restore_range
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class Server:
         else:
             checkpoint = found
             log.info("resuming after round %d from %s", checkpoint.round, self.folder)
-            tracking.cut(self.metrics_path, checkpoint.round)
+            drop_rows_after(self.metrics_path, checkpoint.round)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self._run_id = checkpoint.run_id
@@ -91,11 +90,11 @@ class Server:
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, checkpoint.round + 1)
         self._bring_to(state.current, strategy.folds)
         self.model.save(self.folder / "adapter", strategy.folds)
-        tracking.picture(tracking.read(self.metrics_path), self.folder / "rounds.png")
+        rounds_picture(read_rows(self.metrics_path), self.folder / "rounds.png")
         return self.folder
 
     def _start_anew(self) -> None:
-        if tracking.read(self.metrics_path):
+        if read_rows(self.metrics_path):
             raise ConfigError(
                 f"run.output-dir = '{self.folder}' holds a run already; set run.resume=true to go on with it, "
                 "or another run.output-dir"
@@ -142,13 +141,13 @@ class Server:
         keep = self.settings.run.keep_checkpoints
         try:
             save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)
-            tracking.append(self.metrics_path, row)
+            append_row(self.metrics_path, row)
         except (OSError, SafetensorError) as error:
             raise RunFailedError(
                 f"round {report.round} could not be written to {self.folder} ({error}); make room there, then go on "
                 "from the last whole checkpoint with run.resume=true"
             ) from error
-        log.info("%s", tracking.line(row, self.settings.run.num_rounds))
+        log.info("%s", round_line(row, self.settings.run.num_rounds))
 
     def _bring_to(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> None:
         for fold in folds[self._folded :]:

@@ -14,24 +14,16 @@ from torch import Tensor
 
 from bora_fl.config import Settings
 from bora_fl.privacy.accounting import summarize
+from bora_fl.report import RoundReport
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, ServerState
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.exchange import exchange, hello
-from bora_fl.strategies.report import RoundReport
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import moved_by, secure_mean
-from bora_fl.wire.records import (
-    Instruction,
-    RejectedReplyError,
-    from_arrays,
-    read_evaluation,
-    read_reply,
-    read_roll_call,
-    require_positive_sigma,
-    to_arrays,
-)
+from bora_fl.wire.records import Instruction, from_arrays, to_arrays
+from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, read_roll_call, require_positive_sigma
 from bora_fl.wire.schema import FOLDS, INSTRUCTION, STATE
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """The server's part of secure aggregation: one round of Flower's SecAgg+ workflow, from messages to a mean.
 
 Flower has SecAgg+ as a workflow for its older strategies. `secure_mean` gives it what it needs of one of those (who is
-asked, what they are sent, where the result goes) and corrects two things: the masks (`bora_fl.privacy.masks`), and clients that
-vanish before their key shares are out, whose masks are in no vector and need not be removed.
+asked, what they are sent, where the result goes) and corrects two things: the masks (`bora_fl.privacy.masks`), and
+clients that vanish before their key shares are out, whose masks are in no vector and need not be removed.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """A paper model of what each path costs on a GPU: bytes, flops and launches, read off the real launch plan.
 
-`python -m bora_fl.kernels.bench.cost [--tokens 8192 --width 4096 …]`. A launch takes the longer of its memory traffic over
-the bandwidth and its arithmetic over the peak; every tensor is counted once per launch that touches it, and a slice
-of partial sums is written to memory once (its tile-by-tile updates stay in the cache). The floor reads x once forward
-and dY and x once backward. It is a model: nothing here was timed.
+`python -m bora_fl.kernels.bench.cost [--tokens 8192 --width 4096 …]`. A launch takes the longer of its memory traffic
+over the bandwidth and its arithmetic over the peak; every tensor is counted once per launch that touches it, and a
+slice of partial sums is written to memory once (its tile-by-tile updates stay in the cache). The floor reads x once
+forward and dY and x once backward. It is a model: nothing here was timed.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def run_trial(trial: Trial) -> str:
     """Run a trial in this process; returns why it failed, or an empty string."""
     import shutil
 
-    from bora_fl import report as tracking
+    from bora_fl.report import read_rows
     from bora_fl.simulations.attacks.clients import ATTACKS, attacked
     from bora_fl.simulations.engine import simulate
 
@@ -83,7 +83,7 @@ def run_trial(trial: Trial) -> str:
     app = attacked(ATTACKS[trial.attack], frozenset(range(trial.attackers)))
     try:
         folder = simulate(trial.config | own, trial.clients, app=app)
-        rows = tracking.read(folder / "metrics.jsonl")
+        rows = read_rows(folder / "metrics.jsonl")
         outcome = {
             "identity": trial.identity(),
             "accuracy": rows[-1]["accuracy"],

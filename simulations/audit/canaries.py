@@ -2,8 +2,8 @@
 
 A canary is a sequence of random tokens with a random class (or, for a language model, to be predicted as it stands): no
 other record speaks for it, so what the model knows of it, it learned from it. Each is put into the data with
-probability ½; the product's own loop trains; a canary's score is how far its loss fell. `bora_fl.privacy.audit` makes a lower
-bound of ε of the scores.
+probability ½; the product's own loop trains; a canary's score is how far its loss fell. `bora_fl.privacy.audit` makes a
+lower bound of ε of the scores.
 """
 
 import math

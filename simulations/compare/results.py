@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bora_fl import report as tracking
+from bora_fl.report import read_rows
 from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread
 from bora_fl.simulations.compare.plan import Cell, Plan, Variant
 from bora_fl.simulations.compare.sweep import outcome
@@ -122,7 +122,7 @@ def rows_of(cell: Cell) -> list[Row]:
     up = down = 0
     seconds = server_seconds = 0.0
     rows = []
-    for found in tracking.read(cell.folder / "metrics.jsonl"):
+    for found in read_rows(cell.folder / "metrics.jsonl"):
         central = (found["round"] % every == 0 or found["round"] == last) and not cell.variant.personal
         clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
         up, down = up + found["bytes_up"], down + found["bytes_down"]

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import bora_fl
-from bora_fl import report as tracking
 from bora_fl.config import ConfigError
+from bora_fl.report import read_rows
 from bora_fl.simulations.compare.plan import LEDGER, Cell
 from bora_fl.simulations.engine import simulate
 from bora_fl.simulations.pool import run_all
@@ -41,7 +41,7 @@ def environment(threads: int) -> dict[str, str]:
 def is_finished(cell: Cell) -> bool:
     """Whether the cell has run to its end with the same settings."""
     marked = _read(cell.folder / FINISHED).get("identity") == cell.identity
-    return marked and len(tracking.read(cell.folder / "metrics.jsonl")) == cell.settings.run.num_rounds
+    return marked and len(read_rows(cell.folder / "metrics.jsonl")) == cell.settings.run.num_rounds
 
 
 def outcome(cell: Cell) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _sweep(cells: list[Cell], todo: list[Cell], workers: int, threads: int, cons
 
 def _begun(cell: Cell) -> float:
     """The part of a running cell's cost that is done: its rounds so far."""
-    rounds = len(tracking.read(cell.folder / "metrics.jsonl"))
+    rounds = len(read_rows(cell.folder / "metrics.jsonl"))
     return cell.cost * rounds / cell.settings.run.num_rounds
 
 

@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bora_fl import report as tracking
 from bora_fl.config import ConfigError, Scalar
+from bora_fl.report import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def judge(folder: Path, config: Mapping[str, Scalar], outcome: str, seconds: flo
         seconds: See `Verdict.seconds_to_recover`.
         lost: Rounds trained again; rounds without the faulty site are added.
     """
-    rows = tracking.read(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
     took_part = tuple((int(row["round"]), frozenset(int(client) for client in row["per_client"])) for row in rows)
     ours = _adapter(folder)
     theirs = _reference(took_part, tuple(sorted((k, v) for k, v in config.items() if not k.startswith("run.o"))))

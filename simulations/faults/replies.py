@@ -10,8 +10,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from safetensors.torch import save_file
 
-from bora_fl import report as tracking
 from bora_fl.config import Scalar
+from bora_fl.report import read_rows
 from bora_fl.simulations.engine import Tamper, simulate
 from bora_fl.simulations.faults.command import CONFIG, SITES, Fault, Verdict, judge
 from bora_fl.strategies.base import RunFailedError
@@ -88,7 +88,7 @@ def inflict_reply(spoil: Spoil, more: Mapping[str, Scalar] | None = None) -> Cal
 
         config = CONFIG | dict(more or {}) | {"run.output-dir": str(folder / "output")}
         done = simulate(config, SITES, tamper=tamper)
-        row = tracking.read(done / "metrics.jsonl")[ROUND - 1]
+        row = read_rows(done / "metrics.jsonl")[ROUND - 1]
         reasons: dict[str, Any] = row["reasons"]
         outcome = "set aside: " + "; ".join(map(str, reasons.values())) if reasons else "merged unnoticed"
         verdict = judge(done, config, outcome, None, 0)

@@ -1,6 +1,6 @@
 import pytest
 
-from bora_fl import report as tracking
+from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 
 
@@ -18,7 +18,7 @@ def private(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ffa", "fedsvd", "fed-sb", "cyclic"])
 def test_a_private_run_stays_within_its_budget_and_says_so(strategy: str, private):
-    rows = tracking.read(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
+    rows = read_rows(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
     assert all(row["rejected"] == 0 for row in rows)
     spent = [row["epsilon"]["largest"] for row in rows]
     assert spent == sorted(spent)
@@ -27,7 +27,7 @@ def test_a_private_run_stays_within_its_budget_and_says_so(strategy: str, privat
 
 
 def test_what_is_computed_from_the_records_without_noise_stays_at_the_site(private):
-    rows = tracking.read(simulate(private, 3) / "metrics.jsonl")
+    rows = read_rows(simulate(private, 3) / "metrics.jsonl")
     sent = set(rows[0]["per_client"]["0"])
     assert sent == {
         "partition", "rank", "num-examples", "train-seconds", "steps", "epsilon-per-record", "noise-multiplier"

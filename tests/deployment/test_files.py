@@ -14,7 +14,7 @@ import yaml
 from bora_fl.deployment.certificates import make_server, make_site
 from bora_fl.deployment.launch import stage, tool
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "deploy"
 UNITS = sorted((KIT / "systemd").glob("*.service"))
 SERVICES = yaml.safe_load((KIT / "compose.yaml").read_text())["services"]

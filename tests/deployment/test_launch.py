@@ -8,7 +8,7 @@ import pytest
 from bora_fl.config import ConfigError
 from bora_fl.deployment.launch import LaunchError, Simulation, _reason, run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_simulation_runs_to_its_end_and_leaves_no_process_behind(tiny_config):

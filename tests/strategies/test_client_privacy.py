@@ -1,7 +1,7 @@
 import pytest
 
-from bora_fl import report as tracking
 from bora_fl.config import ConfigError, parse
+from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 
 
@@ -18,7 +18,7 @@ def private(tiny_config):
 
 @pytest.mark.parametrize("strategy", ["fedavg", "refactor", "ffa"])
 def test_a_run_uses_up_its_budget_and_no_more(strategy: str, private):
-    rows = tracking.read(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
+    rows = read_rows(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
     spent = [row["epsilon"]["largest"] for row in rows]
     assert spent == sorted(spent)
     assert 49 < spent[-1] <= 50.0

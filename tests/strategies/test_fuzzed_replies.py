@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import parse
+from bora_fl.report import RoundReport
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.base import FederatedStrategy
-from bora_fl.strategies.report import RoundReport
 from bora_fl.wire.records import PACKED, from_arrays, reply_content, to_arrays
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 

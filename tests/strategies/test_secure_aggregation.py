@@ -9,8 +9,8 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 from safetensors.torch import load_file
 
-from bora_fl import report as tracking
 from bora_fl.config import ConfigError, StrategySettings, parse
+from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import unflatten
 from bora_fl.strategies.aggregation import build
@@ -72,7 +72,7 @@ def test_the_server_sees_no_weight_no_metric_and_nothing_but_masks(plain, secure
             seen.append(reply.content)
         return reply
 
-    rows = tracking.read(simulate(secure, 3, tamper=watch) / "metrics.jsonl")
+    rows = read_rows(simulate(secure, 3, tamper=watch) / "metrics.jsonl")
     assert len(seen) == 3 * 2
     for content in seen:
         assert {name: dict(record) for name, record in content.metric_records.items()} == {
@@ -85,7 +85,7 @@ def test_the_server_sees_no_weight_no_metric_and_nothing_but_masks(plain, secure
         assert entries.min() >= 0
         share, _ = np.histogram(entries, bins=4, range=(0, 2**32))
         np.testing.assert_allclose(share / len(entries), 0.25, atol=0.12)
-    in_clear = tracking.read(simulate(plain, 3) / "metrics.jsonl")
+    in_clear = read_rows(simulate(plain, 3) / "metrics.jsonl")
     for row, reference in zip(rows, in_clear, strict=True):
         assert row["per_client"] == {}
         assert row["clients"] == 3
@@ -105,7 +105,7 @@ def test_a_client_that_vanishes_in_any_stage_is_left_out_or_counted_and_the_mean
         return reply
 
     folder = simulate(secure | chosen, 4, tamper=lose)
-    row = tracking.read(folder / "metrics.jsonl")[0]
+    row = read_rows(folder / "metrics.jsonl")[0]
     assert order[stage] == 1
     assert row["clients"] == (4 if stage == "unmask" else 3)
     assert row["reasons"] == ({} if stage == "unmask" else {"3": "no reply in time"})
@@ -124,7 +124,7 @@ def test_clients_lost_in_different_stages_do_not_spoil_the_sum(plain, secure):
         8,
         tamper=lambda reply, partition: None if lost.get(partition) == stage_of(reply) else reply,
     )
-    assert tracking.read(folder / "metrics.jsonl")[0]["clients"] == 4
+    assert read_rows(folder / "metrics.jsonl")[0]["clients"] == 4
     plainly = simulate(plain | chosen, 8, tamper=lambda reply, partition: None if partition in lost else reply)
     assert_close(trained(folder), trained(plainly))
 
@@ -139,7 +139,7 @@ def test_below_the_threshold_nothing_is_unmasked_and_the_adapter_stays(secure):
 
 def test_a_site_that_cannot_train_says_why_and_the_others_go_on(secure):
     crowded = secure | {"data.partition": "linear", "privacy.max-examples": 80}
-    row = tracking.read(simulate(crowded, 4) / "metrics.jsonl")[0]
+    row = read_rows(simulate(crowded, 4) / "metrics.jsonl")[0]
     assert row["clients"] == 3
     assert "privacy.max-examples = 80" in row["reasons"]["5"]
 
@@ -151,7 +151,7 @@ def test_an_update_that_would_be_cut_is_refused_by_its_site(secure):
 
 def test_a_client_of_another_rank_takes_no_part(secure):
     mixed = secure | {"adapter.sigma-transform": "identity", "data.partition": "iid"}
-    row = tracking.read(simulate(mixed, 4, node_configs={2: {"rank": 1}}) / "metrics.jsonl")[0]
+    row = read_rows(simulate(mixed, 4, node_configs={2: {"rank": 1}}) / "metrics.jsonl")[0]
     assert row["clients"] == 3
     assert "federation's rank" in row["reasons"]["4"]
 
@@ -167,7 +167,7 @@ def test_it_goes_with_noise_on_the_client(mode: str, secure, tmp_path):
         "strategy.weighting": "uniform",
         "strategy.name": "ffa",
     }
-    rows = tracking.read(simulate(private, 3) / "metrics.jsonl")
+    rows = read_rows(simulate(private, 3) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [3, 3]
     assert all(row["train_loss"] is None and row["epsilon"] is None for row in rows)
     assert len(list((tmp_path / "ledger").glob("*.json"))) == 3

@@ -7,15 +7,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.records import (
-    PACKED,
-    Instruction,
-    RejectedReplyError,
-    from_arrays,
-    read_reply,
-    reply_content,
-    to_arrays,
-)
+from bora_fl.wire.records import PACKED, Instruction, from_arrays, reply_content, to_arrays
+from bora_fl.wire.replies import RejectedReplyError, read_reply
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, STATE, refusal
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})

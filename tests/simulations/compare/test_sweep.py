@@ -16,9 +16,9 @@ from filelock import FileLock
 from rich.console import Console
 
 import bora_fl.client.site
-from bora_fl import report as tracking
 from bora_fl.client import training
 from bora_fl.config import ConfigError
+from bora_fl.report import read_rows
 from bora_fl.simulations.compare import report, results, sweep
 from bora_fl.simulations.compare.plan import Cell, Plan, Variant, plan
 from bora_fl.simulations.engine import simulate
@@ -66,7 +66,7 @@ def go(found: Plan, root: Path) -> str:
 
 def kill_in(cell: Cell, over: threading.Event) -> None:
     """Kill the worker once the cell has a round behind it."""
-    while not tracking.read(cell.folder / "metrics.jsonl"):
+    while not read_rows(cell.folder / "metrics.jsonl"):
         if over.wait(0.005):
             return
     for child in multiprocessing.active_children():
@@ -74,7 +74,7 @@ def kill_in(cell: Cell, over: threading.Event) -> None:
 
 
 def measured(cell: Cell) -> list[dict]:
-    rows = tracking.read(cell.folder / "metrics.jsonl")
+    rows = read_rows(cell.folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
@@ -109,7 +109,7 @@ def test_a_killed_worker_loses_one_run_and_the_next_sweep_makes_up_for_it(interr
     after = [(cell.folder / sweep.FINISHED).stat().st_mtime_ns for cell in found.cells]
     assert after[:3] == before
     for cell in found.cells:
-        assert [row["round"] for row in tracking.read(cell.folder / "metrics.jsonl")] == [1, 2]
+        assert [row["round"] for row in read_rows(cell.folder / "metrics.jsonl")] == [1, 2]
         assert not (cell.folder / "checkpoints").exists()
     _check_results(found, root)
 
@@ -181,7 +181,7 @@ def test_common_random_numbers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
         config = tiny | {"strategy.name": strategy, "run.seed": seed, "strategy.fraction-train": 0.6}
         config |= {"run.output-dir": str(tmp_path / f"{strategy}-{seed}"), "strategy.fraction-evaluate": 0.0}
         config |= {"data.partition": "dirichlet", "data.alpha": 1.0}
-        rows = tracking.read(simulate(config, 4) / "metrics.jsonl")
+        rows = read_rows(simulate(config, 4) / "metrics.jsonl")
         losses = {client: metrics["train-loss"] for client, metrics in rows[0]["per_client"].items()}
         return [sorted(row["per_client"]) for row in rows], list(drawn), losses
 

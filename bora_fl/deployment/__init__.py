@@ -1,0 +1,1 @@
+"""Processes of a deployment: launch, certificates, the doctor, a whole federation on loopback."""

@@ -1,0 +1,190 @@
+"""The server's checks of what comes off the wire: a reply passes all of them before any arithmetic, or is rejected."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord
+from torch import Tensor
+
+from bora_fl.state import PARTS, AdapterState, flatten, unflatten
+from bora_fl.wire.records import from_arrays, part_of
+from bora_fl.wire.schema import METRICS, REPLY, SCHEMA, STATE
+
+MOST_EXAMPLES, MOST_METRICS = 1e12, 64
+
+
+class RejectedReplyError(ValueError):
+    """A reply that is rejected.
+
+    Attributes:
+        node_id: The node it came from.
+        reason: What was wrong with it.
+        folds_held: The newest fold version its site holds, where it lacked folds.
+    """
+
+    def __init__(self, node_id: int, reason: str, folds_held: int | None = None) -> None:
+        super().__init__(f"node {node_id}: {reason}")
+        self.node_id, self.reason, self.folds_held = node_id, reason, folds_held
+
+
+def _reply_record(message: Message) -> ConfigRecord:
+    """The reply record of a message that is neither an error, nor a refusal, nor of another schema."""
+    node = message.metadata.src_node_id
+    if message.has_error():
+        words = re.sub(r"\x1b\[[0-9;]*m", "", str(message.error.reason)).split()
+        raise RejectedReplyError(node, f"error {message.error.code}: {' '.join(words)[:500]}")
+    reply = message.content.config_records.get(REPLY, ConfigRecord())
+    if reply.get("schema") != SCHEMA:
+        raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    if "refused" in reply:
+        held = reply.get("folds-held")
+        raise RejectedReplyError(node, str(reply["refused"])[:500], held if isinstance(held, int) else None)
+    return reply
+
+
+def read_reply(
+    message: Message, sent: AdapterState, parts: frozenset[str], round: int, max_rank: int
+) -> tuple[AdapterState, dict[str, float]]:
+    """Check a train reply and complete it with what the client was sent.
+
+    Args:
+        message: The reply.
+        sent: The state that the client was sent, at the federation's rank.
+        parts: The parts that the reply must hold.
+        round: The round it must belong to.
+        max_rank: The federation's rank; a client may train a smaller one.
+
+    Returns:
+        The client's full state, and its metrics as floats.
+
+    Raises:
+        RejectedReplyError: For an error reply, another schema, a stale round, missing or unknown entries, a wrong shape
+            or dtype, a value that is not finite, or a weight that is not positive and finite.
+    """
+    node = message.metadata.src_node_id
+    reply, content = _reply_record(message), message.content
+    if reply.get("round") != round:
+        raise RejectedReplyError(node, f"reply of round {reply.get('round')!r} in round {round}")
+    metrics = _metrics(node, content.metric_records.get(METRICS, MetricRecord()))
+    if STATE not in content.array_records:
+        raise RejectedReplyError(node, "no adapter state in the reply")
+    try:
+        flat = from_arrays(content.array_records[STATE])
+    except Exception as error:  # whatever a broken payload makes the decoder raise, the run goes on
+        raise RejectedReplyError(node, f"unreadable arrays ({type(error).__name__}: {error})") from error
+    return _complete(node, flat, flatten(sent), parts, max_rank), metrics
+
+
+def require_positive_sigma(node: int, state: AdapterState) -> None:
+    """Refuse what no client under ``exp_norm`` can have trained, and no merge could take.
+
+    Raises:
+        RejectedReplyError: If a Sigma is not positive everywhere.
+    """
+    for name, factors in state.layers.items():
+        if not bool((factors.sigma > 0).all()):
+            raise RejectedReplyError(node, f"layer {name}: Sigma is not positive, as exp_norm always makes it")
+
+
+def read_evaluation(message: Message) -> dict[str, float]:
+    """The metrics of an evaluation reply.
+
+    Raises:
+        RejectedReplyError: For an error reply, a refusal, or metrics that are not an evaluation's.
+    """
+    node = message.metadata.src_node_id
+    if message.has_error() or METRICS not in message.content.metric_records:
+        _reply_record(message)  # says why
+        raise RejectedReplyError(node, "no evaluation metrics")
+    metrics = _finite(node, message.content.metric_records[METRICS])
+    missing = {"eval-loss", "eval-accuracy", "eval-examples"} - metrics.keys()
+    if missing:
+        raise RejectedReplyError(node, f"evaluation metrics without {', '.join(sorted(missing))}")
+    if not (0 <= metrics["eval-accuracy"] <= 1 and metrics["eval-examples"] >= 0):
+        raise RejectedReplyError(
+            node,
+            f"eval-accuracy = {metrics['eval-accuracy']}, eval-examples = {metrics['eval-examples']}: out of range",
+        )
+    return metrics
+
+
+def read_roll_call(message: Message) -> tuple[int, int]:
+    """The partition that a node says it serves, and out of how many.
+
+    Raises:
+        RejectedReplyError: For an error reply, another schema, or no valid partition.
+    """
+    node = message.metadata.src_node_id
+    reply = _reply_record(message)
+    partition, count = reply.get("partition"), reply.get("num-partitions")
+    if not isinstance(partition, int) or not isinstance(count, int) or not 0 <= partition < count:
+        raise RejectedReplyError(node, f"partition {partition!r} of {count!r} is not a partition")
+    return partition, count
+
+
+def _finite(node: int, record: MetricRecord) -> dict[str, float]:
+    if len(record) > MOST_METRICS:
+        raise RejectedReplyError(node, f"{len(record)} metrics; {MOST_METRICS} are the most a reply may hold")
+    metrics = {}
+    for name, value in record.items():
+        try:
+            number = math.nan if isinstance(value, list) else float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise RejectedReplyError(node, f"metric {name} = {value!r} is not a finite number")
+        metrics[name] = number
+    return metrics
+
+
+def _metrics(node: int, record: MetricRecord) -> dict[str, float]:
+    metrics = _finite(node, record)
+    weight = metrics.get("num-examples", 0.0)
+    if not 0 < weight <= MOST_EXAMPLES:
+        raise RejectedReplyError(
+            node, f"num-examples = {weight!r}; a weight must be positive and at most {MOST_EXAMPLES:.0e}"
+        )
+    return metrics
+
+
+def _complete(
+    node: int, flat: Mapping[str, Tensor], sent: Mapping[str, Tensor], parts: frozenset[str], max_rank: int
+) -> AdapterState:
+    for name, tensor in flat.items():
+        if name not in sent:
+            raise RejectedReplyError(node, f"unknown entry {name!r}")
+        if tensor.dtype != sent[name].dtype:
+            raise RejectedReplyError(node, f"{name} is {tensor.dtype}, expected {sent[name].dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise RejectedReplyError(node, f"{name} holds values that are not finite")
+    missing = sorted(
+        name for name in sent if name not in flat and (part_of(name) in parts or part_of(name) == "scaling")
+    )
+    if missing:
+        raise RejectedReplyError(node, f"{len(missing)} entries are missing, among them {missing[0]!r}")
+    other_rank = {name for name in flat if part_of(name) in PARTS and flat[name].shape != sent[name].shape}
+    full = {name: flat.get(name, tensor) for name, tensor in sent.items()}
+    for name, tensor in full.items():
+        wanted = sent[name].shape
+        if part_of(name) in PARTS and other_rank:
+            wanted = _at_rank(wanted, part_of(name), _rank_of(name, full))
+        if tensor.shape != wanted:
+            raise RejectedReplyError(node, f"{name} has shape {tuple(tensor.shape)}, expected {tuple(wanted)}")
+    state = unflatten(full)
+    for layer, factors in state.layers.items():
+        if not 1 <= factors.rank <= max_rank or factors.scaling <= 0:
+            raise RejectedReplyError(
+                node, f"layer {layer}: rank {factors.rank}, scaling {factors.scaling} are out of range"
+            )
+    return state
+
+
+def _rank_of(name: str, flat: Mapping[str, Tensor]) -> int:
+    tensor = flat[f"{name.rpartition('/')[0]}/A"]
+    return tensor.shape[0] if tensor.dim() else 0
+
+
+def _at_rank(shape: torch.Size, part: str, rank: int) -> torch.Size:
+    return torch.Size([rank, *shape[1:]]) if part == "A" else torch.Size([*shape[:-1], rank])
