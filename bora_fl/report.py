@@ -2,16 +2,92 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.table import Table
 
-from bora_fl.privacy.accounting import Unit, summarize
+from bora_fl.privacy.accounting import EpsilonSummary, Unit, summarize
 
 
-@dataclass
+@dataclass(frozen=True)
+class ClientMetrics:
+    """What a client reports of a round; None is what it does not report.
+
+    Attributes:
+        partition: The partition it serves.
+        rank: The rank it trained at.
+        num_examples: Its training examples.
+        train_loss: Mean loss over the round's steps.
+        steps: Optimizer steps.
+        train_seconds: Duration of training.
+        eval_loss: Loss of what it received, on its held-out part.
+        eval_accuracy: Accuracy of the same.
+        eval_examples: Size of its held-out part.
+        epsilon_per_record: What it has spent on its data set, per record.
+        epsilon_per_client: The same, per client.
+        noise_multiplier: Noise of the round, in multiples of the clipping norm.
+    """
+
+    partition: float | None = None
+    rank: float | None = None
+    num_examples: float | None = None
+    train_loss: float | None = None
+    steps: float | None = None
+    train_seconds: float | None = None
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+    eval_examples: float | None = None
+    epsilon_per_record: float | None = None
+    epsilon_per_client: float | None = None
+    noise_multiplier: float | None = None
+
+    @classmethod
+    def read(cls, metrics: Mapping[str, float]) -> "ClientMetrics":
+        """From the metrics of a reply, by their names on the wire; unknown ones are left out."""
+        return cls(**{name: metrics[_wire(name)] for name in cls.__dataclass_fields__ if _wire(name) in metrics})
+
+    def row(self) -> dict[str, float]:
+        """As in ``metrics.jsonl``: what was reported, by its name on the wire."""
+        return {_wire(name): value for name, value in asdict(self).items() if value is not None}
+
+    def joined(self, other: "ClientMetrics") -> "ClientMetrics":
+        """This and what `other` reports; `other` where both do."""
+        return replace(self, **{name: value for name, value in asdict(other).items() if value is not None})
+
+
+def _wire(name: str) -> str:
+    return name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Clients' evaluation on their held-out parts.
+
+    Attributes:
+        loss: Mean, weighted by held-out examples.
+        accuracy: The same of the accuracy.
+        worst: The worst client's accuracy.
+    """
+
+    loss: float
+    accuracy: float
+    worst: float
+
+    @classmethod
+    def of(cls, metrics: Iterable[ClientMetrics]) -> "Evaluation | None":
+        """The summary of those clients that evaluated; None if there is none."""
+        found = [m for m in metrics if m.eval_examples]
+        if not found:
+            return None
+        weights = [m.eval_examples or 0.0 for m in found]
+        accuracies = [m.eval_accuracy or 0.0 for m in found]
+        return cls(_mean([m.eval_loss or 0.0 for m in found], weights), _mean(accuracies, weights), min(accuracies))
+
+
+@dataclass(frozen=True)
 class RoundReport:
     """What happened in a round; one line of ``metrics.jsonl``.
 
@@ -33,33 +109,35 @@ class RoundReport:
     server_seconds: float = 0.0
     clients: int = 0
     rejected: int = 0
-    reasons: dict[str, str] = field(default_factory=dict)
-    epsilon: dict[str, float | str] | None = None
-    strategy: dict[str, float] = field(default_factory=dict)
-    per_client: dict[str, dict[str, float]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    epsilon: EpsilonSummary | None = None
+    strategy: Mapping[str, float] = field(default_factory=dict)
+    per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
 
-    def summarize_clients(self) -> None:
-        """Fill in what follows from `per_client`: the training loss, ε, and the evaluation before training."""
-        metrics = list(self.per_client.values())
-        if metrics and all("train-loss" in m for m in metrics):
-            self.train_loss = _mean([m["train-loss"] for m in metrics], [m["num-examples"] for m in metrics])
-        for unit in get_args(Unit):
-            key = f"epsilon-per-{unit}"
-            if spent := {client: m[key] for client, m in self.per_client.items() if key in m}:
-                self.epsilon = asdict(summarize(spent, unit))
-        evaluated = [m for m in metrics if m.get("eval-examples")]
-        if evaluated:
-            self.summarize_evaluation(evaluated)
-
-    def summarize_evaluation(self, metrics: list[dict[str, float]]) -> None:
-        """Fill in the clients' mean loss and accuracy, weighted by examples, and the worst client's accuracy."""
-        weights = [m.get("eval-examples", 0.0) for m in metrics]
-        self.client_loss = _mean([m.get("eval-loss", 0.0) for m in metrics], weights)
-        self.client_accuracy = _mean([m.get("eval-accuracy", 0.0) for m in metrics], weights)
-        self.client_accuracy_min = min((m.get("eval-accuracy", 0.0) for m in metrics), default=None)
+    def row(self) -> dict[str, Any]:
+        """As a line of ``metrics.jsonl``."""
+        per_client = {str(client): metrics.row() for client, metrics in self.per_client.items()}
+        return asdict(replace(self, per_client={})) | {"per_client": per_client}
 
 
-def _mean(values: list[float], weights: list[float]) -> float:
+def mean_train_loss(metrics: Collection[ClientMetrics]) -> float | None:
+    """The clients' mean training loss, weighted by examples; None if one of them does not report it."""
+    losses = [m.train_loss for m in metrics if m.train_loss is not None]
+    if not losses or len(losses) < len(metrics):
+        return None
+    return _mean(losses, [m.num_examples or 0.0 for m in metrics])
+
+
+def epsilon_of(metrics: Mapping[int, ClientMetrics]) -> EpsilonSummary | None:
+    """The largest ε and its distribution over the clients that report one."""
+    for unit in get_args(Unit):
+        spent = {client: getattr(m, f"epsilon_per_{unit}") for client, m in metrics.items()}
+        if known := {client: value for client, value in spent.items() if value is not None}:
+            return summarize(known, unit)
+    return None
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
     total = sum(weights)
     return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
 

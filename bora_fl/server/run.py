@@ -3,7 +3,6 @@
 import json
 import logging
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,14 @@ from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import ServerState, build
-from bora_fl.strategies.base import FederatedStrategy, RunFailedError
+from bora_fl.strategies.base import FederatedStrategy
+from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.sigma_range import restore_range
 
 log = logging.getLogger(__name__)
 
 
-class Server:
+class Server(Observer):
     """Watches a run: central evaluation, metrics and a checkpoint after each round, the adapter at the end.
 
     Args:
@@ -136,7 +136,7 @@ class Server:
 
     def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
         """Checkpoint first, then the metrics line: a crash in between repeats the round's line, never loses it."""
-        row = asdict(report)
+        row = report.row()
         checkpoint = Checkpoint(report.round, self._run_id, state, folds)
         keep = self.settings.run.keep_checkpoints
         try:

@@ -1,100 +1,237 @@
 """The one class between Flower's strategy interface and the pure aggregators."""
 
 import logging
-import random
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from typing import Protocol
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
 from bora_fl.config import Settings
-from bora_fl.privacy.accounting import summarize
-from bora_fl.report import RoundReport
-from bora_fl.seeds import derive
-from bora_fl.state import AdapterState, ClientUpdate, flatten, flatten_factors, unflatten
-from bora_fl.strategies.aggregation import Aggregator, ServerState
+from bora_fl.privacy.accounting import EpsilonSummary, summarize
+from bora_fl.report import ClientMetrics, Evaluation, RoundReport, epsilon_of, mean_train_loss
+from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten
+from bora_fl.strategies.aggregation import Aggregator, ServerState, build
 from bora_fl.strategies.client_privacy import ClientPrivacy
-from bora_fl.strategies.exchange import exchange, hello
-from bora_fl.strategies.screening import screen
-from bora_fl.strategies.secure_aggregation import moved_by, secure_mean
+from bora_fl.strategies.exchange import exchange
+from bora_fl.strategies.intake import Intake, Sent, size, take_in, take_in_evaluations, take_in_securely
+from bora_fl.strategies.nodes import Nodes, NodesMissingError
+from bora_fl.strategies.observer import Deltas, Observer, Recorder, RunFailedError
+from bora_fl.strategies.secure_aggregation import secure_mean
 from bora_fl.wire.records import Instruction, from_arrays, to_arrays
-from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, read_roll_call, require_positive_sigma
 from bora_fl.wire.schema import FOLDS, INSTRUCTION, STATE
 
 log = logging.getLogger(__name__)
 
-ALL_PARTS = frozenset({"A", "sigma", "B", "tensors"})
+
+def _build(settings: Settings) -> Aggregator:
+    return build(
+        settings.strategy,
+        adapter_method=settings.adapter.method,
+        sigma_transform=settings.adapter.sigma_transform,
+        seed=settings.run.seed,
+        secure_aggregation=settings.privacy.secure_aggregation,
+    )
 
 
-class RunFailedError(RuntimeError):
-    """The run cannot go on; its last checkpoint is whole."""
+@dataclass(frozen=True)
+class Merged:
+    """What a merge yields.
 
+    Attributes:
+        state: The next state; the one before if nothing was merged.
+        changed: Whether anything was merged.
+        report: The aggregator's report.
+        epsilon: ε that the run has spent per client, under client-level privacy.
+        seconds: Duration of the merge.
+        reason: Why nothing was merged, if that is a fault of the merge itself.
+    """
 
-class Observer(Protocol):
-    """Who is told of each round: checkpoints, metrics and progress."""
-
-    def on_start(self, num_partitions: int) -> None:
-        """The federation is there."""
-
-    def evaluate(self, round: int, state: ServerState, folds: list[dict[str, Tensor]]) -> tuple[float, float] | None:
-        """Central loss and accuracy of a state, or None."""
-
-    def held_out_loss(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> float:
-        """Loss of a client's or the server's adapter on the examples kept for screening."""
-
-    def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
-        """A round has ended; whatever must survive a crash is written here."""
+    state: ServerState
+    changed: bool = False
+    report: dict[str, float] = field(default_factory=dict)
+    epsilon: EpsilonSummary | None = None
+    seconds: float = 0.0
+    reason: str = ""
 
 
 class FederatedStrategy(Strategy):
     """Runs a federation of adapters with any `Aggregator`.
 
-    Every reply is checked before any arithmetic and set aside with its node and reason if something is wrong with it;
+    Every reply is checked before any arithmetic, and rejected with its node and reason if something is wrong with it;
     replies are ordered by partition, clients are sampled by a generator seeded with (run seed, round), so that a run
     depends on nothing but its config.
 
+    A subclass may override `configure_train`, `take_in`, `merge` and `evaluate`, the stages of `round`.
+
     Args:
         settings: The run's settings.
-        aggregator: The method.
+        aggregator: The method; by default the one that the settings describe.
         run_id: Names the run on the sites.
         observer: Is told of each round.
     """
 
-    def __init__(self, settings: Settings, aggregator: Aggregator, run_id: str, observer: Observer) -> None:
-        self.settings, self.aggregator, self.run_id, self.observer = settings, aggregator, run_id, observer
+    def __init__(
+        self,
+        settings: Settings,
+        aggregator: Aggregator | None = None,
+        run_id: str = "",
+        observer: Observer | None = None,
+    ) -> None:
+        self.settings, self.observer = settings, observer or Observer()
+        self.run_id = run_id or uuid.uuid4().hex
+        self.aggregator = aggregator or _build(settings)
+        self.nodes = Nodes(settings.strategy, settings.run.seed)
         self.state = ServerState.start(AdapterState())
-        self.folds: list[dict[str, Tensor]] = []
+        self.folds: Deltas = []
         self._held: dict[int, int] = {}
-        self._roster: dict[int, int] = {}
-        self.num_partitions = 1
-        self._report = RoundReport(0)
-        self._privacy = ClientPrivacy.build(settings, aggregator.linear)
-        self._cohort = 0
+        self._train_config, self._evaluate_config = ConfigRecord(), ConfigRecord()
+        self._privacy = ClientPrivacy.build(settings, self.aggregator.linear)
 
     def summary(self) -> None:
         """Log the method in words."""
         for line in self.aggregator.summary().splitlines():
             log.info("%s", line)
 
-    # --- a round's messages ------------------------------------------------------------------------------------------
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self, grid: Grid, state: ServerState, folds: Deltas, first_round: int) -> ServerState:
+        """Rounds ``first_round`` to ``run.num-rounds``.
+
+        Args:
+            grid: Flower's grid.
+            state: Where to start: the initial adapter or a checkpoint's.
+            folds: Every base delta so far.
+            first_round: 1, or one past the checkpoint's round.
+
+        Returns:
+            The final state.
+
+        Raises:
+            RunFailedError: If nodes are missing for longer than ``strategy.wait-seconds``, or no client has ever been
+                of use.
+        """
+        self.state, self.folds = state, folds
+        self.summary()
+        try:
+            self.nodes.gather(grid)
+            self.observer.on_start(self.nodes.num_partitions)
+            usable = first_round > 1
+            for number in range(first_round, self.settings.run.num_rounds + 1):
+                report = self.round(grid, number)
+                usable |= report.clients > 0
+                if not usable:
+                    reasons = "; ".join(f"{who}: {why}" for who, why in report.reasons.items()) or "no reply in time"
+                    raise RunFailedError(f"round {number}: not one usable reply ({reasons})")
+                self.observer.on_round(report, self.state, self.folds)
+        except NodesMissingError as error:
+            raise RunFailedError(str(error)) from error
+        return self.state
+
+    def round(self, grid: Grid, number: int) -> RoundReport:
+        """One round: its stages in order, and a report of what they returned."""
+        started = time.perf_counter()
+        # 1. Prepare the state, and ask this round's sample of the nodes to train on it.
+        self._advance(self.aggregator.prepare(self.state, number))
+        left_out = self.nodes.discover(grid)
+        arrays, timeout = to_arrays(flatten(self.state.current)), self.settings.strategy.timeout
+        messages = list(self.configure_train(number, arrays, self._train_config, grid))
+        bytes_down = sum(size(message.content) for message in messages)
+        # 2. Take in the replies that pass every check.
+        if self.settings.privacy.secure_aggregation:
+            intake = self._take_in_securely(number, messages, grid)
+        else:
+            intake = self.take_in(number, exchange(grid, messages, timeout))
+        self._held |= intake.held
+        # 3. Merge them.
+        merged = self.merge(number, intake, len(messages))
+        self._advance(merged.state)
+        # 4. Evaluate the result.
+        measured, rejected = self._evaluate_on_clients(grid, number)
+        central = self.observer.evaluate(number, self.state, self.folds)
+        # 5. Report.
+        for who, why in (intake.rejected | rejected).items():
+            log.warning("round %d: rejected the reply of %s: %s", number, who, why)
+        reasons = left_out | intake.rejected | rejected
+        reported = {client: intake.metrics.get(client, ClientMetrics()) for client in intake.metrics | measured}
+        reported |= {client: reported[client].joined(metrics) for client, metrics in measured.items()}
+        clients = Evaluation.of((measured or reported).values())
+        loss, accuracy, evaluated = None, None, ""
+        if central:
+            (loss, accuracy), evaluated = central, "central"
+        elif clients:
+            loss, accuracy, evaluated = clients.loss, clients.accuracy, "clients"
+        return RoundReport(
+            number,
+            loss,
+            accuracy,
+            evaluated,
+            train_loss=mean_train_loss(intake.metrics.values()) if intake.metrics else intake.train_loss,
+            client_loss=clients.loss if clients else None,
+            client_accuracy=clients.accuracy if clients else None,
+            client_accuracy_min=clients.worst if clients else None,
+            bytes_up=intake.bytes_up,
+            bytes_down=bytes_down,
+            seconds=time.perf_counter() - started,
+            server_seconds=merged.seconds,
+            clients=intake.clients,
+            rejected=len(reasons),
+            reasons=reasons | ({"merge": merged.reason} if merged.reason else {}),
+            epsilon=merged.epsilon or epsilon_of(intake.metrics),
+            strategy=merged.report,
+            per_client=dict(sorted(reported.items())),
+        )
+
+    # --- its stages --------------------------------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Train messages for this round's sample of the nodes."""
         strategy = self.settings.strategy
-        self._call_roll(grid)
-        nodes = self._sample(strategy.fraction_train, server_round, "train")
-        self._cohort = len(nodes)
         evaluate = strategy.evaluate_in_train and not self.settings.privacy.secure_aggregation
-        messages = self._messages(nodes, "train", server_round, arrays, evaluate)
-        self._report.bytes_down += sum(_size(message.content) for message in messages)
-        return messages
+        nodes = self.nodes.sample(strategy.fraction_train, server_round, "train")
+        return self._messages(nodes, "train", server_round, arrays, evaluate, config)
+
+    def take_in(self, server_round: int, replies: Iterable[Message]) -> Intake:
+        """The updates of the replies that pass every check."""
+        return take_in(
+            replies,
+            self._sent(server_round),
+            self.settings,
+            self.aggregator.shares(),
+            lambda state: self.observer.held_out_loss(state, self.folds),
+        )
+
+    def merge(self, server_round: int, intake: Intake, cohort: int) -> Merged:
+        """Merge the updates of a round; with too few of them, or a result that is not finite, nothing changes.
+
+        Args:
+            server_round: From 1.
+            intake: What the replies yield.
+            cohort: How many clients were asked.
+        """
+        wanted = self.settings.strategy.min_replies
+        if intake.clients < wanted:
+            words = "round %d: %d usable replies, strategy.min-replies is %d; the adapter stays as it was"
+            log.warning(words, server_round, intake.clients, wanted)
+            return Merged(self.state)
+        started = time.perf_counter()
+        state, updates, epsilon = self.state, list(intake.updates), None
+        if self._privacy:
+            parts = self.aggregator.trains(server_round) & self.aggregator.shares()
+            state, updates, spent = self._privacy.protect(state, updates, parts, cohort)
+            epsilon = summarize({"run": spent}, "client")
+        state, report = self.aggregator.aggregate(state, updates, server_round)
+        seconds = time.perf_counter() - started
+        if not all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values()):
+            reason = "the merged adapter is not finite; the adapter stays as it was"
+            log.error("round %d: %s", server_round, reason)
+            return Merged(self.state, report=report, epsilon=epsilon, seconds=seconds, reason=reason)
+        return Merged(state, True, report, epsilon, seconds)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -103,10 +240,12 @@ class FederatedStrategy(Strategy):
         fraction, run = self.settings.strategy.fraction_evaluate, self.settings.run
         if fraction == 0 or (server_round % run.evaluate_every and server_round != run.num_rounds):
             return []
-        nodes = self._sample(fraction, server_round, "evaluate")
-        return self._messages(nodes, "evaluate", server_round, arrays, True)
+        nodes = self.nodes.sample(fraction, server_round, "evaluate")
+        return self._messages(nodes, "evaluate", server_round, arrays, True, config)
 
-    def _messages(self, nodes: list[int], kind: str, round: int, arrays: ArrayRecord, evaluate: bool) -> list[Message]:
+    def _messages(
+        self, nodes: Sequence[int], kind: str, round: int, arrays: ArrayRecord, evaluate: bool, config: ConfigRecord
+    ) -> list[Message]:
         instruction = Instruction(
             round=round,
             run_id=self.run_id,
@@ -119,6 +258,8 @@ class FederatedStrategy(Strategy):
         messages = []
         for node in nodes:
             content = RecordDict({STATE: arrays, INSTRUCTION: instruction.record()})
+            if config:
+                content["config"] = config
             lacking = self.folds[self._held.get(node, 0) :]
             if lacking:
                 first = self._held.get(node, 0) + 1
@@ -127,224 +268,54 @@ class FederatedStrategy(Strategy):
             messages.append(Message(content, dst_node_id=node, message_type=kind))
         return messages
 
-    def gather(self, grid: Grid) -> int:
-        """Wait before round 1 for ``strategy.min-nodes``, or for as many nodes as the first ones say there are.
-
-        Returns:
-            The number of partitions.
-
-        Raises:
-            RunFailedError: If the nodes do not come within ``strategy.wait-seconds``.
-        """
-        strategy = self.settings.strategy
-        wait_for_nodes(grid, max(strategy.min_nodes, 1), strategy.wait_seconds)
-        self._call_roll(grid)
-        wait_for_nodes(grid, strategy.min_nodes or self.num_partitions, strategy.wait_seconds)
-        self._call_roll(grid)
-        return self.num_partitions
-
-    def _call_roll(self, grid: Grid) -> None:
-        """Learn which partition each connected node serves, asking each node once.
-
-        Node ids differ from run to run; partitions do not, so sampling and summation go by partition.
-        """
-        nodes = wait_for_nodes(grid, max(self.settings.strategy.min_nodes, 1), self.settings.strategy.wait_seconds)
-        self._roster = {node: partition for node, partition in self._roster.items() if node in nodes}
-        new = [node for node in nodes if node not in self._roster]
-        if not new:
-            return
-        messages = [Message(hello(), dst_node_id=node, message_type="query") for node in new]
-        replies = exchange(grid, messages, self.settings.strategy.timeout)
-        for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
-            node = message.metadata.src_node_id
-            try:
-                partition, self.num_partitions = read_roll_call(message)
-                if partition in self._roster.values():
-                    raise RejectedReplyError(node, f"another node serves partition {partition} already")
-            except RejectedReplyError as rejected:
-                self._set_aside(node, rejected.reason)
-                continue
-            self._roster[node] = partition
-
-    def _sample(self, fraction: float, round: int, purpose: str) -> list[int]:
-        if not self._roster:
-            return []
-        nodes = sorted(self._roster, key=lambda node: self._roster[node])
-        count = max(1, round_half_up(fraction * len(nodes)))
-        sample = random.Random(derive(self.settings.run.seed, f"sample-{purpose}", round)).sample(nodes, count)
-        return sorted(sample, key=lambda node: self._roster[node])
-
-    # --- a round's replies -------------------------------------------------------------------------------------------
-
-    def accept(self, server_round: int, replies: Iterable[Message]) -> list[ClientUpdate]:
-        """The updates that pass every check, ordered by client; the others are logged, counted and set aside."""
-        report, sent, adapter = self._report, self.state.current, self.settings.adapter
+    def _sent(self, server_round: int) -> Sent:
         parts = self.aggregator.trains(server_round) & self.aggregator.shares()
-        accepted: dict[int, ClientUpdate] = {}
-        for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
-            node = message.metadata.src_node_id
-            report.bytes_up += _size(message.content) if message.has_content() else 0
-            try:
-                state, metrics = read_reply(message, sent, parts, server_round, adapter.rank)
-                if adapter.method == "bora" and adapter.sigma_transform == "exp_norm":
-                    require_positive_sigma(node, state)
-                client = self._roster[node]
-            except RejectedReplyError as rejected:
-                if rejected.folds_held is not None:
-                    self._held[node] = rejected.folds_held  # what it lacks is sent with the next round
-                self._set_aside(node, rejected.reason)
-                continue
-            self._held[node] = self.state.fold_version
-            weight = metrics["num-examples"] if self.settings.strategy.weighting == "examples" else 1.0
-            accepted[client] = ClientUpdate(client, weight, state)
-            report.per_client[str(client)] = metrics
-        updates, screened = screen(
-            [accepted[c] for c in sorted(accepted)],
-            self.state,
-            self.settings.strategy,
-            self.aggregator.shares(),
-            lambda state: self.observer.held_out_loss(state, self.folds),
-        )
-        for client, reason in screened.items():
-            self._set_aside(client, reason)
-            report.per_client.pop(str(client), None)
-        report.clients = len(updates)
-        return updates
+        return Sent(server_round, self.state, parts, self.nodes.partition)
 
-    def _accept_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> list[ClientUpdate]:
-        """The mean of the round's updates as one update; the server sees none of them."""
-        report, strategy, privacy = self._report, self.settings.strategy, self.settings.privacy
+    def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
+        strategy, privacy = self.settings.strategy, self.settings.privacy
         max_weight = privacy.max_examples if strategy.weighting == "examples" else 1
         found = secure_mean(
             grid, messages, privacy, round=server_round, max_weight=max_weight, timeout=strategy.timeout
         )
-        report.bytes_up += found.bytes_up
-        for node, reason in found.failures.items():
-            if node not in found.nodes:
-                self._set_aside(node, reason)
-                self._held.pop(node, None)  # it may have lacked folds, which it is sent with the next round
-        if found.mean is None:
-            log.warning("round %d: too few clients were left to unmask the sum", server_round)
-            return []
-        self._held |= dict.fromkeys(found.nodes, self.state.fold_version)
-        report.clients = len(found.nodes)
-        parts = self.aggregator.trains(server_round) & self.aggregator.shares()
-        state, train_loss = moved_by(self.state.current, parts, found.mean)
-        if privacy.mode == "none":
-            report.train_loss = train_loss
-        return [ClientUpdate(0, 1.0, state)]
+        for node in found.failures.keys() - found.nodes:
+            self._held.pop(node, None)  # it may have lacked base deltas, which it is sent with the next round
+        return take_in_securely(found, self._sent(server_round), report_loss=privacy.mode == "none")
+
+    def _evaluate_on_clients(self, grid: Grid, number: int) -> tuple[dict[int, ClientMetrics], dict[str, str]]:
+        arrays = to_arrays(flatten(self.state.current))
+        messages = list(self.configure_evaluate(number, arrays, self._evaluate_config, grid))
+        replies = exchange(grid, messages, self.settings.strategy.timeout) if messages else []
+        return take_in_evaluations(replies, self.nodes.partition)
 
     def _advance(self, state: ServerState) -> None:
-        """Go on with a state, and keep its fold if it is a new one."""
+        """Go on with a state, and keep its base delta if it is a new one."""
         if state.fold_version > self.state.fold_version:
             self.folds.append(flatten_factors(state.fold, ""))
         self.state = state
 
-    def _set_aside(self, who: int, reason: str) -> None:
-        log.warning("set aside a reply from %s: %s", who, reason)
-        self._report.rejected += 1
-        self._report.reasons[str(who)] = reason
+    # --- Flower's interface ------------------------------------------------------------------------------------------
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check, screen and merge; with too few usable replies the round changes nothing."""
-        return self._merge(server_round, self.accept(server_round, replies))
-
-    def _merge(self, server_round: int, updates: list[ClientUpdate]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        report = self._report
-        if report.clients < self.settings.strategy.min_replies:
-            log.warning(
-                "round %d: %d usable replies, strategy.min-replies is %d; the adapter stays as it was",
-                server_round,
-                report.clients,
-                self.settings.strategy.min_replies,
-            )
+        """Take in and merge the replies to `configure_train`, for a loop that is not `run`."""
+        received = list(replies)
+        intake = self.take_in(server_round, received)
+        self._held |= intake.held
+        merged = self.merge(server_round, intake, len(received))
+        self._advance(merged.state)
+        if not merged.changed:
             return None, None
-        started = time.perf_counter()
-        state = self.state
-        if self._privacy:
-            parts = self.aggregator.trains(server_round) & self.aggregator.shares()
-            state, updates, spent = self._privacy.protect(state, updates, parts, self._cohort)
-            report.epsilon = asdict(summarize({"run": spent}, "client"))
-        state, report.strategy = self.aggregator.aggregate(state, updates, server_round)
-        report.server_seconds = time.perf_counter() - started
-        if not all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values()):
-            report.reasons["merge"] = "the merged adapter is not finite; the adapter stays as it was"
-            log.error("round %d: %s", server_round, report.reasons["merge"])
-            return None, None
-        self._advance(state)
-        report.summarize_clients()
-        return to_arrays(flatten(state.current)), MetricRecord({"train-loss": report.train_loss or 0.0})
+        loss = mean_train_loss(intake.metrics.values())
+        metrics = MetricRecord() if loss is None else MetricRecord({"train-loss": loss})
+        return to_arrays(flatten(merged.state.current)), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean client accuracy and loss of a separate evaluation round, weighted by examples."""
-        found: dict[str, dict[str, float]] = {}
-        for message in replies:
-            node = str(message.metadata.src_node_id)
-            try:
-                found[node] = read_evaluation(message)
-            except RejectedReplyError as rejected:
-                self._set_aside(rejected.node_id, rejected.reason)
-                continue
-            client = str(self._roster.get(message.metadata.src_node_id, node))
-            self._report.per_client[client] = self._report.per_client.get(client, {}) | found[node]
-        if not found:
-            return None
-        self._report.summarize_evaluation(list(found.values()))
-        return MetricRecord({"eval-accuracy": self._report.client_accuracy or 0.0})
-
-    # --- the run -----------------------------------------------------------------------------------------------------
-
-    def run(self, grid: Grid, state: ServerState, folds: list[dict[str, Tensor]], first_round: int) -> ServerState:
-        """Rounds ``first_round`` to ``run.num-rounds``.
-
-        Args:
-            grid: Flower's grid.
-            state: Where to start: the initial adapter or a checkpoint's.
-            folds: Every fold so far.
-            first_round: 1, or one past the checkpoint's round.
-
-        Returns:
-            The final state.
-
-        Raises:
-            RunFailedError: If nodes are missing for longer than ``strategy.wait-seconds``, or no client has ever been
-                of use.
-        """
-        self.state, self.folds = state, folds
-        self.summary()
-        self.observer.on_start(self.gather(grid))
-        usable = first_round > 1
-        for current in range(first_round, self.settings.run.num_rounds + 1):
-            started = time.perf_counter()
-            self._report = report = RoundReport(current)
-            self._advance(self.aggregator.prepare(self.state, current))
-            arrays = to_arrays(flatten(self.state.current))
-            config = ConfigRecord()
-            timeout = self.settings.strategy.timeout
-            messages = self.configure_train(current, arrays, config, grid)
-            if self.settings.privacy.secure_aggregation:
-                self._merge(current, self._accept_securely(current, messages, grid))
-            else:
-                self.aggregate_train(current, exchange(grid, messages, timeout))
-            usable |= report.clients > 0
-            if not usable:
-                reasons = "; ".join(f"{who}: {why}" for who, why in report.reasons.items()) or "no reply in time"
-                raise RunFailedError(f"round {current}: not one usable reply ({reasons})")
-            arrays = to_arrays(flatten(self.state.current))
-            evaluation = list(self.configure_evaluate(current, arrays, config, grid))
-            if evaluation:
-                self.aggregate_evaluate(current, exchange(grid, evaluation, timeout))
-            central = self.observer.evaluate(current, self.state, self.folds)
-            if central:
-                report.loss, report.accuracy, report.evaluated = *central, "central"
-            elif report.client_loss is not None:
-                report.loss, report.accuracy = report.client_loss, report.client_accuracy
-                report.evaluated = "clients"
-            report.seconds = time.perf_counter() - started
-            self.observer.on_round(report, self.state, self.folds)
-        return self.state
+        """Mean loss and accuracy of the replies to `configure_evaluate`, weighted by held-out examples."""
+        metrics, _ = take_in_evaluations(replies, self.nodes.partition)
+        found = Evaluation.of(metrics.values())
+        return MetricRecord({"eval-loss": found.loss, "eval-accuracy": found.accuracy}) if found else None
 
     def start(
         self,
@@ -356,34 +327,29 @@ class FederatedStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Flower's entry point: `run` from round 1 on the given arrays; rounds and time-outs are the settings' own."""
-        final = self.run(grid, ServerState.start(unflatten(from_arrays(initial_arrays))), [], 1)
-        result = Result()
-        result.arrays = to_arrays(flatten(final.current))
-        return result
+        """Run in a ServerApp of one's own, as Flower's strategies do.
 
+        Args:
+            grid: Flower's grid.
+            initial_arrays: The initial adapter, ``to_arrays(flatten(state))``.
+            num_rounds: Rounds, in the place of ``run.num-rounds``.
+            timeout: Seconds to wait for a round's replies, in the place of ``strategy.timeout``.
+            train_config: Sent with each train message as the record ``config``.
+            evaluate_config: Sent with each evaluate message as the record ``config``.
+            evaluate_fn: Called with 0 and the initial arrays, and after each round with its number and the merged ones.
 
-def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
-    """Node ids, sorted, once there are enough of them.
-
-    Raises:
-        RunFailedError: If they do not come in time.
-    """
-    deadline = time.monotonic() + seconds
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
-        if time.monotonic() > deadline:
-            raise RunFailedError(
-                f"{len(nodes)} of {wanted} nodes are connected after {seconds:.0f} s; start more SuperNodes, or lower "
-                f"strategy.min-nodes ({wanted}) or raise strategy.wait-seconds ({seconds:.0f})"
-            )
-        time.sleep(0.2)
-    return nodes
-
-
-def round_half_up(value: float) -> int:
-    """To the nearest whole number, halves up."""
-    return int(value + 0.5)
-
-
-def _size(content: RecordDict) -> int:
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+        Returns:
+            The merged adapter, and the metrics of each round. `observer` is told of each round too.
+        """
+        strategy = self.settings.strategy.model_copy(update={"timeout": timeout})
+        run = self.settings.run.model_copy(update={"num_rounds": num_rounds})
+        self.settings = self.settings.model_copy(update={"strategy": strategy, "run": run})
+        self._train_config, self._evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        recorder = self.observer = Recorder(self.observer, evaluate_fn)
+        recorder.evaluate_arrays(0, initial_arrays)
+        try:
+            final = self.run(grid, ServerState.start(unflatten(from_arrays(initial_arrays))), [], 1)
+        finally:
+            self.observer = recorder.observer
+        recorder.result.arrays = to_arrays(flatten(final.current))
+        return recorder.result

@@ -14,7 +14,7 @@ from bora_fl.config import Scalar
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import Tamper, simulate
 from bora_fl.simulations.faults.command import CONFIG, SITES, Fault, Verdict, judge
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import METRICS, REPLY, SCHEMA, STATE
 

@@ -35,7 +35,7 @@ def test_what_is_computed_from_the_records_without_noise_stays_at_the_site(priva
 
 
 def test_a_second_run_on_the_same_data_is_refused_in_words(private, tmp_path):
-    from bora_fl.strategies.base import RunFailedError
+    from bora_fl.strategies.observer import RunFailedError
 
     simulate(private, 3)
     again = {"run.output-dir": str(tmp_path / "again"), "model.max-length": 12, "data.max-train-examples": 200}

@@ -38,7 +38,7 @@ bora-fl | round 1/3: train loss 1.0
 ERROR :     ServerApp raised an exception
 Traceback (most recent call last):
   File "run.py", line 1, in run
-bora_fl.strategies.base.RunFailedError: 1 of 3 nodes are connected after 600 s; start more SuperNodes
+bora_fl.strategies.observer.RunFailedError: 1 of 3 nodes are connected after 600 s; start more SuperNodes
 or lower strategy.min-nodes
 INFO :      Finished
 """
@@ -48,7 +48,7 @@ def test_the_reason_of_a_failure_is_what_the_log_names(tmp_path: Path):
     log = tmp_path / "run.log"
     log.write_text(LOG)
     first, second = _reason(log).splitlines()
-    assert first.startswith("bora_fl.strategies.base.RunFailedError: 1 of 3 nodes")
+    assert first.startswith("bora_fl.strategies.observer.RunFailedError: 1 of 3 nodes")
     assert second == "or lower strategy.min-nodes"
 
 

@@ -11,7 +11,7 @@ from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.report import read_rows, round_line
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, flatten
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
 
 DELTA = 1e-2

@@ -18,7 +18,7 @@ from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import Aggregator, ServerState
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import METRICS, STATE
 

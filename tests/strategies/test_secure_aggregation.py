@@ -14,7 +14,7 @@ from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import unflatten
 from bora_fl.strategies.aggregation import build
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
 
 LINEAR = sorted(name for name, row in PRESETS.items() if row.linear)

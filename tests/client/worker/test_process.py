@@ -17,7 +17,7 @@ from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import WorkerError, status
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from tests.client.worker.in_process import eventually
 
 STARTUP = 240.0  # seconds; it takes a tenth of that on a machine with nothing else to do

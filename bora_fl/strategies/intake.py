@@ -1,0 +1,154 @@
+"""A round's replies in, checked and screened updates out."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from flwr.app import Message, RecordDict
+
+from bora_fl.config import Settings
+from bora_fl.report import ClientMetrics
+from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.aggregation import ServerState
+from bora_fl.strategies.layer_merge import Trains
+from bora_fl.strategies.screening import screen
+from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
+from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, require_positive_sigma
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What a round's replies yield.
+
+    Attributes:
+        updates: The accepted updates, ordered by client; under secure aggregation their mean, as one update.
+        clients: How many clients are in `updates`.
+        metrics: Client to what it reported.
+        rejected: Client or node to the reason why its reply is not among the updates.
+        held: Node to the newest base delta it holds.
+        bytes_up: Size of the replies.
+        train_loss: Mean training loss, where clients report it under secure aggregation.
+    """
+
+    updates: tuple[ClientUpdate, ...] = ()
+    clients: int = 0
+    metrics: dict[int, ClientMetrics] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    train_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a round's messages asked for, against which its replies are checked.
+
+    Attributes:
+        round: From 1.
+        state: The state that the clients were sent.
+        parts: The parts that a reply holds, of A, sigma, B and tensors.
+        partition: A node's partition; None for a node that is not known.
+    """
+
+    round: int
+    state: ServerState
+    parts: Trains
+    partition: Callable[[int], int | None]
+
+
+def take_in(
+    replies: Iterable[Message],
+    sent: Sent,
+    settings: Settings,
+    shares: Trains,
+    held_out_loss: Callable[[AdapterState], float],
+) -> Intake:
+    """Check every reply before any arithmetic, then screen the updates against each other.
+
+    Args:
+        replies: In any order.
+        sent: What was asked for.
+        settings: The run's settings.
+        shares: The parts that may leave a client.
+        held_out_loss: Loss of an adapter on the examples kept for screening.
+    """
+    adapter, weighting = settings.adapter, settings.strategy.weighting
+    accepted: dict[int, ClientUpdate] = {}
+    metrics: dict[int, ClientMetrics] = {}
+    rejected: dict[str, str] = {}
+    held: dict[int, int] = {}
+    bytes_up = 0
+    for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
+        node = message.metadata.src_node_id
+        bytes_up += size(message.content) if message.has_content() else 0
+        try:
+            state, reported = read_reply(message, sent.state.current, sent.parts, sent.round, adapter.rank)
+            if adapter.method == "bora" and adapter.sigma_transform == "exp_norm":
+                require_positive_sigma(node, state)
+            client = sent.partition(node)
+            if client is None:
+                raise RejectedReplyError(node, "the node serves no partition of this federation")
+        except RejectedReplyError as reply:
+            if reply.folds_held is not None:
+                held[node] = reply.folds_held  # what it lacks is sent with the next round
+            rejected[str(node)] = reply.reason
+            continue
+        held[node] = sent.state.fold_version
+        weight = reported["num-examples"] if weighting == "examples" else 1.0
+        accepted[client] = ClientUpdate(client, weight, state)
+        metrics[client] = ClientMetrics.read(reported)
+    updates, screened = screen(
+        [accepted[c] for c in sorted(accepted)], sent.state, settings.strategy, shares, held_out_loss
+    )
+    rejected |= {str(client): reason for client, reason in screened.items()}
+    kept = {client: metrics[client] for client in metrics if client not in screened}
+    return Intake(tuple(updates), len(updates), kept, rejected, held, bytes_up)
+
+
+def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Intake:
+    """The mean of a round's updates as one update; the server sees none of them.
+
+    Args:
+        found: What the protocol yields.
+        sent: What was asked for.
+        report_loss: Whether the mean training loss may be reported.
+    """
+    rejected = {str(node): reason for node, reason in found.failures.items() if node not in found.nodes}
+    intake = Intake(rejected=rejected, bytes_up=found.bytes_up)
+    if found.mean is None:
+        log.warning("round %d: too few clients were left to unmask the sum", sent.round)
+        return intake
+    state, train_loss = moved_by(sent.state.current, sent.parts, found.mean)
+    return replace(
+        intake,
+        updates=(ClientUpdate(0, 1.0, state),),
+        clients=len(found.nodes),
+        held=dict.fromkeys(found.nodes, sent.state.fold_version),
+        train_loss=train_loss if report_loss else None,
+    )
+
+
+def take_in_evaluations(
+    replies: Iterable[Message], partition: Callable[[int], int | None]
+) -> tuple[dict[int, ClientMetrics], dict[str, str]]:
+    """What clients measured on their held-out parts, and the reasons why other replies are rejected."""
+    found: dict[int, ClientMetrics] = {}
+    rejected: dict[str, str] = {}
+    for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
+        node = message.metadata.src_node_id
+        try:
+            metrics = ClientMetrics.read(read_evaluation(message))
+            client = partition(node)
+            if client is None:
+                raise RejectedReplyError(node, "the node serves no partition of this federation")
+            found[client] = metrics
+        except RejectedReplyError as reply:
+            rejected[str(node)] = reply.reason
+    return found, rejected
+
+
+def size(content: RecordDict) -> int:
+    """Bytes of a message's arrays."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())

@@ -1,0 +1,65 @@
+"""The losses against a loop in float64, and the metrics against all examples at once."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bora_fl.data import Encoded
+from bora_fl.evaluate import evaluate, example_losses
+
+
+def test_a_classifiers_losses_are_those_of_each_example():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    losses, targets, right = example_losses(logits, labels)
+    for i in range(5):
+        row = logits[i].double()
+        assert float(losses[i]) == pytest.approx(float(row.logsumexp(0) - row[labels[i]]), abs=1e-6)
+        assert float(right[i]) == float(row.argmax() == labels[i])
+    assert targets.tolist() == [1.0] * 5
+
+
+def test_a_language_models_losses_cover_the_next_token_where_there_is_a_target():
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[-100, 3, -100, 5], [1, -100, -100, -100]])
+    losses, targets, _ = example_losses(logits, labels)
+    scores = logits.double().log_softmax(-1)
+    wanted = [-float(scores[0, 0, 3] + scores[0, 2, 5]), 0.0]
+    assert losses.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert targets.tolist() == [2.0, 0.0]
+
+
+class Table(nn.Module):
+    """Logits by first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, 3))
+
+    def forward(self, input_ids, attention_mask):
+        return type("Output", (), {"logits": self.weight[input_ids[:, 0]]})()
+
+
+def encoded(count):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 6, count)
+    tokens = rng.integers(0, 11, lengths.sum()).astype(np.int32)
+    begin = np.concatenate([[0], lengths.cumsum()[:-1]])
+    return Encoded(tokens, begin, lengths, np.zeros(count, dtype=np.int64), rng.integers(0, 3, count), 0, 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_metrics_do_not_depend_on_the_batches(batch_size):
+    data = encoded(13)
+    model = Table().train()
+    found = evaluate(model, data, batch_size)
+    logits = model.weight[torch.as_tensor(data.tokens[data.begin]).long()].detach().double()
+    labels = torch.as_tensor(data.classes)
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), abs=1e-6)
+    assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert (found.examples, found.targets) == (13, 13)
+    assert model.training
+
+
+def test_no_examples_are_no_error():
+    found = evaluate(Table(), encoded(13).select(np.array([], dtype=int)), 4)
+    assert (found.loss, found.accuracy, found.examples) == (0.0, 0.0, 0)
