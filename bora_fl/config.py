@@ -56,6 +56,21 @@ class AdapterSettings(_Group):
     sigma_transform: Literal["exp_norm", "identity"] = Field("exp_norm", description="how Sigma is made of sigma")
     train_head: bool = Field(True, description="train the classification head too")
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of this adapter's factors: b, or 1 for a method without blocks."""
+        return self.num_blocks if self.method == "bora" else 1
+
+    @property
+    def transform(self) -> Literal["exp_norm", "identity"]:
+        """How this adapter's Sigma is made of sigma, for one block too; other methods' Sigma is 1 and stays it."""
+        return self.sigma_transform if self.method == "bora" else "identity"
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """The parts that this method never trains, whatever a strategy asks for."""
+        return frozenset() if self.method == "bora" else frozenset({"sigma"})
+
     def targets(self) -> str | list[str]:
         """The value in the form that PEFT's `target_modules` takes."""
         text = self.target_modules.strip()
@@ -146,17 +161,15 @@ class StrategySettings(_Group):
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta 1")
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="beta 2 (adam, yogi)")
     server_epsilon: Positive = Field(1e-3, description="tau, the degree of adaptivity (adam, yogi)")
-    max_update_norm: NonNegative = Field(
-        0.0, description="an update whose product moved further is set aside; 0 is off"
-    )
+    max_update_norm: NonNegative = Field(0.0, description="an update whose product moved further is rejected; 0 is off")
     max_weight_ratio: NonNegative = Field(
-        1000.0, description="a reply that claims this many times the median client's examples is set aside; 0 is off"
+        1000.0, description="a reply that claims this many times the median client's examples is rejected; 0 is off"
     )
     min_cosine: Annotated[float, Field(ge=-1, le=1)] = Field(
-        -1.0, description="an update whose cosine with the others' mean is lower is set aside; -1 is off"
+        -1.0, description="an update whose cosine with the others' mean is lower is rejected; -1 is off"
     )
     max_loss_increase: NonNegative = Field(
-        0.0, description="an update whose model's held-out loss rises by more is set aside; 0 is off"
+        0.0, description="an update whose model's held-out loss rises by more is rejected; 0 is off"
     )
     screening_examples: Count = Field(256, description="examples of the central test set kept for max-loss-increase")
 

@@ -1,12 +1,12 @@
 """The algebra of block-diversified low-rank updates: pure functions on factors, nothing of the weight's size."""
 
 from bora_fl.blocks.block_cores import BlockCores
-from bora_fl.blocks.conversion import compress, convert_blocks, stiefel
 from bora_fl.blocks.factors import BlockFactors
 from bora_fl.blocks.gauge import fix_gauge
 from bora_fl.blocks.merging import factor_mean, merge
-from bora_fl.blocks.metrics import distance, inner, relative_error
-from bora_fl.blocks.refactorization import Refactorization, at_rank, refactorize
+from bora_fl.blocks.metrics import distance, relative_error
+from bora_fl.blocks.normalization import at_rank, normalize_sigma
+from bora_fl.blocks.refactorization import Refactorization, refactorize
 from bora_fl.blocks.residual import residual
 from bora_fl.blocks.resizing import padded, truncate
 from bora_fl.blocks.streaming import StreamingMerge
@@ -17,17 +17,14 @@ __all__ = [
     "Refactorization",
     "StreamingMerge",
     "at_rank",
-    "compress",
-    "convert_blocks",
     "distance",
     "factor_mean",
     "fix_gauge",
-    "inner",
     "merge",
+    "normalize_sigma",
     "padded",
     "refactorize",
     "relative_error",
     "residual",
-    "stiefel",
     "truncate",
 ]

@@ -123,6 +123,25 @@ def blocked(factors: BlockFactors, dtype: torch.dtype = torch.float64) -> tuple[
     return left, factors.sigma.to(dtype) * factors.scaling, right
 
 
+def rescaled(factors: BlockFactors, rows: Tensor, columns: Tensor) -> BlockFactors:
+    """The same update as `B_i[:, k] · rows_ik`, `Sigma[i, j, k] / (rows_ik columns_jk)`, `A_j[k, :] · columns_jk`.
+
+    Args:
+        factors: Any factors.
+        rows: `[b, r]`, without zeros.
+        columns: `[b, r]`, without zeros.
+    """
+    b, r = factors.num_blocks, factors.rank
+    B = factors.B.double().reshape(b, -1, r) * rows[:, None]
+    A = factors.A.double().reshape(r, b, -1) * columns.T[:, :, None]
+    return BlockFactors(
+        B.reshape(-1, r).to(factors.B.dtype),
+        (factors.sigma.double() / rows[:, None] / columns).to(factors.sigma.dtype),
+        A.reshape(r, -1).to(factors.A.dtype),
+        factors.scaling,
+    )
+
+
 def unblocked(left: Tensor, sigma: Tensor, right: Tensor, scaling: float, dtype: torch.dtype) -> BlockFactors:
     """The inverse of `blocked`: factors of the given scaling and dtype."""
     b, q, r = right.shape

@@ -1,8 +1,8 @@
-"""One stated gauge for block factors, and what rests on it.
+"""The canonical form of block factors, and what rests on it.
 
 For any `α [b, r]`, `β [b, r]` without zeros, the factors `B_i[:, k] α_ik`, `A_j[k, :] β_jk`,
 `Sigma[i, j, k] / (α_ik β_jk)` are the same update, as is any common permutation of `k`; for more than one block there
-is no further freedom (no rotation). The stated gauge:
+is no further freedom (no rotation). The canonical form:
 
 * every block row `A_j[k, :]` has the norm at which clients train it (`row_norms`);
 * Sigma has the scale at which clients train it: its root mean square over j (`"identity"`), or its geometric mean
@@ -59,10 +59,8 @@ def fix_gauge(
     sigma_transform: str = "identity",
     row_norms: Tensor | float | None = None,
     sigma_scale: Tensor | float | None = None,
-    orthonormal: bool = False,
-    sort: bool = True,
 ) -> BlockFactors:
-    """The same update in the stated gauge.
+    """The same update in canonical form.
 
     Args:
         factors: Any block factors.
@@ -70,8 +68,6 @@ def fix_gauge(
         row_norms: Norm of the rows of A: of every block row (`[b, r]`), of every whole row, shared evenly by its blocks
             (`[r]` or a number). Default: 1/√3, its expectation after Kaiming-uniform initialization.
         sigma_scale: Scale of Sigma over j, `[b, r]` or a number. Default 1.
-        orthonormal: Leave A as it is (Stiefel form): only row shifts and signs are free.
-        sort: Put the components in order of energy.
 
     Returns:
         Factors of the same update, scaling and dtype. Components without energy keep their A, get B = 0 and a Sigma of
@@ -93,7 +89,7 @@ def fix_gauge(
     alive = row_alive.unsqueeze(1) & column_alive.unsqueeze(0)
     left = torch.where(row_alive.unsqueeze(1), left, 0.0)
 
-    beta = torch.ones_like(right_norm) if orthonormal else target_norm / torch.where(right_norm > 0, right_norm, 1.0)
+    beta = target_norm / torch.where(right_norm > 0, right_norm, 1.0)
     row_sign, column_sign = positive_signs(torch.where(sigma < 0, -energy, energy), right)
     beta = beta * column_sign
     right = right * beta.unsqueeze(1)
@@ -109,15 +105,14 @@ def fix_gauge(
         log_sigma = torch.where(alive, sigma, 1.0).log()
         mean = log_sigma.mean(1)
         log_scaled = log_sigma + (scale.log() - mean).unsqueeze(1)
-        shifted = into_range(torch.where(alive, log_scaled, 0.0), alive, columns=not orthonormal)
+        shifted = into_range(torch.where(alive, log_scaled, 0.0), alive)
         row, column = _shifts(log_sigma - shifted, alive)
-        if not orthonormal:
-            # The total norm of a row of A stays: the common part of the column shifts moves to the row shifts.
-            norms = right.norm(dim=1)
-            total = (norms * column.exp()).square().sum(0).clamp_min(1e-300).sqrt()
-            common = total.log() - norms.square().sum(0).clamp_min(1e-300).sqrt().log()
-            column, row = column - common, row + common
-            right = right * column.exp().unsqueeze(1)
+        # The total norm of a row of A stays: the common part of the column shifts moves to the row shifts.
+        norms = right.norm(dim=1)
+        total = (norms * column.exp()).square().sum(0).clamp_min(1e-300).sqrt()
+        common = total.log() - norms.square().sum(0).clamp_min(1e-300).sqrt().log()
+        column, row = column - common, row + common
+        right = right * column.exp().unsqueeze(1)
         left = left * row.exp().unsqueeze(1)
         sigma = shifted.exp()
     else:
@@ -126,9 +121,8 @@ def fix_gauge(
         sigma = torch.where((rms > 0).unsqueeze(1), sigma / alpha.unsqueeze(1), scale.unsqueeze(1))
         left = left * alpha.unsqueeze(1)
 
-    if sort:
-        order = torch.argsort(energy.square().sum((0, 1)), descending=True, stable=True)
-        left, sigma, right = left[..., order], sigma[..., order], right[..., order]
+    order = torch.argsort(energy.square().sum((0, 1)), descending=True, stable=True)
+    left, sigma, right = left[..., order], sigma[..., order], right[..., order]
     scaling = factors.scaling or 1.0
     return unblocked(left, sigma * scaling, right, scaling, factors.B.dtype)
 

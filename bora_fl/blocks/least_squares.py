@@ -92,12 +92,6 @@ def update_left(target: Target, fit: Fit) -> Fit:
     return normalized(replace(fit, left=left))
 
 
-def update_right_orthonormal(target: Target, fit: Fit) -> Fit:
-    """Best right factors with orthonormal columns: the polar factor of `Σ_i M_ijᵀ left_i diag(Sigma_ij)`."""
-    u, _, vh = torch.linalg.svd(target.T.apply(fit.left, fit.sigma.transpose(0, 1)), full_matrices=False)
-    return replace(fit, right=u @ vh)
-
-
 def update_sigma(target: Target, fit: Fit, floor: float | None = None) -> Fit:
     """Best Sigma for the present left and right factors.
 
@@ -132,18 +126,11 @@ class Constraints:
 
     Args:
         floor: Smallest value of Sigma while columns have unit norm; none allows every sign.
-        orthonormal_right: Keep the columns of every right block orthonormal (the Stiefel form).
         only_left: Leave Sigma and the right factors as they are.
     """
 
     floor: float | None = None
-    orthonormal_right: bool = False
     only_left: bool = False
-
-    @property
-    def free(self) -> bool:
-        """Whether a step along the last change keeps every constraint but the floor."""
-        return not (self.orthonormal_right or self.only_left)
 
 
 def sweep(target: Target, fit: Fit, constraints: Constraints) -> Fit:
@@ -151,8 +138,7 @@ def sweep(target: Target, fit: Fit, constraints: Constraints) -> Fit:
     fit = update_left(target, fit)
     if constraints.only_left:
         return fit
-    orthonormal = constraints.orthonormal_right
-    fit = update_right_orthonormal(target, fit) if orthonormal else update_left(target.T, fit.T).T
+    fit = update_left(target.T, fit.T).T
     return update_sigma(target, fit, constraints.floor)
 
 
@@ -180,7 +166,7 @@ def fit_from(
             break
         fit = candidate
         gain = (error_before - error) / error_before
-        if gain >= tolerance and len(history) > 2 and constraints.free:
+        if gain >= tolerance and len(history) > 2 and not constraints.only_left:
             longer = _extrapolated(previous, fit, stretch, constraints.floor)
             longer_error = relative_error_of(target, longer)
             if longer_error < error:

@@ -1,24 +1,11 @@
-"""Inner products, distances and errors of updates, from their factors."""
+"""Distances and errors of updates, from their factors."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-
-from bora_fl.blocks.factors import BlockFactors, blocked
+from bora_fl.blocks.factors import BlockFactors
 from bora_fl.blocks.merging import merge
-
-
-def inner(f: BlockFactors, g: BlockFactors) -> float:
-    """Frobenius inner product `<f, g>` of two updates of one shape and block count, in float64.
-
-    `Σ_ij Σ_kl Sigma_f[i,j,k] (B_fᵀ B_g)_i[k,l] (A_f A_gᵀ)_j[k,l] Sigma_g[i,j,l]`.
-    """
-    left_f, sigma_f, right_f = blocked(f)
-    left_g, sigma_g, right_g = blocked(g)
-    gram_left, gram_right = left_f.mT @ left_g, right_f.mT @ right_g
-    return float(torch.einsum("ikl,ijk,jkl,ijl->", gram_left, sigma_f, gram_right, sigma_g))
 
 
 def distance(f: BlockFactors, g: BlockFactors) -> float:

@@ -4,8 +4,7 @@
 
 For one block that is the truncated SVD. For more it is not an SVD, and is solved by alternating least squares on the
 cores of M (`least_squares`), warm from a given start, cold from the target alone (`initial_guess`), or both with the
-better one kept. Sigma can be kept in `exp_norm`'s range (`sigma_range`) and A in Stiefel form. The result is in the
-stated gauge (`gauge`).
+better one kept. Sigma can be kept in `exp_norm`'s range (`sigma_range`). The result is in canonical form (`gauge`).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Refactorization:
     """A fit of block factors to an update.
 
     Args:
-        factors: The fit, in the stated gauge, in the dtype of what was fitted.
+        factors: The fit, in canonical form, in the dtype of what was fitted.
         relative_error: `‖M − fit‖ / ‖M‖`, rounding to that dtype included; zero if both vanish.
         history: Relative error of the kept fit at its start and after every sweep, never increasing.
         start_error: Relative error of the given start, None without one. `relative_error` is not above it but for
@@ -63,11 +62,9 @@ def refactorize(
     start: BlockFactors | None = None,
     cold: int | None = None,
     sigma_transform: str = "identity",
-    orthonormal: bool = False,
     only_B: bool = False,
     sweeps: int = 50,
     tolerance: float = 1e-3,
-    reference_norms: Tensor | float | None = None,
 ) -> Refactorization:
     """Fit block factors of a given rank to an update.
 
@@ -78,25 +75,23 @@ def refactorize(
         cold: Attempts of the cold start against noise, each costing several times a warm fit; the best of all is kept.
             The cheap algebraic guess is tried as well unless this is 0. Default: 0 with a start, 2 without.
         sigma_transform: `"identity"`, or `"exp_norm"` for a Sigma that must be one of its values.
-        orthonormal: Keep the rows of every A_j orthonormal (Stiefel form), which bounds the gradient of B.
         only_B: Leave the start's A and Sigma as they are and solve for B alone, which takes one solve: clients train
             well from where they trained before, and a fit of all three moves to where they do not.
         sweeps: Most sweeps of alternating least squares.
         tolerance: Stop when a sweep lowers the error by less than this fraction of itself.
-        reference_norms: Norms of A's rows in the stated gauge, as `row_norms` of `fix_gauge`. Default: the start's,
-            component by component, or without a start those of a fresh initialization.
 
     Returns:
-        The fit with its errors; its scaling is the start's, else that of the stack.
+        The fit with its errors; its scaling and the norms of A's rows are the start's, else the stack's and those of a
+        fresh initialization.
 
     Raises:
         ValueError: If the rank or an option is out of range, or the start does not fit the update.
     """
     check_transform(sigma_transform)
-    _check(factors, rank, start, orthonormal, only_B)
+    _check(factors, rank, start, only_B)
     if isinstance(factors, BlockFactors) and factors.rank <= rank:
         factors = padded(factors, rank)
-        exact = None if orthonormal or only_B else _exact(factors, start, sigma_transform, reference_norms)
+        exact = None if only_B else _exact(factors, start, sigma_transform)
         if exact is not None:
             return exact
     whole, warm = _compressed_with(factors, start)
@@ -104,8 +99,10 @@ def refactorize(
     size = math.sqrt(target.squared_norm)
     if size == 0:
         return _vanishing(factors, rank, start)
-    floor = _floor(size, target.num_blocks, rank, warm) if sigma_transform == "exp_norm" else None
-    constraints = Constraints(floor, orthonormal, only_B)
+    # One block needs no floor: scaling its components alone brings any positive Sigma into range.
+    bounded = sigma_transform == "exp_norm" and target.num_blocks > 1
+    floor = _floor(size, target.num_blocks, rank, warm) if bounded else None
+    constraints = Constraints(floor, only_B)
 
     start_error = None
     candidates: list[tuple[str, Fit]] = []
@@ -128,43 +125,20 @@ def refactorize(
     if floor is not None:
         origin, fit, history = _in_range(target, feasible[0][1], (origin, fit, history), constraints, sweeps, tolerance)
     unrounded, dtype = _expanded(fit, whole, start, factors), _dtype(factors)
-    result = _stated(unrounded, origin, start, sigma_transform, orthonormal, reference_norms).to(dtype)
+    result = _canonical(unrounded, origin, start, sigma_transform).to(dtype)
     rounding = 0.0 if dtype == torch.float64 else distance(unrounded, result) / size
     return Refactorization(result, math.hypot(history[-1], rounding), tuple(history), start_error, origin)
 
 
-def at_rank(factors: BlockFactors, rank: int, sigma_transform: str) -> BlockFactors:
-    """Factors at another rank: refitted to a smaller one, or padded with components that start at zero.
-
-    Args:
-        factors: A layer's factors.
-        rank: The rank wanted, at least 1.
-        sigma_transform: Of the adapter; a single block of plain LoRA has Sigma = 1 and takes ``identity``.
-    """
-    if factors.rank == rank:
-        return factors
-    transform = sigma_transform if factors.num_blocks > 1 else "identity"
-    start = truncate(factors, rank) if factors.rank > rank else None
-    return refactorize(factors, rank, start=start, sigma_transform=transform).factors
-
-
-def _check(
-    update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None, orthonormal: bool, only_b: bool
-) -> None:
+def _check(update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None, only_b: bool) -> None:
     if rank < 1:
         raise ValueError(f"rank is {rank}; give at least 1")
-    if only_b and (start is None or orthonormal):
-        raise ValueError("only_B keeps the start's A and Sigma; give a start, and leave orthonormal off")
+    if only_b and start is None:
+        raise ValueError("only_B keeps the start's A and Sigma; give a start")
     if start is not None and (start.shape, start.num_blocks, start.rank) != (update.shape, update.num_blocks, rank):
         raise ValueError(
             f"start is of a {start.shape} weight in {start.num_blocks} blocks and has rank {start.rank}; the fit is of"
             f" a {update.shape} one in {update.num_blocks} and has rank {rank}: give a start that fits"
-        )
-    columns = update.shape[1] // update.num_blocks
-    if orthonormal and rank > columns:
-        raise ValueError(
-            f"rank is {rank} and a block of A has {columns} columns, so its rows cannot be orthonormal; lower the rank"
-            " or the number of blocks"
         )
 
 
@@ -172,20 +146,18 @@ def _dtype(update: BlockFactors | BlockCores) -> torch.dtype:
     return update.B.dtype if isinstance(update, BlockFactors) else update.rows.dtype
 
 
-def _exact(
-    factors: BlockFactors, start: BlockFactors | None, sigma_transform: str, norms: Tensor | float | None
-) -> Refactorization | None:
-    """The update itself in the stated gauge, unless its Sigma is out of range."""
+def _exact(factors: BlockFactors, start: BlockFactors | None, sigma_transform: str) -> Refactorization | None:
+    """The update itself in canonical form, unless its Sigma is out of range."""
     try:
-        stated = _stated(factors, "exact", None, sigma_transform, False, norms)
+        canonical = _canonical(factors, "exact", None, sigma_transform)
     except ValueError:
         return None
     size = factors.norm()
-    error = distance(factors, stated) / size if size > 0 else 0.0
+    error = distance(factors, canonical) / size if size > 0 else 0.0
     start_error = None
     if start is not None:
         start_error = distance(factors, start) / size if size > 0 else (0.0 if start.norm() == 0 else math.inf)
-    return Refactorization(stated, error, (error,), start_error, "exact")
+    return Refactorization(canonical, error, (error,), start_error, "exact")
 
 
 def _vanishing(update: BlockFactors | BlockCores, rank: int, start: BlockFactors | None) -> Refactorization:
@@ -221,9 +193,6 @@ def _coordinates(factors: BlockFactors, whole: Compressed) -> Fit:
 
 def _feasible(fit: Fit, constraints: Constraints) -> Fit:
     """The nearest cheap fit that keeps the constraints."""
-    if constraints.orthonormal_right:
-        u, _, vh = torch.linalg.svd(fit.right, full_matrices=False)
-        fit = replace(fit, right=u @ vh)
     fit = normalized(fit)
     if constraints.floor is not None:
         row, column = positive_signs(fit.sigma * fit.sigma.abs(), fit.right)
@@ -250,7 +219,7 @@ def _best(
     target: Target, starts: list[tuple[str, Fit]], constraints: Constraints, sweeps: int, tolerance: float
 ) -> _Candidate:
     """Sweep all starts a little, then the best one to the end."""
-    if starts[0][0] == "svd" and target.num_blocks == 1 and constraints.floor is None:
+    if starts[0][0] == "svd" and target.num_blocks == 1:
         return "svd", starts[0][1], [relative_error_of(target, starts[0][1])]
     best: _Candidate | None = None
     few = min(sweeps, _CANDIDATE_SWEEPS) if len(starts) > 1 else sweeps
@@ -270,7 +239,7 @@ def _in_range(
     """Raise a floor under Sigma until the gauge can bring it into `exp_norm`'s range, refitting above it."""
 
     def needed(fit: Fit) -> float:
-        return least_floor(fit.sigma, _alive(fit), columns=not constraints.orthonormal_right)
+        return least_floor(fit.sigma, _alive(fit))
 
     origin, fit, history = fitted
     floor = needed(fit)
@@ -317,24 +286,15 @@ def _expanded(
     return unblocked(left, fit.sigma, right, scaling or 1.0, torch.float64)
 
 
-def _stated(
-    factors: BlockFactors,
-    origin: str,
-    start: BlockFactors | None,
-    sigma_transform: str,
-    orthonormal: bool,
-    norms: Tensor | float | None,
-) -> BlockFactors:
-    """The stated gauge, at the start's scale: component by component if the fit comes from it, else pooled."""
-    scale: Tensor | float | None = None
+def _canonical(factors: BlockFactors, origin: str, start: BlockFactors | None, sigma_transform: str) -> BlockFactors:
+    """The canonical form, at the start's scale: component by component if the fit comes from it, else pooled."""
+    norms: Tensor | None = None
+    scale: Tensor | None = None
     if origin == "exact":
         start = factors
     if start is not None:
-        start_norms, scale = block_row_norms(start), sigma_scales(start, sigma_transform)
+        norms, scale = block_row_norms(start), sigma_scales(start, sigma_transform)
         if origin not in ("start", "exact"):
-            start_norms = start_norms.square().mean().sqrt().expand_as(start_norms)
+            norms = norms.square().mean().sqrt().expand_as(norms)
             scale = scale.log().mean().exp() if bool((scale > 0).all()) else torch.ones(())
-        norms = start_norms if norms is None else norms
-    return fix_gauge(
-        factors, sigma_transform=sigma_transform, row_norms=norms, sigma_scale=scale, orthonormal=orthonormal
-    )
+    return fix_gauge(factors, sigma_transform=sigma_transform, row_norms=norms, sigma_scale=scale)

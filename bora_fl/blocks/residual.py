@@ -11,9 +11,7 @@ from bora_fl.blocks.refactorization import refactorize
 from bora_fl.blocks.svd import leading_svd
 
 
-def residual(
-    merged: BlockFactors | BlockCores, fit: BlockFactors, budget: int, *, num_blocks: int | None = None
-) -> BlockFactors:
+def residual(merged: BlockFactors | BlockCores, fit: BlockFactors, budget: int) -> BlockFactors:
     """The best approximation of `merged − fit` by block factors of rank at most `budget`.
 
     Starts from the truncated SVD of the residual, which is one set of block factors of that rank, and improves on it
@@ -23,25 +21,21 @@ def residual(
         merged: The update that was fitted.
         fit: Its fit, of the same shape and block count.
         budget: Rank of the result at most, at least 1. With as much as `merged.rank + fit.rank` nothing is lost.
-        num_blocks: Blocks of the result: those of the update (default), or 1 for plain low-rank factors, the truncated
-            SVD.
 
     Returns:
         Factors with `merged ≈ fit + residual` and scaling 1, in the dtype of `merged`.
 
     Raises:
-        ValueError: If the budget is below 1, or the number of blocks is neither 1 nor that of the update.
+        ValueError: If the budget is below 1.
     """
     if budget < 1:
         raise ValueError(f"budget is {budget}; give at least 1, or drop the residual")
-    if num_blocks not in (None, 1, merged.num_blocks):
-        raise ValueError(f"num_blocks is {num_blocks}; use 1 or {merged.num_blocks}, the update's own")
     dtype = merged.B.dtype if isinstance(merged, BlockFactors) else merged.rows.dtype
     unit = BlockFactors(fit.B, fit.sigma * -fit.scaling, fit.A, 1.0)
     rest: BlockFactors | BlockCores
     if isinstance(merged, BlockFactors):
         rest = merge([unit.to(torch.float64), merged.to(torch.float64)], [1.0, 1.0])
-        if rest.rank <= budget and num_blocks in (None, merged.num_blocks):
+        if rest.rank <= budget:
             return rest.to(dtype)
     else:
         rest = add_up([merged, unit])
@@ -49,6 +43,6 @@ def residual(
     svd = leading_svd(whole.target, budget)
     B = whole.rows.expand(svd.left).reshape(-1, budget)
     A = whole.columns.expand(svd.right).permute(2, 0, 1).reshape(budget, -1)
-    if num_blocks == 1 or merged.num_blocks == 1:
+    if merged.num_blocks == 1:
         return BlockFactors(B * svd.sigma[0, 0], B.new_ones(1, 1, budget), A).to(dtype)
     return refactorize(rest, budget, start=BlockFactors(B, svd.sigma, A)).factors.to(dtype)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from bora_fl.blocks.factors import BlockFactors
+
+
+def leading_components(factors: BlockFactors, rank: int) -> Tensor:
+    """Indices of the `rank` components of most energy, most energetic first and between equals the first."""
+    return torch.argsort(factors.component_energy(), descending=True, stable=True)[:rank]
 
 
 def truncate(factors: BlockFactors, rank: int) -> BlockFactors:
@@ -23,7 +29,7 @@ def truncate(factors: BlockFactors, rank: int) -> BlockFactors:
     """
     if not 1 <= rank <= factors.rank:
         raise ValueError(f"rank is {rank}; choose one between 1 and {factors.rank}, the rank of the factors")
-    keep = torch.argsort(factors.component_energy(), descending=True, stable=True)[:rank]
+    keep = leading_components(factors, rank)
     return BlockFactors(factors.B[:, keep], factors.sigma[..., keep], factors.A[keep], factors.scaling)
 
 

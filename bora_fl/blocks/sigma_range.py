@@ -61,29 +61,28 @@ def _median(values: Tensor, dim: int) -> Tensor:
     return ((low + high) / 2).nan_to_num()
 
 
-def spread(sigma: Tensor, alive: Tensor, columns: bool = True) -> float:
+def spread(sigma: Tensor, alive: Tensor) -> float:
     """The least `mean|log Sigma|` the gauge can reach, or any value it can reach that is at most one."""
-    return float(interaction(sigma.log(), alive, columns, enough=1.0).abs().mean())
+    return float(interaction(sigma.log(), alive, enough=1.0).abs().mean())
 
 
-def least_floor(sigma: Tensor, alive: Tensor, columns: bool = True) -> float:
+def least_floor(sigma: Tensor, alive: Tensor) -> float:
     """The least floor under a positive or non-negative Sigma for which the gauge can bring it into range.
 
     Args:
         sigma: `[b, b, r]`, with unit columns in the factors.
         alive: `[b, b, r]`, bool.
-        columns: Whether column shifts are free.
 
     Returns:
         Zero if Sigma is positive and in reach as it is.
     """
     top = float(sigma[alive].max()) if bool(alive.any()) else 0.0
-    if top <= 0 or (bool((sigma[alive] > 0).all()) and spread(sigma.clamp_min(top * 1e-300), alive, columns) <= 1):
+    if top <= 0 or (bool((sigma[alive] > 0).all()) and spread(sigma.clamp_min(top * 1e-300), alive) <= 1):
         return 0.0
     low, high = -100.0, 0.0  # natural logarithms of the floor relative to the largest entry
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if spread(sigma.clamp_min(top * math.exp(middle)), alive, columns) <= 1:
+        if spread(sigma.clamp_min(top * math.exp(middle)), alive) <= 1:
             high = middle
         else:
             low = middle

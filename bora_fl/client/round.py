@@ -128,7 +128,7 @@ def _receive(
     rank = min(who.max_rank or settings.rank, settings.rank)
     model = site.model(rank)
     site.fold_to(model, instruction.run_id, instruction.fold_version)
-    layers = {name: at_rank(f, rank, settings.sigma_transform) for name, f in state.layers.items()}
+    layers = {name: at_rank(f, rank, settings.transform) for name, f in state.layers.items()}
     state = AdapterState(layers, state.tensors)
     model.write(state)
     return model, state

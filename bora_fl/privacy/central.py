@@ -78,6 +78,43 @@ class AdaptiveClip:
 
 
 @dataclass(frozen=True)
+class PrivacyState:
+    """What a run with client-level privacy knows between rounds.
+
+    Args:
+        history: One entry a round, of one step.
+        clip_norm: C of the next round, where it is adapted; None before the first such round.
+        unrecorded_rounds: Rounds before these of which a checkpoint holds the number alone; they ran at the run's own
+            noise, every client in each.
+    """
+
+    history: tuple[Spent, ...] = ()
+    clip_norm: float | None = None
+    unrecorded_rounds: int = 0
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """`rounds []` in all, `noise_multiplier [k]` and `sample_rate [k]` of the last k, `clip_norm []`."""
+        tensors = {
+            "rounds": torch.tensor(self.unrecorded_rounds + len(self.history)),
+            "noise_multiplier": torch.tensor([spent.noise_multiplier for spent in self.history], dtype=torch.float64),
+            "sample_rate": torch.tensor([spent.sample_rate for spent in self.history], dtype=torch.float64),
+        }
+        if self.clip_norm is not None:
+            tensors["clip_norm"] = torch.tensor(self.clip_norm, dtype=torch.float64)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "PrivacyState":
+        """The inverse of `to_tensors`; a checkpoint may hold the number of rounds without what each of them spent."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        noise, rate = (tensors.get(name, nothing).tolist() for name in ("noise_multiplier", "sample_rate"))
+        history = tuple(Spent(z, q, 1) for z, q in zip(noise, rate, strict=True))
+        clip_norm = tensors.get("clip_norm")
+        rounds = int(tensors.get("rounds", torch.tensor(0)))
+        return cls(history, None if clip_norm is None else float(clip_norm), rounds - len(history))
+
+
+@dataclass(frozen=True)
 class ClientAccount:
     """What a run has spent per client; a value, to be kept in the server's checkpoint.
 

@@ -46,8 +46,7 @@ class LocalPrivacy:
             privacy.epsilon, privacy.delta, 1.0, planned_rounds(settings), privacy.accountant
         )
         spent = ledger.spend(noise, 1.0, 1)
-        frozen = frozenset({"sigma"}) if settings.adapter.method == "lora" else frozenset()
-        return cls(privacy.clip_norm, noise, spent, settings.adapter.sigma_transform, frozen)
+        return cls(privacy.clip_norm, noise, spent, settings.adapter.transform, settings.adapter.untrained)
 
     def protect(
         self,

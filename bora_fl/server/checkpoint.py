@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor
 
 import bora_fl
 from bora_fl.config import Scalar
-from bora_fl.state import flatten, flatten_factors, unflatten, unflatten_factors
-from bora_fl.strategies.aggregation import ServerState
+from bora_fl.strategies.server_state import ServerState
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +58,7 @@ def save(folder: Path, checkpoint: Checkpoint, config: dict[str, Scalar], metric
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     state = checkpoint.state
-    tensors = {f"current/{n}": t for n, t in flatten(state.current).items()}
-    tensors |= flatten_factors(state.carried, "carried/")
-    tensors |= {f"memory/{n}": t for n, t in state.memory.items()}
-    _save_tensors(tensors, part / "state.safetensors")
+    _save_tensors(state.to_tensors(), part / "state.safetensors")
     manifest = {
         "format": FORMAT,
         "round": checkpoint.round,
@@ -95,19 +91,12 @@ def load_newest(folder: Path, config: dict[str, Scalar]) -> Checkpoint | None:
             manifest = json.loads((path / "manifest.json").read_text())
             if manifest["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
-            tensors = load_file(path / "state.safetensors")
+            state = ServerState.from_tensors(load_file(path / "state.safetensors"), manifest["fold_version"])
             folds = [load_file(folder / f"fold-{v:05d}.safetensors") for v in range(1, manifest["num_folds"] + 1)]
-            current = unflatten({n.removeprefix("current/"): t for n, t in tensors.items() if n.startswith("current/")})
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             log.warning("passed over the damaged checkpoint %s: %s", path, error)
             continue
         _check_config(path, manifest["config"], config)
-        state = replace(
-            ServerState.start(current),
-            carried=unflatten_factors(tensors, "carried/"),
-            fold_version=manifest["fold_version"],
-            memory={n.removeprefix("memory/"): t for n, t in tensors.items() if n.startswith("memory/")},
-        )
         return Checkpoint(manifest["round"], manifest["run_id"], state, folds)
     return None
 

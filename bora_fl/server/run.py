@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bora_fl.blocks import at_rank
+from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
@@ -20,10 +20,10 @@ from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, 
 from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import Checkpoint, load_newest, save
 from bora_fl.state import AdapterState, unflatten_factors
-from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.observer import Observer, RunFailedError
-from bora_fl.strategies.sigma_range import restore_range
+from bora_fl.strategies.server_state import ServerState
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,7 @@ class Server(Observer):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
-        self.aggregator = build(
-            settings.strategy,
-            adapter_method=settings.adapter.method,
-            sigma_transform=settings.adapter.sigma_transform,
-            seed=settings.run.seed,
-            secure_aggregation=settings.privacy.secure_aggregation,
-        )
+        self.aggregator = build(settings)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
         base = load_base(settings.model, raw.label_names, settings.run.seed)
@@ -122,9 +116,8 @@ class Server(Observer):
         """Loss on the part of the central test set that is kept for screening; a client's Sigma may be out of range."""
         if self.screening is None:
             raise ValueError("no examples are kept for screening; set strategy.max-loss-increase")
-        adapter = self.settings.adapter
-        transform = adapter.sigma_transform if adapter.method == "bora" else "identity"
-        layers = {name: restore_range(factors, transform) for name, factors in state.layers.items()}
+        transform = self.settings.adapter.transform
+        layers = {name: normalize_sigma(factors, transform) for name, factors in state.layers.items()}
         self._bring_to(AdapterState(layers, state.tensors), folds)
         return self._evaluate(self.screening).loss
 
@@ -154,7 +147,7 @@ class Server(Observer):
             self.model.add_to_base(unflatten_factors(fold, ""))
         self._folded = len(folds)
         adapter = self.settings.adapter  # a strategy's state, or a client's, may be of a lower rank
-        layers = {name: at_rank(f, adapter.rank, adapter.sigma_transform) for name, f in state.layers.items()}
+        layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in state.layers.items()}
         self.model.write(AdapterState(layers, state.tensors))
 
 

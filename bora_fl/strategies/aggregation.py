@@ -4,13 +4,14 @@ import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bora_fl.blocks import BlockFactors, merge
-from bora_fl.config import StrategySettings
+from bora_fl.blocks import BlockFactors, merge, normalize_sigma
+from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound, Trains
@@ -18,39 +19,11 @@ from bora_fl.strategies.presets import PRESETS, Preset
 from bora_fl.strategies.products import sizes
 from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
 from bora_fl.strategies.server_optimizers import server_step
+from bora_fl.strategies.server_state import ServerState
 
 logger = logging.getLogger(__name__)
 
 BLOCK_METHODS = frozenset({"bora", "lora"})
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """Everything a strategy knows between rounds.
-
-    Attributes:
-        current: What clients receive next.
-        carried: Layer to the residual kept on the server.
-        fold: Layer to what clients add to their frozen weights before they train on `current`; of this version only.
-        fold_version: Increases by one with each non-empty fold.
-        memory: Moments and other numbers, by name.
-    """
-
-    current: AdapterState
-    carried: Mapping[str, BlockFactors] = field(default_factory=dict)
-    fold: Mapping[str, BlockFactors] = field(default_factory=dict)
-    fold_version: int = 0
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, initial: AdapterState) -> "ServerState":
-        """The state before round 1; it remembers the rank of every layer."""
-        ranks = {f"rank/{name}": torch.tensor(factors.rank) for name, factors in initial.layers.items()}
-        return cls(initial, memory=ranks)
-
-    def rank(self, layer: str) -> int:
-        """The global adapter's rank in a layer."""
-        return int(self.memory.get(f"rank/{layer}", torch.tensor(self.current.layers[layer].rank)))
 
 
 @dataclass(frozen=True)
@@ -60,18 +33,14 @@ class Aggregator:
     Attributes:
         preset: The row of the table.
         settings: The strategy's settings.
-        adapter_method: `"bora"`, `"lora"` or another PEFT method, whose state is tensors without block factors.
-        sigma_transform: `"exp_norm"` or `"identity"`.
+        adapter: The adapter's settings; methods other than BoRA and LoRA have no block factors.
         seed: The run's seed.
-        num_blocks: b, if it is known: with one block `cyclic` spends no round on Sigma.
     """
 
     preset: Preset
     settings: StrategySettings
-    adapter_method: str = "bora"
-    sigma_transform: str = "exp_norm"
-    seed: int = 0
-    num_blocks: int | None = None
+    adapter: AdapterSettings
+    seed: int
 
     @property
     def linear(self) -> bool:
@@ -83,7 +52,7 @@ class Aggregator:
     def trains(self, round: int) -> Trains:
         """The parts that clients train in a round, of A, sigma, B and tensors; rounds count from 1."""
         schedule = self.preset.schedule
-        if len(schedule) > 1 and (self.adapter_method == "lora" or self.num_blocks == 1):
+        if len(schedule) > 1 and self.adapter.blocks == 1:  # its Sigma is a scale that B holds as well
             schedule = tuple(parts for parts in schedule if "sigma" not in parts)
         return schedule[(round - 1) % len(schedule)]
 
@@ -122,7 +91,8 @@ class Aggregator:
             name: rule(self._layer_round(name, factors, state, round, trains))
             for name, factors in state.current.layers.items()
         }
-        current = AdapterState({name: layer.current for name, layer in merges.items()}, state.current.tensors)
+        layers = {name: layer.current for name, layer in merges.items()}
+        current = self._normalized(AdapterState(layers, state.current.tensors), trains)
         added = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
         if not added:
             return replace(state, current=current)
@@ -151,7 +121,7 @@ class Aggregator:
         usable = []
         for update in sorted(updates, key=lambda update: update.client):
             if reason := self.refuses(update, state):
-                logger.warning("client %s is set aside: %s", update.client, reason)
+                logger.warning("client %s is rejected: %s", update.client, reason)
             else:
                 usable.append(update)
         chosen = self._robust(usable, state, trains) if usable else []
@@ -170,21 +140,24 @@ class Aggregator:
             )
             for name, factors in state.current.layers.items()
         }
-        merges = {name: self.preset.merge(layer) for name, layer in rounds.items()}
+        merges = {name: self._merged(layer) for name, layer in rounds.items()}
         current = AdapterState(
             {name: layer.current for name, layer in merges.items()},
             _mean_tensors(state.current.tensors, chosen, weights),
         )
         if "B" in self.preset.shares or "sigma" in self.preset.shares:
             report |= _report(rounds, merges)
-        memory = dict(state.memory)
+        optimizer = state.optimizer
         if self.settings.server_optimizer != "none":
-            current, memory = server_step(
-                current, state.current, memory, self.settings, self.sigma_transform, trains & self.preset.shares
-            )
+            shared = trains & self.preset.shares
+            transform = self.adapter.transform
+            current, optimizer = server_step(current, state.current, optimizer, self.settings, transform, shared)
+            current = self._normalized(current, trains)
         fold = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
         carried = {name: layer.carried for name, layer in merges.items() if layer.carried is not None}
-        return ServerState(current, carried, fold, state.fold_version + bool(fold), memory), report
+        version = state.fold_version + bool(fold)
+        after = replace(state, current=current, carried=carried, fold=fold, fold_version=version, optimizer=optimizer)
+        return after, report
 
     def summary(self) -> str:
         """The composition in words, with what it cannot take and why."""
@@ -222,6 +195,22 @@ class Aggregator:
             lines.append(f"  server optimizer: {settings.server_optimizer}, step {settings.server_learning_rate:g}")
         return "\n".join(lines)
 
+    def _merged(self, layer: LayerRound) -> LayerMerge:
+        """The rule's result with its Sigma normalized, and then what becomes of what it does not hold."""
+        merged = self.preset.merge(layer)
+        current = normalize_sigma(merged.current, self.adapter.transform, self._kept(layer.trains))
+        return self.preset.rest(layer, current) if self.preset.rest else merged._replace(current=current)
+
+    def _normalized(self, state: AdapterState, trains: Trains) -> AdapterState:
+        kept = self._kept(trains)
+        layers = {name: normalize_sigma(f, self.adapter.transform, kept) for name, f in state.layers.items()}
+        return AdapterState(layers, state.tensors)
+
+    @staticmethod
+    def _kept(trains: Trains) -> Literal["A", "B"]:
+        """The factor that normalizing leaves alone: B where it is the frozen one, whose form may matter."""
+        return "B" if "A" in trains and "B" not in trains else "A"
+
     def _layer_round(
         self, name: str, factors: BlockFactors, state: ServerState, round: int, trains: Trains
     ) -> LayerRound:
@@ -229,7 +218,7 @@ class Aggregator:
             factors,
             state.rank(name),
             trains,
-            sigma_transform=self.sigma_transform,
+            sigma_transform=self.adapter.transform,
             settings=self.settings,
             seed=derive(self.seed, f"strategy/{name}", round),
         )
@@ -239,64 +228,48 @@ class Aggregator:
             return updates
         return RULES[self.settings.robust](
             RobustRound(
-                updates, state.current, self.settings.byzantine, trains, self.preset.shares, self.sigma_transform
+                updates, state.current, self.settings.byzantine, trains, self.preset.shares, self.adapter.transform
             )
         )
 
 
-def build(
-    settings: StrategySettings,
-    *,
-    adapter_method: str = "bora",
-    sigma_transform: str = "exp_norm",
-    seed: int = 0,
-    num_blocks: int | None = None,
-    secure_aggregation: bool = False,
-) -> Aggregator:
-    """The aggregator that the settings describe.
-
-    Args:
-        settings: The strategy's settings; `settings.name` is a row of `PRESETS`.
-        adapter_method: `adapter.method`.
-        sigma_transform: `adapter.sigma_transform`; plain LoRA has Sigma = 1 and is always `"identity"`.
-        seed: `run.seed`.
-        num_blocks: `adapter.num_blocks`, if it applies.
-        secure_aggregation: `privacy.secure_aggregation`: the server will see the mean of the updates alone.
+def build(settings: Settings) -> Aggregator:
+    """The aggregator that a run's settings describe.
 
     Raises:
         ValueError: For an unknown name, with near misses, or a combination that cannot be; names key, value and remedy.
     """
-    row = PRESETS.get(settings.name)
+    strategy, method = settings.strategy, settings.adapter.method
+    row = PRESETS.get(strategy.name)
     if row is None:
-        near = difflib.get_close_matches(settings.name, PRESETS, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(strategy.name, PRESETS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise ValueError(f"strategy.name = {settings.name!r}: no such strategy; {hint}")
-    generic = adapter_method not in BLOCK_METHODS
+        raise ValueError(f"strategy.name = {strategy.name!r}: no such strategy; {hint}")
+    generic = method not in BLOCK_METHODS
     refusals = (
-        (generic and row.no_generic, f"adapter.method = {adapter_method!r}", row.no_generic + "; use fedavg or cellm"),
-        (adapter_method == "lora" and row.no_lora, "adapter.method = 'lora'", row.no_lora),
+        (generic and row.no_generic, f"adapter.method = {method!r}", row.no_generic + "; use fedavg or cellm"),
+        (method == "lora" and row.no_lora, "adapter.method = 'lora'", row.no_lora),
         (
-            settings.residual != "drop" and not row.fits,
-            f"strategy.residual = {settings.residual!r}",
+            strategy.residual != "drop" and not row.fits,
+            f"strategy.residual = {strategy.residual!r}",
             "it leaves no residual to keep; set strategy.residual to drop, or strategy.name to refactor",
         ),
         (
-            settings.server_optimizer != "none" and row.no_server_optimizer,
-            f"strategy.server-optimizer = {settings.server_optimizer!r}",
+            strategy.server_optimizer != "none" and row.no_server_optimizer,
+            f"strategy.server-optimizer = {strategy.server_optimizer!r}",
             row.no_server_optimizer + "; set it to none",
         ),
         (
-            settings.server_optimizer in {"adam", "yogi"} and settings.server_learning_rate >= 1,
-            f"strategy.server-learning-rate = {settings.server_learning_rate:g} with {settings.server_optimizer}",
+            strategy.server_optimizer in {"adam", "yogi"} and strategy.server_learning_rate >= 1,
+            f"strategy.server-learning-rate = {strategy.server_learning_rate:g} with {strategy.server_optimizer}",
             "an adaptive step moves every entry by about that much a round, and entries are far below 1; try 0.01",
         ),
     )
     for refused, key, why in refusals:
         if refused:
-            raise ValueError(f"{key} with strategy.name = {settings.name!r}: {why}")
-    transform = "identity" if adapter_method == "lora" else sigma_transform
-    found = Aggregator(row, settings, adapter_method, transform, seed, 1 if adapter_method == "lora" else num_blocks)
-    if secure_aggregation and not found.linear:
+            raise ValueError(f"{key} with strategy.name = {strategy.name!r}: {why}")
+    found = Aggregator(row, strategy, settings.adapter, settings.run.seed)
+    if settings.privacy.secure_aggregation and not found.linear:
         raise ValueError(f"privacy.secure-aggregation = true with {_needs_every_update(found)}")
     return found
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors, factor_mean
+from bora_fl.blocks.factors import rescaled
+from bora_fl.blocks.gauge import block_row_norms
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
-from bora_fl.strategies.sigma_range import restore_range
 
 
 def fedrot(layer: LayerRound) -> LayerMerge:
@@ -22,7 +23,7 @@ def fedrot(layer: LayerRound) -> LayerMerge:
     more than one block `Q_k` is a signed permutation, the freedom that block factors have.
     """
     aligned = [align(update, layer.current) for update in layer.updates]
-    return LayerMerge(restore_range(factor_mean(aligned, layer.weights), layer.sigma_transform))
+    return LayerMerge(factor_mean(aligned, layer.weights))
 
 
 def align(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
@@ -83,18 +84,10 @@ def in_gauge_of(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
 
 
 def _at_scales_of(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
-    b, r = factors.num_blocks, factors.rank
-    A, wanted = (f.A.double().reshape(r, b, -1) for f in (factors, reference))
-    columns = _ratio(wanted.norm(dim=2), A.norm(dim=2))
-    sigma = factors.sigma.double() / columns.T
-    rows = _ratio(reference.sigma.double().norm(dim=1), sigma.norm(dim=1))
-    B = factors.B.double().reshape(b, -1, r) / rows[:, None]
-    return BlockFactors(
-        B.reshape(-1, r).to(factors.B.dtype),
-        (sigma * rows[:, None]).to(factors.sigma.dtype),
-        (A * columns[:, :, None]).reshape(r, -1).to(factors.A.dtype),
-        factors.scaling,
-    )
+    columns = _ratio(block_row_norms(reference), block_row_norms(factors))
+    sigma = factors.sigma.double() / columns
+    rows = _ratio(sigma.norm(dim=1), reference.sigma.double().norm(dim=1))
+    return rescaled(factors, rows, columns)
 
 
 def _ratio(wanted: Tensor, found: Tensor) -> Tensor:

@@ -14,27 +14,18 @@ from bora_fl.config import Settings
 from bora_fl.privacy.accounting import EpsilonSummary, summarize
 from bora_fl.report import ClientMetrics, Evaluation, RoundReport, epsilon_of, mean_train_loss
 from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten
-from bora_fl.strategies.aggregation import Aggregator, ServerState, build
+from bora_fl.strategies.aggregation import Aggregator, build
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.exchange import exchange
 from bora_fl.strategies.intake import Intake, Sent, size, take_in, take_in_evaluations, take_in_securely
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, Recorder, RunFailedError
 from bora_fl.strategies.secure_aggregation import secure_mean
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import Instruction, from_arrays, to_arrays
 from bora_fl.wire.schema import FOLDS, INSTRUCTION, STATE
 
 log = logging.getLogger(__name__)
-
-
-def _build(settings: Settings) -> Aggregator:
-    return build(
-        settings.strategy,
-        adapter_method=settings.adapter.method,
-        sigma_transform=settings.adapter.sigma_transform,
-        seed=settings.run.seed,
-        secure_aggregation=settings.privacy.secure_aggregation,
-    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class FederatedStrategy(Strategy):
     ) -> None:
         self.settings, self.observer = settings, observer or Observer()
         self.run_id = run_id or uuid.uuid4().hex
-        self.aggregator = aggregator or _build(settings)
+        self.aggregator = aggregator or build(settings)
         self.nodes = Nodes(settings.strategy, settings.run.seed)
         self.state = ServerState.start(AdapterState())
         self.folds: Deltas = []

@@ -8,7 +8,6 @@ of its own.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from bora_fl.config import PrivacySettings, Settings
@@ -16,17 +15,16 @@ from bora_fl.privacy.accounting import Budget, Spent, solve_noise
 from bora_fl.privacy.central import (
     AdaptiveClip,
     ClientAccount,
+    PrivacyState,
     adaptive_noised_mean,
     noised_each,
     noised_mean,
 )
 from bora_fl.privacy.gaussian import Randomness, from_coordinates, to_coordinates
 from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
-from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.layer_merge import Trains
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import part_of
-
-_ROUNDS, _CLIP = "privacy/rounds", "privacy/clip_norm"
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,14 @@ class ClientPrivacy:
         noise = privacy.noise_multiplier or solve_noise(
             privacy.epsilon, privacy.delta, 1.0, settings.run.num_rounds, privacy.accountant
         )
-        frozen = frozenset({"sigma"}) if settings.adapter.method == "lora" else frozenset()
-        return cls(privacy, noise, linear, settings.adapter.sigma_transform, frozen)
+        return cls(privacy, noise, linear, settings.adapter.transform, settings.adapter.untrained)
 
     def account(self, state: ServerState) -> ClientAccount:
         """What the run has spent up to a state."""
-        rounds = int(state.memory.get(_ROUNDS, torch.tensor(0)))
-        history = (Spent(self.noise_multiplier, 1.0, rounds),) if rounds else ()
+        spent = state.privacy or PrivacyState()
+        unrecorded = (Spent(self.noise_multiplier, 1.0, spent.unrecorded_rounds),) if spent.unrecorded_rounds else ()
         budget = Budget(self.settings.epsilon, self.settings.delta)
-        return ClientAccount(budget, self.settings.accountant, history)
+        return ClientAccount(budget, self.settings.accountant, (*unrecorded, *spent.history))
 
     def protect(
         self, state: ServerState, updates: Sequence[ClientUpdate], parts: Trains, expected_clients: int
@@ -95,23 +92,24 @@ class ClientPrivacy:
         names = [name for name in sent if part_of(name) in parts - self.frozen]
         start = to_coordinates({name: sent[name] for name in names}, self.sigma_transform)
         moves = [self._move(flatten(update.state), start) for update in updates]
-        memory = dict(state.memory) | {_ROUNDS: torch.tensor(sum(spent.steps for spent in account.history))}
+        spent = state.privacy or PrivacyState()
+        spent = replace(spent, history=(*spent.history, account.history[-1]))
         if not self.linear:
             noised = noised_each(moves, self.settings.clip_norm, self.noise_multiplier, self.randomness)
             seen = [self._moved(u.client, sent, start, move) for u, move in zip(updates, noised, strict=True)]
-            return replace(state, memory=memory), seen, account.epsilon()
+            return replace(state, privacy=spent), seen, account.epsilon()
         if self.settings.adaptive_clipping:
-            norm = float(memory.get(_CLIP, torch.tensor(self.settings.clip_norm)))
+            norm = self.settings.clip_norm if spent.clip_norm is None else spent.clip_norm
             clipping = AdaptiveClip(norm, count_noise=expected_clients / 20)
             mean, after = adaptive_noised_mean(
                 moves, start, clipping, self.noise_multiplier, expected_clients, self.randomness
             )
-            memory[_CLIP] = torch.tensor(after.clip_norm)
+            spent = replace(spent, clip_norm=after.clip_norm)
         else:
             mean = noised_mean(
                 moves, start, self.settings.clip_norm, self.noise_multiplier, expected_clients, self.randomness
             )
-        return replace(state, memory=memory), [self._moved(0, sent, start, mean)], account.epsilon()
+        return replace(state, privacy=spent), [self._moved(0, sent, start, mean)], account.epsilon()
 
     def _move(self, trained: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
         end = to_coordinates({name: trained[name] for name in start}, self.sigma_transform)

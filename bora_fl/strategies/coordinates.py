@@ -11,7 +11,6 @@ from torch import Tensor
 from bora_fl.blocks import BlockFactors
 from bora_fl.state import AdapterState
 from bora_fl.strategies.layer_merge import Trains
-from bora_fl.strategies.sigma_range import restore_range
 
 
 def to_coordinates(state: AdapterState, sigma_transform: str, parts: Trains) -> dict[str, Tensor]:
@@ -37,8 +36,6 @@ def from_coordinates(flat: Mapping[str, Tensor], like: AdapterState, sigma_trans
             if value is not None:
                 value = value.exp() if part == "sigma" and sigma_transform == "exp_norm" else value
                 values[part] = value.to(values[part].dtype)
-        moved = BlockFactors(scaling=factors.scaling, **values)
-        sigma_moved = f"layers/{layer}/sigma" in flat
-        layers[layer] = restore_range(moved, sigma_transform, keep_A=True) if sigma_moved else moved
+        layers[layer] = BlockFactors(scaling=factors.scaling, **values)
     tensors = {name: flat.get(f"tensors/{name}", t).to(t.dtype) for name, t in like.tensors.items()}
     return AdapterState(layers, tensors)

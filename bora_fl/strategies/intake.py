@@ -9,10 +9,10 @@ from flwr.app import Message, RecordDict
 from bora_fl.config import Settings
 from bora_fl.report import ClientMetrics
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, require_positive_sigma
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def take_in(
         bytes_up += size(message.content) if message.has_content() else 0
         try:
             state, reported = read_reply(message, sent.state.current, sent.parts, sent.round, adapter.rank)
-            if adapter.method == "bora" and adapter.sigma_transform == "exp_norm":
+            if adapter.transform == "exp_norm":
                 require_positive_sigma(node, state)
             client = sent.partition(node)
             if client is None:

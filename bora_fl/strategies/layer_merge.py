@@ -59,3 +59,7 @@ class LayerMerge(NamedTuple):
 
 
 LayerRule = Callable[[LayerRound], LayerMerge]
+"""Merges a layer, or readies it. Sigma may be any: the aggregator normalizes it."""
+
+RestRule = Callable[[LayerRound, BlockFactors], LayerMerge]
+"""Settles what the merged factors, Sigma normalized, do not hold of the mean product."""

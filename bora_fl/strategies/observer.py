@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bora_fl.report import RoundReport
 from bora_fl.state import AdapterState, flatten
-from bora_fl.strategies.aggregation import ServerState
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import to_arrays
 
 Deltas = list[dict[str, Tensor]]

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from bora_fl.strategies.alignment import fedrot
 from bora_fl.strategies.averaging import average, hetlora, lora_fair, share_right
-from bora_fl.strategies.layer_merge import ALL, LayerRule, Trains
-from bora_fl.strategies.refactoring import flexlora, florist, refactor
+from bora_fl.strategies.layer_merge import ALL, LayerRule, RestRule, Trains
+from bora_fl.strategies.refactoring import flexlora, florist, keep_rest, refactor
 from bora_fl.strategies.single_factor import core_only, mean_of_trained, orthonormal_frozen_side, singular_rows
-from bora_fl.strategies.stacking import fedex, flora
+from bora_fl.strategies.stacking import flora, fold_rest
 
 _B: Trains = frozenset({"B", "tensors"})
 _SIGMA: Trains = frozenset({"sigma", "tensors"})
@@ -37,7 +37,7 @@ class Preset:
         linear: The merge depends on the updates through their weighted mean alone.
         exact: Adapter plus fold reproduce the mean of the products.
         folds: Part of the merge goes into the clients' frozen weights.
-        fits: It leaves a residual, so that `strategy.residual` applies.
+        rest: What becomes of what the merge misses; `keep_rest` where `strategy.residual` says.
         sparse: Clients send only the share `strategy.upload-fraction` of their update's entries.
         same_rank: Why clients of different ranks cannot take part; empty where they can.
         no_server_optimizer: Why a server optimizer cannot act on it; empty where it can.
@@ -58,13 +58,18 @@ class Preset:
     linear: bool = False
     exact: bool = False
     folds: bool = False
-    fits: bool = False
+    rest: RestRule | None = None
     sparse: bool = False
     same_rank: str = ""
     no_server_optimizer: str = ""
     no_generic: str = _NO_FACTORS
     no_lora: str = ""
     blocks: str = _ANY_BLOCKS
+
+    @property
+    def fits(self) -> bool:
+        """Whether it leaves a residual that `strategy.residual` applies to."""
+        return self.rest is keep_rest
 
 
 _ROWS = (
@@ -131,7 +136,7 @@ _ROWS = (
         "Σ w_k delta_W^k ≈ U_r S_r V_rᵀ, B = U_r S_r, A = V_rᵀ",
         "the product is never formed; smaller clients receive the components of most energy",
         flexlora,
-        fits=True,
+        rest=keep_rest,
         blocks="for b > 1 the merged update is of rank r, not b·r: Sigma restarts alike in all block pairs",
     ),
     Preset(
@@ -150,7 +155,8 @@ _ROWS = (
         "Singhal, Ponkshe, Vepakomma; ACL 2025, arXiv:2410.09432",
         "W ← W + Σ w_k delta_W^k - B̄ Ā",
         "the residual is sent in factored form, of rank Σ r_k + r",
-        fedex,
+        average,
+        rest=fold_rest,
         exact=True,
         folds=True,
         same_rank=_ENTRYWISE,
@@ -228,7 +234,7 @@ _ROWS = (
         "smallest p ≤ r with Σ_{k≤p} s_k² ≥ threshold · Σ s_k² over the spectrum of Σ w_k delta_W^k",
         "the rank is at most the adapter's; for b > 1 the energies are those of the block fit's components",
         florist,
-        fits=True,
+        rest=keep_rest,
         no_server_optimizer="the rank changes from round to round, and the moments with it",
     ),
     Preset(
@@ -251,7 +257,7 @@ _ROWS = (
         "min Σ_ij ‖Σ w_k B_i^k diag(Sigma_ij^k) A_j^k - B_i diag(Sigma_ij) A_j‖² over B, Sigma, A of rank r",
         "the residual is dropped, carried to the next merge or folded into the clients' frozen weights",
         refactor,
-        fits=True,
+        rest=keep_rest,
     ),
     Preset(
         "cyclic",

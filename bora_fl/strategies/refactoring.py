@@ -2,13 +2,13 @@
 
 import torch
 
-from bora_fl.blocks import BlockFactors, factor_mean, fix_gauge, merge, padded, refactorize, residual, truncate
+from bora_fl.blocks import BlockFactors, factor_mean, merge, padded, refactorize, residual, truncate
 from bora_fl.blocks.block_cores import compressed
-from bora_fl.blocks.factors import unblocked
 from bora_fl.blocks.svd import leading_svd
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
 from bora_fl.strategies.products import size
-from bora_fl.strategies.sigma_range import restore_range
+
+_ROUNDING = 8  # singular values below this many units of rounding are zero
 
 
 def refactor(layer: LayerRound) -> LayerMerge:
@@ -18,66 +18,65 @@ def refactor(layer: LayerRound) -> LayerMerge:
     factor mean and so never worse than it. For one block this is the truncated SVD of M. With
     `strategy.refit = "B"` only B is solved for, which keeps A and Sigma where the clients train well.
     """
-    return _with_residual(layer, block_fit(layer))
+    return LayerMerge(block_fit(layer))
 
 
 def flexlora(layer: LayerRound) -> LayerMerge:
     """Truncate the SVD of the mean product to the adapter's rank (FlexLoRA, arXiv:2402.11505).
 
-    `M = U S Vᵀ`, `B = U_r S_r`, `A = V_rᵀ`. For more than one block the result is plain LoRA of rank r written in block
-    form: optimal among matrices of rank r, but a block adapter's product has up to rank b·r, so its diversity is lost;
-    that is the published method, and what `refactor` improves on. What differs: M is never formed, the SVD is that of
-    its cores.
+    `M = U S Vᵀ`, `B = U_r S_r`, `A = V_rᵀ`, Sigma = 1. For more than one block the result is plain LoRA of rank r
+    written in block form: optimal among matrices of rank r, but a block adapter's product has up to rank b·r, so its
+    diversity is lost; that is the published method, and what `refactor` improves on. What differs: M is never formed,
+    the SVD is that of its cores; a component without energy gets B = 0 and the clients' mean A, so that it can be
+    trained.
     """
-    return _with_residual(layer, truncated_svd(layer))
+    return LayerMerge(truncated_svd(layer))
 
 
 def florist(layer: LayerRound) -> LayerMerge:
     """Keep as many components as hold a share of the energy (FLoRIST, arXiv:2506.09199).
 
     The rank is the smallest p with `Σ_{k≤p} s_k² ≥ threshold · Σ_k s_k²` over the spectrum of the stacked updates, at
-    most the adapter's rank, per layer. What differs: the paper has no upper bound. For more than one block, where there
-    is no spectrum, the energies are those of the components of the block fit.
+    most the adapter's rank, per layer; the adapter's rank if the product is zero. What differs: the paper has no upper
+    bound. For more than one block, where there is no spectrum, the energies are those of the components of the block
+    fit.
     """
     fit = truncated_svd(layer) if layer.current.num_blocks == 1 else block_fit(layer)
     energy = fit.component_energy().sort(descending=True).values.cumsum(0)
     total = max(size(layer.mean_product()) ** 2, float(energy[-1]))
     reached = energy >= layer.settings.threshold * total * (1 - 1e-9)
-    rank = int(reached.nonzero()[0]) + 1 if bool(reached.any()) else fit.rank
-    return _with_residual(layer, restore_range(truncate(fit, rank), layer.sigma_transform))
+    rank = int(reached.nonzero()[0]) + 1 if total > 0 and bool(reached.any()) else fit.rank
+    return LayerMerge(truncate(fit, rank))
 
 
 def block_fit(layer: LayerRound) -> BlockFactors:
-    """The best block factors of the adapter's rank, warm-started from the factor mean, in the blocks' stated gauge."""
-    fit = refactorize(
+    """The best block factors of the adapter's rank, warm-started from the factor mean, in canonical form."""
+    return refactorize(
         layer.mean_product(),
         layer.rank,
         start=padded(factor_mean(layer.updates, layer.weights), layer.rank),
         sigma_transform=layer.sigma_transform,
         only_B=layer.settings.refit == "B" and layer.current.num_blocks > 1,
         sweeps=layer.settings.sweeps,
-    )
-    return restore_range(fit.factors, layer.sigma_transform)
+    ).factors
 
 
 def truncated_svd(layer: LayerRound) -> BlockFactors:
-    """The mean product's best approximation by a matrix of the adapter's rank, as block factors in the stated gauge.
-
-    A's rows get the norm they have on average in the factor mean, at which clients train them; B takes the rest.
-    """
-    target = layer.mean_product()
-    if not bool(target.component_energy().any()):  # B is zero everywhere, and A must stay trainable
-        return layer.current
+    """The mean product's best approximation by a matrix of the adapter's rank: `B = U_r S_r`, `A = V_rᵀ`, Sigma = 1."""
+    target, scaling = layer.mean_product(), layer.current.scaling
     whole = compressed(target)
     svd = leading_svd(whole.target, layer.rank)
+    values = svd.sigma[0, 0]
+    # What is left where the clients cancel is rounding of their components, and has no direction.
+    alive = values > _ROUNDING * torch.finfo(torch.float64).eps * target.component_energy().sum().sqrt()
+    start = padded(factor_mean(layer.updates, layer.weights), layer.rank)
     left, right = whole.rows.expand(svd.left), whole.columns.expand(svd.right)
-    factors = unblocked(left, svd.sigma, right, layer.current.scaling, torch.float64)
-    norm = factor_mean(layer.updates, layer.weights).A.double().norm(dim=1).mean()
-    stated = fix_gauge(factors, sigma_transform=layer.sigma_transform, row_norms=norm)
-    return restore_range(stated.to(layer.current.B.dtype), layer.sigma_transform)
+    B = torch.where(alive, left.reshape(-1, layer.rank) * values / scaling, 0.0)
+    A = torch.where(alive[:, None], right.permute(2, 0, 1).reshape(layer.rank, -1), start.A.double())
+    return BlockFactors(B.to(start.B), torch.ones_like(start.sigma), A.to(start.A), scaling)
 
 
-def _with_residual(layer: LayerRound, fit: BlockFactors) -> LayerMerge:
+def keep_rest(layer: LayerRound, fit: BlockFactors) -> LayerMerge:
     """Drop, carry or fold what the fit does not hold, within the rank budget."""
     mode, target = layer.settings.residual, layer.mean_product()
     if mode == "drop" or size(merge([target, fit], [1.0, -1.0])) <= negligible(target):

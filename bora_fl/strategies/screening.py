@@ -7,9 +7,9 @@ import torch
 
 from bora_fl.config import StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.layer_merge import ALL, Trains
 from bora_fl.strategies.products import gram_of_changes
+from bora_fl.strategies.server_state import ServerState
 
 
 def screen(

@@ -8,10 +8,11 @@ With `Δ = merged − current` in the coordinates of `coordinates.py`, restricte
 - yogi (FedYogi; ibid.): as adam with `u ← u − (1 − β₂) Δ² sign(u − Δ²)`
 
 Strategies that refactorize give factors in coordinates of their own every round; these are first aligned to the
-received ones, so that the difference is one of updates and not of their spelling.
+received ones, so that the difference is one of updates and not of how they are written.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,43 +24,68 @@ from bora_fl.strategies.coordinates import from_coordinates, to_coordinates
 from bora_fl.strategies.layer_merge import Trains
 
 
+@dataclass(frozen=True)
+class OptimizerState:
+    """The moments of a server optimizer, by coordinate; missing ones are zero.
+
+    Attributes:
+        first: v.
+        second: u, of adam and yogi.
+    """
+
+    first: Mapping[str, Tensor] = field(default_factory=dict)
+    second: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """`first/<coordinate>` and `second/<coordinate>`."""
+        first = {f"first/{name}": tensor for name, tensor in self.first.items()}
+        return first | {f"second/{name}": tensor for name, tensor in self.second.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "OptimizerState":
+        """The inverse of `to_tensors`; other names are left out."""
+        found: dict[str, dict[str, Tensor]] = {"first": {}, "second": {}}
+        for name, tensor in tensors.items():
+            moment, _, coordinate = name.partition("/")
+            if moment in found:
+                found[moment][coordinate] = tensor
+        return cls(**found)
+
+
 def server_step(
     merged: AdapterState,
     current: AdapterState,
-    memory: Mapping[str, Tensor],
+    state: OptimizerState,
     settings: StrategySettings,
     sigma_transform: str,
     trains: Trains,
-) -> tuple[AdapterState, dict[str, Tensor]]:
+) -> tuple[AdapterState, OptimizerState]:
     """One step of the configured server optimizer.
 
     Args:
         merged: The strategy's result.
         current: What the clients were sent.
-        memory: Moments under `first/<coordinate>` and `second/<coordinate>`; missing ones are zero.
+        state: The moments so far.
         settings: The optimizer and its step, β₁, β₂ and τ.
         sigma_transform: `"exp_norm"` or `"identity"`.
         trains: The parts trained this round; others keep the merged value, and their moments wait.
 
     Returns:
-        The state to send next and the memory with the moments moved on.
+        The state to send next, its Sigma not normalized, and the moments moved on.
     """
-    memory = dict(memory)
     if {"A", "B", "sigma"} <= trains:
-        spelled = {name: in_gauge_of(factors, current.layers[name]) for name, factors in merged.layers.items()}
-        merged = AdapterState(spelled, merged.tensors)
+        aligned = {name: in_gauge_of(factors, current.layers[name]) for name, factors in merged.layers.items()}
+        merged = AdapterState(aligned, merged.tensors)
     before = to_coordinates(current, sigma_transform, trains)
     after = to_coordinates(merged, sigma_transform, trains)
-    moved = {}
+    moved, firsts, seconds = {}, dict(state.first), dict(state.second)
     for name, start in before.items():
         change = after[name] - start
-        first = memory.get(f"first/{name}", torch.zeros_like(change))
-        second = memory.get(f"second/{name}", torch.zeros_like(change))
-        step, memory[f"first/{name}"], memory[f"second/{name}"] = moments_step(change, first, second, settings)
+        first, second = (moments.get(name, torch.zeros_like(change)) for moments in (firsts, seconds))
+        step, firsts[name], seconds[name] = moments_step(change, first, second, settings)
         moved[name] = start + settings.server_learning_rate * step
-    if settings.server_optimizer == "momentum":
-        memory = {name: t for name, t in memory.items() if not name.startswith("second/")}
-    return from_coordinates(moved, merged, sigma_transform), memory
+    after_step = OptimizerState(firsts, {} if settings.server_optimizer == "momentum" else seconds)
+    return from_coordinates(moved, merged, sigma_transform), after_step
 
 
 def moments_step(

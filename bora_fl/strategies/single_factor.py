@@ -4,13 +4,16 @@ Which side is frozen, and in what form, is settled before the round (`prepare`),
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors
+from bora_fl.blocks.factors import rescaled
+from bora_fl.blocks.gauge import block_row_norms
+from bora_fl.blocks.normalization import transposed
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
-from bora_fl.strategies.sigma_range import restore_range, transpose
 
 
 def mean_of_trained(layer: LayerRound) -> LayerMerge:
@@ -22,8 +25,7 @@ def mean_of_trained(layer: LayerRound) -> LayerMerge:
     parts = {"B": layer.current.B, "sigma": layer.current.sigma, "A": layer.current.A}
     for part in layer.trains & parts.keys():
         parts[part] = _mean([getattr(update, part) for update in layer.updates], layer.weights)
-    mean = BlockFactors(scaling=layer.current.scaling, **parts)
-    return LayerMerge(restore_range(mean, layer.sigma_transform, keep_A=True) if "sigma" in layer.trains else mean)
+    return LayerMerge(BlockFactors(scaling=layer.current.scaling, **parts))
 
 
 def _mean(tensors: list[Tensor], weights: object) -> Tensor:
@@ -47,7 +49,7 @@ def singular_rows(layer: LayerRound) -> LayerMerge:
     U, S, Wh = torch.linalg.svd(current.B.double() * current.sigma.double()[0, 0] @ rest, full_matrices=False)
     if Wh.shape[0] < layer.current.rank:  # fewer rows than components
         return orthonormal_rows(layer)
-    return LayerMerge(_in_range(current, U * S, Wh @ polar, layer.sigma_transform))
+    return LayerMerge(_plain(current, U * S, Wh @ polar))
 
 
 def orthonormal_rows(layer: LayerRound) -> LayerMerge:
@@ -64,17 +66,9 @@ def orthonormal_rows(layer: LayerRound) -> LayerMerge:
     if b == 1:
         polar, rest = _polar(current.A.double())
         B = current.B.double() * current.sigma.double()[0, 0] @ rest
-        return LayerMerge(_in_range(current, B, polar, layer.sigma_transform))
-    blocks = current.A.double().reshape(current.rank, b, -1)
-    norm = blocks.norm(dim=2, keepdim=True) * math.sqrt(b)
-    norm = torch.where(norm > 0, norm, 1.0)
-    scaled = BlockFactors(
-        current.B,
-        (current.sigma.double() * norm.squeeze(2).T).to(current.sigma.dtype),
-        (blocks / norm).reshape(current.A.shape).to(current.A.dtype),
-        current.scaling,
-    )
-    return LayerMerge(restore_range(scaled, layer.sigma_transform, keep_A=True))
+        return LayerMerge(_plain(current, B, polar))
+    norms = block_row_norms(current) * math.sqrt(b)
+    return LayerMerge(rescaled(current, torch.ones_like(norms), 1 / torch.where(norms > 0, norms, 1.0)))
 
 
 def orthonormal_frozen_side(layer: LayerRound) -> LayerMerge:
@@ -82,10 +76,7 @@ def orthonormal_frozen_side(layer: LayerRound) -> LayerMerge:
     if "B" in layer.trains:
         return orthonormal_rows(layer)
     if "A" in layer.trains:
-        turned = orthonormal_rows(
-            LayerRound(transpose(layer.current), layer.rank, layer.trains, sigma_transform=layer.sigma_transform)
-        ).current
-        return LayerMerge(_contiguous(transpose(turned)))
+        return LayerMerge(transposed(orthonormal_rows(replace(layer, current=transposed(layer.current))).current))
     return LayerMerge(layer.current)
 
 
@@ -117,10 +108,6 @@ def _orthonormal(A: Tensor, num_blocks: int) -> Tensor:
     return torch.cat([_polar(block)[0] for block in blocks], 1).div(math.sqrt(num_blocks)).to(A.dtype)
 
 
-def _in_range(current: BlockFactors, B: Tensor, A: Tensor, sigma_transform: str) -> BlockFactors:
-    plain = BlockFactors(B.to(current.B.dtype), torch.ones_like(current.sigma), A.to(current.A.dtype), current.scaling)
-    return restore_range(plain, sigma_transform, keep_A=True)
-
-
-def _contiguous(factors: BlockFactors) -> BlockFactors:
-    return BlockFactors(factors.B.contiguous(), factors.sigma.contiguous(), factors.A.contiguous(), factors.scaling)
+def _plain(current: BlockFactors, B: Tensor, A: Tensor) -> BlockFactors:
+    ones = torch.ones_like(current.sigma)
+    return BlockFactors(B.to(current.B.dtype), ones, A.to(current.A.dtype), current.scaling)

@@ -5,7 +5,6 @@ import math
 import torch
 
 from bora_fl.blocks import BlockFactors, merge
-from bora_fl.strategies.averaging import average
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
 from bora_fl.strategies.products import size
 from bora_fl.strategies.refactoring import negligible
@@ -20,13 +19,12 @@ def flora(layer: LayerRound) -> LayerMerge:
     return LayerMerge(restarted(layer.current, layer), fold=layer.mean_product())
 
 
-def fedex(layer: LayerRound) -> LayerMerge:
-    """Average the factors and merge the exact residual into the frozen weight (FedEx-LoRA, arXiv:2410.09432).
+def fold_rest(layer: LayerRound, current: BlockFactors) -> LayerMerge:
+    """Merge what the merged factors miss into the frozen weight, exactly (FedEx-LoRA, arXiv:2410.09432).
 
     `W ← W + Σ_k w_k delta_W^k − B̄ Ā`, so that frozen weight plus adapter is the mean of the clients' models. The
     residual is sent as the stack it is, of rank `Σ_k r_k + r`.
     """
-    current = average(layer).current
     target = layer.mean_product()
     residual = merge([target, current], [1.0, -1.0])
     return LayerMerge(current, fold=residual if size(residual) > negligible(target) else None)

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import StrategySettings
+from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.server_state import ServerState
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def _factors(adapter: Adapter, seed: int) -> BlockFactors:
 
 def _measure(adapter: Adapter, strategy: str, clients: int, results: "multiprocessing.Queue[Cost]") -> None:
     torch.set_num_threads(1)
-    aggregator = build(StrategySettings(name=strategy), num_blocks=adapter.num_blocks)
+    blocks = AdapterSettings(num_blocks=adapter.num_blocks)
+    aggregator = build(Settings(strategy=StrategySettings(name=strategy), adapter=blocks))
     state = ServerState.start(AdapterState({"layer": _factors(adapter, 0)}))
     updates = [ClientUpdate(k, 1.0, AdapterState({"layer": _factors(adapter, k + 1)})) for k in range(clients)]
     aggregator.aggregate(state, updates[:2], 1)  # code and library buffers come into memory

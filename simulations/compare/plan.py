@@ -231,13 +231,7 @@ def _impossible(settings: Settings, variant: Variant, mixed_ranks: bool) -> str:
     if variant.method not in {*METHODS, "full"}:
         peft_config(settings.adapter, settings.model)  # names the methods there are if this is none
     try:
-        build(
-            settings.strategy,
-            adapter_method=variant.method,
-            sigma_transform=settings.adapter.sigma_transform,
-            seed=settings.run.seed,
-            secure_aggregation=settings.privacy.secure_aggregation,
-        )
+        build(settings)
     except ValueError as error:
         return str(error)
     if mixed_ranks and PRESETS[variant.strategy].same_rank:

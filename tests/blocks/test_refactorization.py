@@ -167,16 +167,6 @@ def test_exp_norm_fits_stay_in_its_range_whatever_the_target(seed: int) -> None:
     assert free.relative_error < fit.relative_error < 1
 
 
-def test_orthonormal_rows_are_kept_and_the_fit_improves_on_its_start() -> None:
-    merged, mean = mean_of(drifting_clients(6, 4))
-    fit = refactorize(merged, 4, start=mean, orthonormal=True)
-    blocks = fit.factors.A.reshape(4, 4, 16).transpose(0, 1)
-    torch.testing.assert_close(blocks @ blocks.mT, torch.eye(4, dtype=F64).expand(4, 4, 4), rtol=0, atol=1e-12)
-    assert fit.relative_error == pytest.approx(error_by_definition(fit.factors, merged.dense()), rel=1e-9)
-    assert fit.history[-1] < fit.history[0]
-    assert all(later <= earlier for earlier, later in itertools.pairwise(fit.history))
-
-
 @pytest.mark.parametrize("transform", ["identity", "exp_norm"])
 def test_nothing_larger_than_the_stacked_factors_is_allocated(transform: str) -> None:
     clients = [f.to(torch.float32) for f in drifting_clients(7, 10, 1024, 1024, b=8, r=4)]
@@ -202,5 +192,3 @@ def test_bad_arguments_are_refused() -> None:
         refactorize(f, 2, start=f)
     with pytest.raises(ValueError, match="sigma_transform is 'exp'"):
         refactorize(f, 2, sigma_transform="exp")
-    with pytest.raises(ValueError, match="orthonormal"):
-        refactorize(random_factors(8, b=8, r=6), 5, orthonormal=True)

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
+from bora_fl.privacy.accounting import Spent
+from bora_fl.privacy.central import PrivacyState
 from bora_fl.server.checkpoint import Checkpoint, CheckpointError, load_newest, save
 from bora_fl.state import AdapterState, flatten, flatten_factors
-from bora_fl.strategies.aggregation import ServerState
+from bora_fl.strategies.server_optimizers import OptimizerState
+from bora_fl.strategies.server_state import ServerState
 
 CONFIG = {"adapter.rank": 2, "run.seed": 0, "run.num-rounds": 5}
 
@@ -25,7 +28,8 @@ def checkpoint(round: int) -> Checkpoint:
         ServerState.start(current),
         carried={"a.q": factors(7)},
         fold_version=round,
-        memory={"moment/a": torch.randn(2, 2)},
+        optimizer=OptimizerState({"layers/a.q/B": torch.randn(2, 2)}, {"tensors/head": torch.randn(3)}),
+        privacy=PrivacyState((Spent(0.7, 1.0, 1),) * round, clip_norm=0.3),
     )
     folds = [flatten_factors({"a.q": factors(100 + v)}, "") for v in range(round)]
     return Checkpoint(round, "run", state, folds)
@@ -46,12 +50,14 @@ def test_what_is_written_is_what_is_read(tmp_path: Path):
     for mine, theirs in (
         (flatten(made.state.current), flatten(found.state.current)),
         (flatten_factors(made.state.carried, ""), flatten_factors(found.state.carried, "")),
-        (made.state.memory, found.state.memory),
+        (made.state.optimizer.to_tensors(), found.state.optimizer.to_tensors()),
         (made.folds[0], found.folds[0]),
         (made.folds[1], found.folds[1]),
     ):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert len(found.folds) == 2
+    assert found.state.ranks == {"a.q": 2, "a.v": 2}
+    assert found.state.privacy == made.state.privacy
 
 
 def test_the_oldest_go_first(tmp_path: Path):

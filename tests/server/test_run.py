@@ -17,8 +17,9 @@ from bora_fl.report import read_rows
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import Aggregator, ServerState
+from bora_fl.strategies.aggregation import Aggregator
 from bora_fl.strategies.observer import RunFailedError
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import METRICS, STATE
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors
+from bora_fl.config import AdapterSettings, RunSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import Aggregator, ServerState
+from bora_fl.strategies.aggregation import Aggregator, build
+from bora_fl.strategies.server_state import ServerState
 
 LAYERS = {"query": (24, 16)}
 
@@ -28,6 +31,13 @@ class Federation:
     rank: int = 4
     drift: float = 0.4
     dtype: torch.dtype = torch.float64
+
+    def built(self, name: str, seed: int = 0, **settings: Any) -> Aggregator:
+        """A strategy for this fleet."""
+        method = "lora" if self.plain else "bora"
+        adapter = AdapterSettings(method=method, num_blocks=self.blocks, sigma_transform=self.transform)
+        strategy = StrategySettings(name=name, **settings)
+        return build(Settings(strategy=strategy, adapter=adapter, run=RunSettings(seed=seed)))
 
     def initial(self, seed: int = 0, trained: bool = True) -> AdapterState:
         """The adapter before the round; `trained` makes B non-zero."""
@@ -121,6 +131,7 @@ FLEETS = {
     "bora exp_norm": Federation(4, "exp_norm"),
     "bora identity": Federation(4, "identity"),
     "one block": Federation(1, "exp_norm"),
+    "one block identity": Federation(1, "identity"),
     "lora": Federation(1, "identity", plain=True),
 }
 

@@ -7,9 +7,9 @@ from flwr.app import ConfigRecord, MetricRecord
 from bora_fl.config import parse
 from bora_fl.report import RoundReport
 from bora_fl.state import flatten
-from bora_fl.strategies.aggregation import ServerState
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.observer import Observer, RunFailedError
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import from_arrays, to_arrays
 from tests.strategies.four_nodes import CONFIG, SICK, Grid, adapter
 

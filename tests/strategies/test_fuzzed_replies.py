@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from bora_fl.config import parse
 from bora_fl.report import RoundReport
-from bora_fl.state import flatten
-from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.observer import Observer
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import PACKED, from_arrays, to_arrays
 from bora_fl.wire.schema import METRICS, REPLY, SCHEMA, STATE
 from tests.strategies.four_nodes import CONFIG, Garble, Grid, adapter
@@ -32,10 +32,10 @@ class Silent(Observer):
 
 def run(garble: Garble) -> tuple[dict[str, torch.Tensor], RoundReport]:
     options, observer = parse(CONFIG), Silent()
-    strategy = FederatedStrategy(options, build(options.strategy), "run", observer)
+    strategy = FederatedStrategy(options, build(options), "run", observer)
     state = strategy.run(Grid(garble), ServerState.start(adapter(0)), [], 1)
     carried = {f"carried/{name}": factors.dense() for name, factors in state.carried.items()}
-    return flatten(state.current) | carried | dict(state.memory), observer.report
+    return state.to_tensors() | carried, observer.report
 
 
 def absent(content: RecordDict) -> Error:

@@ -4,25 +4,19 @@ import pytest
 import torch
 
 from bora_fl.adapters.sigma import to_raw
-from bora_fl.config import StrategySettings
 from bora_fl.state import ClientUpdate, flatten
-from bora_fl.strategies.aggregation import Aggregator, ServerState, build
+from bora_fl.strategies.aggregation import Aggregator
 from bora_fl.strategies.presets import PRESETS
+from bora_fl.strategies.server_state import ServerState
 
-FLEET_NAMES = ("bora exp_norm", "bora identity", "one block", "lora")
+FLEET_NAMES = ("bora exp_norm", "bora identity", "one block", "one block identity", "lora")
 CASES = [(name, fleet) for name in PRESETS for fleet in FLEET_NAMES if not (fleet == "lora" and PRESETS[name].no_lora)]
 every_case = pytest.mark.parametrize(("name", "fleet"), CASES)
 TOLERANCE = 1e-6  # relative, float64
 
 
-def aggregator(name: str, fleet: str, **settings: object) -> Aggregator:
-    settings = {"threshold": 1.0, "sweeps": 5, **settings}  # at threshold 1 florist keeps every component
-    return build(
-        StrategySettings(name=name, **settings),  # type: ignore[arg-type]
-        adapter_method="lora" if fleet == "lora" else "bora",
-        sigma_transform="identity" if fleet in {"lora", "bora identity"} else "exp_norm",
-        num_blocks=4 if fleet.startswith("bora") else 1,
-    )
+def aggregator(name, fed, **settings) -> Aggregator:
+    return fed.built(name, threshold=1.0, sweeps=5, **settings)  # at threshold 1 florist keeps every component
 
 
 def one_says(name: str, fleet: str, round: int) -> bool:
@@ -36,7 +30,7 @@ def rounds_of(agg: Aggregator) -> list[int]:
 
 @every_case
 def test_one_client_is_a_no_op(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     for round in rounds_of(agg):
         state, updates = fleets[fleet].round(agg, clients=1, round=round)
         after, report = agg.aggregate(state, updates, round)
@@ -50,7 +44,7 @@ def test_one_client_is_a_no_op(name, fleet, fleets, dense):
 
 @every_case
 def test_identical_clients_are_a_no_op(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     for round in rounds_of(agg):
         state, (only,) = fleets[fleet].round(agg, clients=1, round=round)
         twins = [ClientUpdate(k, w, only.state) for k, w in enumerate((1.0, 5.0, 2.5))]
@@ -64,7 +58,7 @@ def test_identical_clients_are_a_no_op(name, fleet, fleets, dense):
 
 @every_case
 def test_the_order_of_clients_does_not_matter(name, fleet, fleets):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     state, updates = fleets[fleet].round(agg)
     first, _ = agg.aggregate(state, updates, 1)
     second, _ = agg.aggregate(state, [updates[k] for k in (2, 0, 3, 1)], 1)
@@ -75,7 +69,7 @@ def test_the_order_of_clients_does_not_matter(name, fleet, fleets):
 
 @every_case
 def test_only_the_ratio_of_weights_matters(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     state, updates = fleets[fleet].round(agg)
     heavier = [ClientUpdate(u.client, 7 * u.weight, u.state) for u in updates]
     first, _ = agg.aggregate(state, updates, 1)
@@ -88,7 +82,7 @@ def test_only_the_ratio_of_weights_matters(name, fleet, fleets, dense):
 
 @every_case
 def test_weights_are_not_ignored(name, fleet, fleets):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     state, updates = fleets[fleet].round(agg)
     skewed = [ClientUpdate(u.client, w, u.state) for u, w in zip(updates, (100.0, 1.0, 1.0, 1.0), strict=True)]
     first, second = agg.aggregate(state, updates, 1)[0], agg.aggregate(state, skewed, 1)[0]
@@ -99,7 +93,7 @@ def test_weights_are_not_ignored(name, fleet, fleets):
 
 @every_case
 def test_a_client_of_tiny_weight_changes_next_to_nothing(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     state, updates = fleets[fleet].round(agg)
     stranger = ClientUpdate(99, 1e-10, fleets[fleet].train(state.current, agg.trains(1), 77, size=3.0))
     without, _ = agg.aggregate(state, updates, 1)
@@ -112,7 +106,7 @@ def test_a_client_of_tiny_weight_changes_next_to_nothing(name, fleet, fleets, de
 
 @pytest.mark.parametrize(("name", "fleet"), [case for case in CASES if PRESETS[case[0]].exact])
 def test_exact_strategies_reproduce_the_mean_product(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     for round in rounds_of(agg):
         state, updates = fleets[fleet].round(agg, round=round)
         after, report = agg.aggregate(state, updates, round)
@@ -122,7 +116,7 @@ def test_exact_strategies_reproduce_the_mean_product(name, fleet, fleets, dense)
 
 @every_case
 def test_the_report_measures_the_distance_to_the_mean_product(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     state, updates = fleets[fleet].round(agg)
     after, report = agg.aggregate(state, updates, 1)
     assert (report["clients"], report["set_aside"]) == (4, 0)
@@ -139,7 +133,7 @@ def test_the_report_measures_the_distance_to_the_mean_product(name, fleet, fleet
 
 @every_case
 def test_the_adapter_keeps_its_form(name, fleet, fleets):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     for round in rounds_of(agg):
         state, updates = fleets[fleet].round(agg, round=round)
         after, _ = agg.aggregate(state, updates, round)
@@ -150,14 +144,14 @@ def test_the_adapter_keeps_its_form(name, fleet, fleets):
             assert f.rank == before.rank
             assert f.B.dtype == f.sigma.dtype == f.A.dtype == torch.float64
             assert all(bool(torch.isfinite(t).all()) for t in (f.B, f.sigma, f.A))
-            to_raw(f.sigma, agg.sigma_transform)  # raises where the transform cannot reach Sigma
+            to_raw(f.sigma, agg.adapter.transform)  # raises where the transform cannot reach Sigma
             if fleet == "lora":
                 assert bool((f.sigma == 1).all())
 
 
 @every_case
 def test_inputs_are_left_alone(name, fleet, fleets):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     state, updates = fleets[fleet].round(agg)
     copies = [{k: t.clone() for k, t in flatten(s).items()} for s in (state.current, *(u.state for u in updates))]
     agg.aggregate(state, updates, 1)
@@ -168,7 +162,7 @@ def test_inputs_are_left_alone(name, fleet, fleets):
 @every_case
 @pytest.mark.parametrize("trained", [False, True], ids=["B = 0", "B trained"])
 def test_preparing_does_not_change_the_model(name, fleet, trained, fleets):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     start = ServerState.start(fleets[fleet].initial(trained=trained))
     for round in rounds_of(agg):
         ready = agg.prepare(start, round)
@@ -183,7 +177,7 @@ def test_preparing_does_not_change_the_model(name, fleet, trained, fleets):
 
 @every_case
 def test_a_second_round_goes_on_from_the_first(name, fleet, fleets, dense):
-    agg = aggregator(name, fleet)
+    agg = aggregator(name, fleets[fleet])
     fed = fleets[fleet]
     state, updates = fed.round(agg, trained=False)
     state, _ = agg.aggregate(state, updates, 1)
@@ -200,7 +194,7 @@ def test_a_second_round_goes_on_from_the_first(name, fleet, fleets, dense):
 
 def test_float32_states_stay_float32_and_exact_to_its_rounding(fleets, dense):
     for name in (row for row in PRESETS if PRESETS[row].exact):
-        agg = aggregator(name, "bora exp_norm")
+        agg = aggregator(name, fleets["bora exp_norm"])
         fleets["bora exp_norm"].dtype = torch.float32
         state, updates = fleets["bora exp_norm"].round(agg)
         after, _ = agg.aggregate(state, updates, 1)

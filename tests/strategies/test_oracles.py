@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import ServerState, build
 from bora_fl.strategies.alignment import align
+from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.sparsity import sparsify
 
 LAYER = "query"
@@ -38,12 +37,7 @@ def dense(f):
 
 
 def play(fleet, name, round=1, trained=True, **settings):
-    agg = build(
-        StrategySettings(name=name, **settings),
-        adapter_method="lora" if fleet.plain else "bora",
-        sigma_transform=fleet.transform,
-        num_blocks=fleet.blocks,
-    )
+    agg = fleet.built(name, **settings)
     state, updates = fleet.round(agg, round=round, trained=trained)
     after, report = agg.aggregate(state, updates, round)
     weights = np.array([u.weight for u in updates])
@@ -161,8 +155,10 @@ def test_fed_sb_starts_without_changing_the_model(fleets):
     assert float(f.B.abs().max()) > 0
     assert np.abs(dense(f) + dense(state.fold[LAYER])).max() < 1e-12
     assert state.fold_version == 1
-    other = build(StrategySettings(name="fed-sb"), seed=1).prepare(
-        ServerState.start(fleets["bora exp_norm"].initial(trained=False)), 1
+    other = (
+        fleets["bora exp_norm"]
+        .built("fed-sb", seed=1)
+        .prepare(ServerState.start(fleets["bora exp_norm"].initial(trained=False)), 1)
     )
     assert not torch.equal(other.current.layers[LAYER].B, f.B)
     assert agg.seed == 0
@@ -189,9 +185,7 @@ def test_flexlora_is_the_truncated_svd_of_the_mean_product(fleet, fleets):
 @ALL_FLEETS
 def test_hetlora_pads_and_weights_by_the_norm(fleet, fleets):
     fed = fleets[fleet]
-    agg = build(
-        StrategySettings(name="hetlora"), adapter_method="lora" if fed.plain else "bora", sigma_transform=fed.transform
-    )
+    agg = fed.built("hetlora")
     initial = fed.initial()
     order = torch.argsort(initial.layers[LAYER].component_energy(), descending=True)
     f = initial.layers[LAYER]
@@ -267,8 +261,8 @@ def test_fedrot_finds_rotated_copies_equal(fleets):
         rotated = BlockFactors(trained.B @ Q, trained.sigma, Q.T @ trained.A, 2.0)
         updates.append(ClientUpdate(k, 1.0, AdapterState({LAYER: rotated}, state.current.tensors)))
     wanted = trained.dense().numpy()
-    after, _ = build(StrategySettings(name="fedrot"), adapter_method="lora").aggregate(state, updates, 1)
-    plain, _ = build(StrategySettings(name="fedavg"), adapter_method="lora").aggregate(state, updates, 1)
+    after, _ = fed.built("fedrot").aggregate(state, updates, 1)
+    plain, _ = fed.built("fedavg").aggregate(state, updates, 1)
     close(total(after), wanted)
     assert np.linalg.norm(total(plain) - wanted) > 0.1 * np.linalg.norm(wanted)
 
@@ -303,7 +297,7 @@ def test_fedrot_undoes_permuted_and_signed_components_of_blocks(transform, fleet
         sign = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64) * (-1) ** k
         turned = BlockFactors(f.B[:, order] * sign, f.sigma[..., order], f.A[order] * sign[:, None], 2.0)
         updates.append(ClientUpdate(k, 1.0, AdapterState({LAYER: turned}, state.current.tensors)))
-    after, _ = build(StrategySettings(name="fedrot"), sigma_transform=transform).aggregate(state, updates, 1)
+    after, _ = fed.built("fedrot").aggregate(state, updates, 1)
     close(total(after), f.dense().numpy())
 
 
@@ -321,12 +315,12 @@ def test_florist_keeps_the_energy_it_is_asked_for(fleet, threshold, fleets):
 def test_florist_comes_back_to_a_higher_rank(fleets):
     """The rank follows the updates in both directions, up to the adapter's."""
     fed = fleets["lora"]
-    agg = build(StrategySettings(name="florist", threshold=0.3), adapter_method="lora")
+    agg = fed.built("florist", threshold=0.3)
     state, updates = fed.round(agg)
     low, _ = agg.aggregate(state, updates, 1)
     assert low.current.layers[LAYER].rank < 4
     again = [ClientUpdate(k, 1.0, fed.train(low.current, agg.trains(2), 90 + k, size=4.0)) for k in range(4)]
-    high, _ = build(StrategySettings(name="florist", threshold=1.0), adapter_method="lora").aggregate(low, again, 2)
+    high, _ = fed.built("florist", threshold=1.0).aggregate(low, again, 2)
     assert high.current.layers[LAYER].rank == 4
 
 
@@ -350,7 +344,7 @@ def test_refactor_is_never_worse_than_averaging(fleet, fleets):
 def test_refactor_recovers_a_mean_that_the_rank_can_hold(fleet, fleets):
     """Clients whose B differ but whose A and Sigma agree have a mean product of the adapter's rank."""
     fed = fleets[fleet]
-    agg = build(StrategySettings(name="refactor"), sigma_transform=fed.transform)
+    agg = fed.built("refactor")
     state = ServerState.start(fed.initial())
     updates = [ClientUpdate(k, 1.0 + k, fed.train(state.current, frozenset({"B"}), k)) for k in range(3)]
     after, report = agg.aggregate(state, updates, 1)

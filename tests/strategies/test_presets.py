@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import StrategySettings
+from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.layer_merge import ALL
 from bora_fl.strategies.presets import PRESETS
+from bora_fl.strategies.server_state import ServerState
 
 NAMES = [
     "fedavg",
@@ -53,7 +54,7 @@ def test_every_row_is_documented(name):
 
 @every_name
 def test_summary_tells_in_words_what_it_takes(name, fleets):
-    agg = build(StrategySettings(name=name))
+    agg = fleets["bora exp_norm"].built(name)
     text = agg.summary()
     assert name in text
     assert PRESETS[name].source in text
@@ -71,7 +72,7 @@ def test_summary_tells_in_words_what_it_takes(name, fleets):
 
 @every_name
 def test_a_round_without_updates_changes_nothing(name, fleets):
-    agg = build(StrategySettings(name=name))
+    agg = fleets["bora exp_norm"].built(name)
     state, _ = fleets["bora exp_norm"].round(agg)
     assert agg.aggregate(state, [], 1) == (state, {"clients": 0.0, "set_aside": 0.0})
 
@@ -81,8 +82,8 @@ def test_a_round_without_updates_changes_nothing(name, fleets):
     [
         ({"name": "refactr"}, {}, ["'refactr'", "refactor"]),
         ({"name": "xyz"}, {}, ["'xyz'", "choose one of", "fedavg"]),
-        ({"name": "fed-sb"}, {"adapter_method": "lora"}, ["adapter.method = 'lora'", "core", "bora"]),
-        ({"name": "refactor"}, {"adapter_method": "vera"}, ["adapter.method = 'vera'", "fedavg or cellm"]),
+        ({"name": "fed-sb"}, {"method": "lora"}, ["adapter.method = 'lora'", "core", "bora"]),
+        ({"name": "refactor"}, {"method": "vera"}, ["adapter.method = 'vera'", "fedavg or cellm"]),
         ({"name": "fedavg", "residual": "fold"}, {}, ["strategy.residual = 'fold'", "drop", "refactor"]),
         ({"name": "flora", "server_optimizer": "adam"}, {}, ["strategy.server-optimizer = 'adam'", "restart", "none"]),
         ({"name": "cyclic", "server_optimizer": "momentum"}, {}, ["coordinates", "none"]),
@@ -91,12 +92,13 @@ def test_a_round_without_updates_changes_nothing(name, fleets):
 )
 def test_what_cannot_be_is_refused_with_a_remedy(settings, options, words):
     with pytest.raises(ValueError, match="strategy") as caught:
-        build(StrategySettings(**settings), **options)
+        build(Settings(strategy=StrategySettings(**settings), adapter=AdapterSettings(**options)))
     assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize("method", ["dora", "gralora", "lokr", "vera", "hra", "full"])
 def test_any_peft_method_can_be_averaged(method):
+    adapter = AdapterSettings(method=method)
     state = ServerState.start(AdapterState({}, {"w": torch.zeros(2, 2), "steps": torch.tensor([4])}))
     updates = [
         ClientUpdate(k, w, AdapterState({}, {"w": torch.full((2, 2), w), "steps": torch.tensor([k])}))
@@ -105,20 +107,20 @@ def test_any_peft_method_can_be_averaged(method):
     for name in PRESETS:
         if PRESETS[name].no_generic:
             with pytest.raises(ValueError, match="block factors"):
-                build(StrategySettings(name=name), adapter_method=method)
+                build(Settings(strategy=StrategySettings(name=name), adapter=adapter))
             continue
-        after, _ = build(StrategySettings(name=name), adapter_method=method).aggregate(state, updates, 1)
+        after, _ = build(Settings(strategy=StrategySettings(name=name), adapter=adapter)).aggregate(state, updates, 1)
         torch.testing.assert_close(after.current.tensors["w"], torch.full((2, 2), 2.5))
         assert torch.equal(after.current.tensors["steps"], torch.tensor([1]))
     robust = StrategySettings(name="fedavg", robust="median")
-    after, _ = build(robust, adapter_method=method).aggregate(state, updates, 1)
+    after, _ = build(Settings(strategy=robust, adapter=adapter)).aggregate(state, updates, 1)
     torch.testing.assert_close(after.current.tensors["w"], torch.full((2, 2), 3.0))
 
 
 @every_name
 def test_linear_strategies_need_the_weighted_mean_alone(name, fleets, dense):
     """A linear strategy gives the same state from the clients as from one client that holds their mean."""
-    agg = build(StrategySettings(name=name))
+    agg = fleets["bora exp_norm"].built(name)
     state, updates = fleets["bora exp_norm"].round(agg)
     total = sum(u.weight for u in updates)
 
@@ -136,25 +138,25 @@ def test_linear_strategies_need_the_weighted_mean_alone(name, fleets, dense):
     elif name != "fedrot":  # whose components these clients have not permuted
         assert dense.gap(dense.model(secure), dense.model(plain)) > 1e-3
     for options in ({"robust": "krum"}, {"max_update_norm": 1.0}, {"min_cosine": 0.0}):
-        assert not build(StrategySettings(name=name, **options)).linear
+        assert not fleets["bora exp_norm"].built(name, **options).linear
 
 
 def test_the_schedules():
     def trained(name, rounds, **options):
-        agg = build(StrategySettings(name=name), **options)
+        agg = build(Settings(strategy=StrategySettings(name=name), adapter=AdapterSettings(**options)))
         return ["".join(sorted(agg.trains(r) - {"tensors"})) for r in range(1, rounds + 1)]
 
     assert trained("cyclic", 4) == ["B", "sigma", "A", "B"]
-    assert trained("cyclic", 3, adapter_method="lora") == ["B", "A", "B"]
+    assert trained("cyclic", 3, method="lora") == ["B", "A", "B"]
     assert trained("cyclic", 3, num_blocks=1) == ["B", "A", "B"]
     assert trained("rolora", 3) == ["B", "A", "B"]
     assert trained("fed-sb", 2, num_blocks=1) == ["sigma", "sigma"]
     for name in ("fedavg", "refactor", "flora"):
-        assert build(StrategySettings(name=name)).trains(1) == ALL
+        assert build(Settings(strategy=StrategySettings(name=name))).trains(1) == ALL
 
 
 def test_several_layers_are_merged_each_on_its_own(fleets):
-    agg = build(StrategySettings(name="flora"))
+    agg = fleets["bora exp_norm"].built("flora")
     fed = fleets["bora exp_norm"]
     one, two = fed.initial(1), fed.initial(2)
     state = ServerState.start(AdapterState({"a": one.layers["query"], "b": two.layers["query"]}, one.tensors))

@@ -5,9 +5,7 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate, flatten
-from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.layer_merge import ALL
 from bora_fl.strategies.products import gram_of_changes, squared_distances
 from bora_fl.strategies.robust import RULES, RobustRound, krum_scores, weighted_median, weighted_trimmed_mean
@@ -21,14 +19,6 @@ def dense_vector(state):
     return torch.cat(flat).numpy()
 
 
-def built(fleet, name="fedavg", **settings):
-    return build(
-        StrategySettings(name=name, **settings),
-        adapter_method="lora" if fleet == "lora" else "bora",
-        sigma_transform="identity" if fleet in {"lora", "bora identity"} else "exp_norm",
-    )
-
-
 def attacked(fleets, fleet, agg, honest=6, scale=1000.0):
     """Honest clients near one another and one far away, with the last id or the first."""
     fed = fleets[fleet]
@@ -40,7 +30,7 @@ def attacked(fleets, fleet, agg, honest=6, scale=1000.0):
 
 @every_fleet
 def test_distances_are_those_of_the_dense_products(fleet, fleets):
-    state, updates = fleets[fleet].round(built(fleet), clients=5)
+    state, updates = fleets[fleet].round(fleets[fleet].built("fedavg"), clients=5)
     vectors = [dense_vector(u.state) - dense_vector(state.current) for u in updates]
     gram = gram_of_changes([u.state for u in updates], state.current)
     np.testing.assert_allclose(
@@ -51,7 +41,7 @@ def test_distances_are_those_of_the_dense_products(fleet, fleets):
 
 
 def test_krum_scores_follow_their_definition(fleets):
-    state, updates = fleets["bora exp_norm"].round(built("bora exp_norm"), clients=7)
+    state, updates = fleets["bora exp_norm"].round(fleets["bora exp_norm"].built("fedavg"), clients=7)
     vectors = [dense_vector(u.state) for u in updates]
     scores = krum_scores(RobustRound(updates, state.current, byzantine=2))
     for k, mine in enumerate(vectors):
@@ -62,7 +52,7 @@ def test_krum_scores_follow_their_definition(fleets):
 @every_fleet
 @every_rule
 def test_a_far_away_client_has_little_say(fleet, rule, fleets, dense):
-    agg, plain = built(fleet, robust=rule), built(fleet)
+    agg, plain = fleets[fleet].built(robust=rule), fleets[fleet].built("fedavg")
     state, everyone, honest = attacked(fleets, fleet, agg)
     wanted = dense.mean_product(honest)
     robust, _ = agg.aggregate(state, everyone, 1)
@@ -73,7 +63,7 @@ def test_a_far_away_client_has_little_say(fleet, rule, fleets, dense):
 @every_fleet
 @every_rule
 def test_identical_clients_pass_every_rule(fleet, rule, fleets, dense):
-    agg = built(fleet, robust=rule)
+    agg = fleets[fleet].built(robust=rule)
     state, (only,) = fleets[fleet].round(agg, clients=1)
     twins = [ClientUpdate(k, 1.0 + k, only.state) for k in range(5)]
     after, _ = agg.aggregate(state, twins, 1)
@@ -84,7 +74,7 @@ def test_identical_clients_pass_every_rule(fleet, rule, fleets, dense):
 @every_rule
 @pytest.mark.parametrize("name", ["refactor", "flora", "ffa", "fedsa", "cyclic"])
 def test_rules_compose_with_every_kind_of_merge(name, rule, fleets):
-    agg = built("bora exp_norm", name, robust=rule)
+    agg = fleets["bora exp_norm"].built(name, robust=rule)
     state, updates = fleets["bora exp_norm"].round(agg, clients=5)
     first, report = agg.aggregate(state, updates, 1)
     second, _ = agg.aggregate(state, updates[::-1], 1)
@@ -97,7 +87,7 @@ def test_rules_compose_with_every_kind_of_merge(name, rule, fleets):
 
 @pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-clip"])
 def test_distances_do_not_see_how_an_update_is_factored(rule, fleets, dense):
-    agg = built("lora", robust=rule)
+    agg = fleets["lora"].built(robust=rule)
     state, everyone, _ = attacked(fleets, "lora", agg)
     respelled = []
     for k, update in enumerate(everyone):
@@ -117,7 +107,7 @@ def test_distances_do_not_see_how_an_update_is_factored(rule, fleets, dense):
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
 def test_coordinate_rules_first_align_the_factors(rule, fleets, dense):
     """Rotated copies of one update have that update as their median."""
-    agg = built("lora", robust=rule)
+    agg = fleets["lora"].built(robust=rule)
     state, (only,) = fleets["lora"].round(agg, clients=1)
     f, updates = only.state.layers["query"], []
     for k in range(5):
@@ -130,10 +120,10 @@ def test_coordinate_rules_first_align_the_factors(rule, fleets, dense):
 
 @every_fleet
 def test_clipped_updates_are_within_the_median_norm(fleet, fleets):
-    agg = built(fleet, robust="norm-clip")
+    agg = fleets[fleet].built(robust="norm-clip")
     state, everyone, _ = attacked(fleets, fleet, agg)
     norms = gram_of_changes([u.state for u in everyone], state.current).diagonal().sqrt()
-    clipped = RULES["norm-clip"](RobustRound(everyone, state.current, sigma_transform=agg.sigma_transform))
+    clipped = RULES["norm-clip"](RobustRound(everyone, state.current, sigma_transform=agg.adapter.transform))
     after = gram_of_changes([u.state for u in clipped], state.current).diagonal().sqrt()
     assert float(after.max()) <= float(norms.median()) * (1 + 1e-5)
     unchanged = norms <= norms.median()
@@ -165,7 +155,7 @@ def test_the_trimmed_mean_drops_both_ends():
 
 def test_clients_of_another_rank_are_set_aside_where_entries_are_compared(fleets):
     fed = fleets["bora exp_norm"]
-    agg = built("bora exp_norm", "flora", robust="median")
+    agg = fleets["bora exp_norm"].built("flora", robust="median")
     state, updates = fed.round(agg, clients=4)
     f = updates[0].state.layers["query"]
     small = AdapterState({"query": BlockFactors(f.B[:, :2], f.sigma[..., :2], f.A[:2], 2.0)}, updates[0].state.tensors)
@@ -173,14 +163,14 @@ def test_clients_of_another_rank_are_set_aside_where_entries_are_compared(fleets
     assert "compares entries" in agg.refuses(mixed[0], state)
     _, report = agg.aggregate(state, mixed, 1)
     assert (report["clients"], report["set_aside"]) == (4, 1)
-    _, report = built("bora exp_norm", "flora", robust="norm-clip").aggregate(state, mixed, 1)
+    _, report = fleets["bora exp_norm"].built("flora", robust="norm-clip").aggregate(state, mixed, 1)
     assert (report["clients"], report["set_aside"]) == (5, 0)
 
 
 def test_krum_picks_one_and_multi_krum_leaves_the_assumed_number_out(fleets):
     fed = fleets["lora"]
     for rule, chosen in (("krum", 1), ("multi-krum", 5)):
-        agg = built("lora", robust=rule, byzantine=2)
+        agg = fleets["lora"].built(robust=rule, byzantine=2)
         state, everyone, _ = attacked(fleets, "lora", agg)
         _, report = agg.aggregate(state, everyone, 1)
         assert (report["clients"], report["set_aside"]) == (chosen, 7 - chosen)

@@ -4,7 +4,6 @@ import pytest
 
 from bora_fl.config import StrategySettings
 from bora_fl.state import ClientUpdate
-from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.layer_merge import ALL
 from bora_fl.strategies.products import gram_of_changes
 from bora_fl.strategies.screening import screen
@@ -15,7 +14,7 @@ def played(fleets):
     """Four clients that moved the same way by different amounts, one that moved against them, one that went far."""
     fed = fleets["bora exp_norm"]
     fed.drift = 0.02
-    state, _ = fed.round(build(StrategySettings(name="fedavg")))
+    state, _ = fed.round(fed.built("fedavg"))
     sizes = {1: 1.0, 2: 1.2, 3: 0.9, 4: 1.1, 5: -1.0, 6: 40.0}
     updates = [ClientUpdate(client, 1.0, fed.train(state.current, ALL, 3, size)) for client, size in sizes.items()]
     return state, updates

@@ -9,7 +9,7 @@ from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 from safetensors.torch import load_file
 
-from bora_fl.config import ConfigError, StrategySettings, parse
+from bora_fl.config import ConfigError, PrivacySettings, Settings, StrategySettings, parse
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import unflatten
@@ -18,6 +18,7 @@ from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
 
 LINEAR = sorted(name for name, row in PRESETS.items() if row.linear)
+MASKED = PrivacySettings(secure_aggregation=True)
 STAGES = ("keys", "shares", "masked", "unmask")
 
 
@@ -176,7 +177,7 @@ def test_it_goes_with_noise_on_the_client(mode: str, secure, tmp_path):
 @pytest.mark.parametrize("strategy", sorted(set(PRESETS) - set(LINEAR)))
 def test_a_strategy_that_needs_every_update_refuses_it_with_the_reason(strategy: str):
     with pytest.raises(ValueError, match=r"privacy\.secure-aggregation = true with .*no function of the updates' mean"):
-        build(StrategySettings(name=strategy), secure_aggregation=True)
+        build(Settings(strategy=StrategySettings(name=strategy), privacy=MASKED))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_strategy_that_needs_every_update_refuses_it_with_the_reason(strategy:
 )
 def test_so_do_rules_that_look_at_single_updates(settings, reason: str):
     with pytest.raises(ValueError, match=reason):
-        build(StrategySettings(name="fedavg", **settings), secure_aggregation=True)
+        build(Settings(strategy=StrategySettings(name="fedavg", **settings), privacy=MASKED))
 
 
 def test_the_server_refuses_at_its_start(secure):

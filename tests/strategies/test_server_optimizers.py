@@ -1,27 +1,23 @@
 """Server optimizers: against their recursions written out in NumPy, and the law that a plain step changes nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import StrategySettings
+from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import ServerState, build
+from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.alignment import in_gauge_of
 from bora_fl.strategies.layer_merge import ALL
 from bora_fl.strategies.presets import PRESETS
+from bora_fl.strategies.server_optimizers import OptimizerState
+from bora_fl.strategies.server_state import ServerState
 
 STEPPABLE = [name for name, row in PRESETS.items() if not row.no_server_optimizer]
-FLEET_NAMES = ("bora exp_norm", "bora identity", "one block", "lora")
-
-
-def built(fleet, name, **settings):
-    return build(
-        StrategySettings(name=name, **settings),
-        adapter_method="lora" if fleet == "lora" else "bora",
-        sigma_transform="identity" if fleet in {"lora", "bora identity"} else "exp_norm",
-    )
+FLEET_NAMES = ("bora exp_norm", "bora identity", "one block", "one block identity", "lora")
 
 
 @pytest.mark.parametrize("fleet", FLEET_NAMES)
@@ -29,8 +25,8 @@ def built(fleet, name, **settings):
 def test_a_full_step_without_momentum_is_no_optimizer(name, fleet, fleets, dense):
     if fleet == "lora" and PRESETS[name].no_lora:
         pytest.skip(PRESETS[name].no_lora)
-    plain = built(fleet, name)
-    stepped = built(fleet, name, server_optimizer="momentum", server_momentum=0.0)
+    plain = fleets[fleet].built(name)
+    stepped = fleets[fleet].built(name, server_optimizer="momentum", server_momentum=0.0)
     state, updates = fleets[fleet].round(plain)
     wanted, _ = plain.aggregate(state, updates, 1)
     found, _ = stepped.aggregate(state, updates, 1)
@@ -52,7 +48,7 @@ def test_the_recursions(kind):
         server_beta2=0.9,
         server_epsilon=0.05,
     )
-    agg = build(settings, adapter_method="full")
+    agg = build(Settings(strategy=settings, adapter=AdapterSettings(method="full")))
     rng = np.random.default_rng(0)
     x = rng.normal(size=6)
     state = ServerState.start(AdapterState({}, {"w": torch.tensor(x)}))
@@ -76,7 +72,7 @@ def test_the_recursions(kind):
 @pytest.mark.parametrize("fleet", FLEET_NAMES)
 def test_momentum_goes_on_where_the_clients_stop(fleet, fleets):
     """After one round of change, a round in which no client moves still moves the model, the same way."""
-    agg = built(fleet, "refactor", server_optimizer="momentum", server_momentum=0.5)
+    agg = fleets[fleet].fleets["refactor"].built(server_optimizer="momentum", server_momentum=0.5)
     fleets[fleet].drift = 0.1
     start, updates = fleets[fleet].round(agg)
     moved, _ = agg.aggregate(start, updates, 1)
@@ -90,7 +86,7 @@ def test_momentum_goes_on_where_the_clients_stop(fleet, fleets):
 
 
 def test_a_frozen_factor_is_not_moved_by_its_old_moments(fleets):
-    agg = built("bora exp_norm", "rolora", server_optimizer="momentum", server_momentum=0.9)
+    agg = fleets["bora exp_norm"].built("rolora", server_optimizer="momentum", server_momentum=0.9)
     fed = fleets["bora exp_norm"]
     state, updates = fed.round(agg, round=1)
     state, _ = agg.aggregate(state, updates, 1)
@@ -102,12 +98,12 @@ def test_a_frozen_factor_is_not_moved_by_its_old_moments(fleets):
 
 
 def test_moments_are_plain_tensors_by_name(fleets):
-    agg = built("lora", "fedavg", server_optimizer="adam", server_learning_rate=0.01)
+    agg = fleets["lora"].built("fedavg", server_optimizer="adam", server_learning_rate=0.01)
     state, updates = fleets["lora"].round(agg)
     after, _ = agg.aggregate(state, updates, 1)
-    assert {"rank/query", "first/layers/query/B", "second/tensors/head"} <= after.memory.keys()
-    assert all(isinstance(t, torch.Tensor) for t in after.memory.values())
-    copied = ServerState(after.current, memory={name: t.clone() for name, t in after.memory.items()})
+    flat = after.optimizer.to_tensors()
+    assert {"first/layers/query/B", "second/tensors/head"} <= flat.keys()
+    copied = replace(after, optimizer=OptimizerState.from_tensors({name: t.clone() for name, t in flat.items()}))
     again = [ClientUpdate(k, 1.0, fleets["lora"].train(after.current, agg.trains(2), k)) for k in range(3)]
     first, second = agg.aggregate(after, again, 2)[0], agg.aggregate(copied, again, 2)[0]
     assert torch.equal(first.current.layers["query"].B, second.current.layers["query"].B)

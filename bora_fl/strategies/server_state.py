@@ -1,0 +1,81 @@
+"""What a strategy knows between rounds, and its form as named tensors for a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bora_fl.blocks import BlockFactors
+from bora_fl.privacy.central import PrivacyState
+from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten, unflatten_factors
+from bora_fl.strategies.server_optimizers import OptimizerState
+
+_CURRENT, _CARRIED, _RANK, _OPTIMIZER, _PRIVACY = "current/", "carried/", "memory/rank/", "memory/", "memory/privacy/"
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything a strategy knows between rounds.
+
+    Attributes:
+        current: What clients receive next.
+        ranks: Layer to the global adapter's rank, which a strategy may leave for a while.
+        carried: Layer to the residual kept on the server.
+        fold: Layer to what clients add to their frozen weights before they train on `current`; of this version only.
+        fold_version: Increases by one with each non-empty fold.
+        optimizer: The server optimizer's moments.
+        privacy: What client-level privacy has spent; None before its first round and without it.
+    """
+
+    current: AdapterState
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    carried: Mapping[str, BlockFactors] = field(default_factory=dict)
+    fold: Mapping[str, BlockFactors] = field(default_factory=dict)
+    fold_version: int = 0
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    privacy: PrivacyState | None = None
+
+    @classmethod
+    def start(cls, initial: AdapterState) -> "ServerState":
+        """The state before round 1; it remembers the rank of every layer."""
+        return cls(initial, {name: factors.rank for name, factors in initial.layers.items()})
+
+    def rank(self, layer: str) -> int:
+        """The global adapter's rank in a layer."""
+        return self.ranks.get(layer, self.current.layers[layer].rank)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The state without its fold and fold version, which a run keeps for every round.
+
+        Returns:
+            `current/…` and `carried/…` as in `bora_fl.state`, and under `memory/`: `rank/<layer>`, `first/<coordinate>`
+            and `second/<coordinate>` (the moments), `privacy/…`.
+        """
+        tensors = {f"{_CURRENT}{name}": tensor for name, tensor in flatten(self.current).items()}
+        tensors |= flatten_factors(self.carried, _CARRIED)
+        tensors |= {f"{_RANK}{name}": torch.tensor(rank) for name, rank in self.ranks.items()}
+        tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.to_tensors().items()}
+        spent = self.privacy.to_tensors() if self.privacy else {}
+        return tensors | {f"{_PRIVACY}{name}": tensor for name, tensor in spent.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fold_version: int) -> "ServerState":
+        """The inverse of `to_tensors`.
+
+        Raises:
+            ValueError: If a part is missing or unknown.
+        """
+        spent = _under(_PRIVACY, tensors)
+        return cls(
+            unflatten(_under(_CURRENT, tensors)),
+            {name: int(rank) for name, rank in _under(_RANK, tensors).items()},
+            unflatten_factors(tensors, _CARRIED),
+            fold_version=fold_version,
+            optimizer=OptimizerState.from_tensors(_under(_OPTIMIZER, tensors)),
+            privacy=PrivacyState.from_tensors(spent) if spent else None,
+        )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
