@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bora_fl.config import parse
 from bora_fl.report import read_rows
+from bora_fl.server.run import Server
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.presets import PRESETS
 
@@ -49,3 +51,20 @@ def test_a_merged_adapter_of_lower_rank_is_evaluated_and_saved_at_the_adapter_s(
     assert rows[-1]["evaluated"] == "central"
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {t.shape[0] for name, t in adapter.items() if name.endswith(".A")} == {2}
+
+
+@pytest.mark.parametrize("strategy", ["florist", "hetlora"])
+def test_one_block_takes_clients_of_several_ranks(strategy: str, tiny_config):
+    options = {"strategy.name": strategy, "strategy.threshold": 0.01, "train.local-steps": 1, "run.num-rounds": 2}
+    options |= {"adapter.num-blocks": 1, "adapter.sigma-transform": "exp_norm"}
+    rows = read_rows(simulate(tiny_config | options, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
+    assert [row["rejected"] for row in rows] == [0, 0]
+    assert [rows[-1]["per_client"][client]["rank"] for client in "012"] == [2, 1, 2]
+
+
+def test_one_block_spends_no_round_on_sigma(tiny_config):
+    one, several = (
+        Server(parse(tiny_config | {"strategy.name": "cyclic", "adapter.num-blocks": blocks})) for blocks in (1, 4)
+    )
+    assert ["A" in one.aggregator.trains(round) for round in (1, 2, 3)] == [False, True, False]
+    assert ["sigma" in several.aggregator.trains(round) for round in (1, 2, 3)] == [False, True, False]

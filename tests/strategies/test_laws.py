@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bora_fl.adapters.sigma import to_raw
-from bora_fl.state import ClientUpdate, flatten
+from bora_fl.blocks import BlockFactors, at_rank, factor_mean, truncate
+from bora_fl.state import AdapterState, ClientUpdate, flatten
 from bora_fl.strategies.aggregation import Aggregator
 from bora_fl.strategies.presets import PRESETS
 from bora_fl.strategies.server_state import ServerState
@@ -200,3 +201,86 @@ def test_float32_states_stay_float32_and_exact_to_its_rounding(fleets, dense):
         after, _ = agg.aggregate(state, updates, 1)
         assert after.current.layers["query"].B.dtype == torch.float32
         assert dense.gap(dense.model(after), dense.mean_product(updates)) < 5e-6
+
+
+SPECTRA = {"flat": 0.0, "steep": 6.0}  # decades between the first component's energy and the last one's
+AT_LEAST_THE_FACTOR_MEAN = ("refactor", "lora-fair", "fedex", "flora")
+TRUNCATED_SVD = ("refactor", "flexlora", "florist")
+
+
+def mixed_fleet(fed, agg, spectrum: str, clients: int = 5, smaller: bool = True):
+    """Drifting clients, the last of them of rank 2; the adapter's energies are flat or fall steeply."""
+    fed.drift = 0.02
+    initial = fed.initial()
+    f = initial.layers["query"]
+    B = f.B * 10 ** (-SPECTRA[spectrum] / 2 * torch.linspace(0, 1, f.rank, dtype=torch.float64))
+    state = ServerState.start(AdapterState({"query": BlockFactors(B, f.sigma, f.A, f.scaling)}, initial.tensors))
+    updates = []
+    for k in range(clients):
+        rank = 2 if smaller and k == clients - 1 else f.rank
+        sent = AdapterState(
+            {"query": at_rank(state.current.layers["query"], rank, agg.adapter.transform)}, initial.tensors
+        )
+        updates.append(ClientUpdate(k, 1.0 + k, fed.train(sent, agg.trains(1), k + 1)))
+    return state, updates
+
+
+every_fleet = pytest.mark.parametrize("fleet", FLEET_NAMES)
+every_spectrum = pytest.mark.parametrize("spectrum", SPECTRA)
+
+
+@every_fleet
+@every_spectrum
+@pytest.mark.parametrize("name", AT_LEAST_THE_FACTOR_MEAN)
+def test_a_correction_is_never_worse_than_the_factor_mean(name, spectrum, fleet, fleets, dense):
+    smaller = not PRESETS[name].same_rank
+    agg = aggregator(name, fleets[fleet])
+    state, updates = mixed_fleet(fleets[fleet], agg, spectrum, smaller=smaller)
+    total = sum(u.weight for u in updates)
+    mean = factor_mean([u.state.layers["query"] for u in updates], [u.weight / total for u in updates])
+    wanted = dense.mean_product(updates)
+    found = dense.gap(dense.model(agg.aggregate(state, updates, 1)[0]), wanted)
+    assert found <= dense.gap({"query": mean.dense()}, wanted) + 1e-12
+
+
+@pytest.mark.parametrize("fleet", [name for name in FLEET_NAMES if not name.startswith("bora")])
+@every_spectrum
+@pytest.mark.parametrize("name", TRUNCATED_SVD)
+def test_one_block_is_the_truncated_svd(name, spectrum, fleet, fleets, dense):
+    agg = aggregator(name, fleets[fleet])
+    state, updates = mixed_fleet(fleets[fleet], agg, spectrum)
+    (mean,) = dense.mean_product(updates).values()
+    U, S, Vt = torch.linalg.svd(mean)
+    after, _ = agg.aggregate(state, updates, 1)
+    assert dense.gap(dense.model(after), {"query": (U[:, :4] * S[:4]) @ Vt[:4]}) < 1e-9
+
+
+@every_fleet
+@every_spectrum
+def test_padding_without_training_is_no_worse_than_truncation(spectrum, fleet, fleets, dense):
+    fed = fleets[fleet]
+    fed.rank = 8
+    agg = aggregator("hetlora", fed)
+    state, _ = mixed_fleet(fed, agg, spectrum, clients=1, smaller=False)
+    f, transform = state.current.layers["query"], agg.adapter.transform
+
+    def error(cut) -> float:
+        layers = [f if rank == 8 else cut(rank) for rank in (8, 4, 4, 2)]
+        sent = [AdapterState({"query": layer}, state.current.tensors) for layer in layers]
+        updates = [ClientUpdate(k, 1.0, received) for k, received in enumerate(sent)]
+        after, _ = agg.aggregate(state, updates, 1)
+        return dense.gap(dense.model(after), dense.mean_product(updates))
+
+    assert error(lambda rank: at_rank(f, rank, transform)) <= plain_truncation(f, dense) + 1e-9
+
+
+def plain_truncation(f: BlockFactors, dense) -> float:
+    """Error of the padded average of the leading components as they are."""
+    leading = [truncate(f, rank).dense() for rank in (8, 4, 4, 2)]
+    weights = torch.stack([product.norm() for product in leading])
+    share = weights / weights.sum()
+    order = f.component_energy().argsort(descending=True)
+    held = torch.stack([share[[rank > k for rank in (8, 4, 4, 2)]].sum() for k in range(8)])
+    merged = BlockFactors(f.B[:, order] * held, f.sigma[..., order], f.A[order] * held[:, None], f.scaling)
+    mean = sum(leading) / 4
+    return float((merged.dense() - mean).norm() / mean.norm())

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bora_fl.blocks import BlockFactors
+from bora_fl.blocks import BlockFactors, at_rank
+from bora_fl.blocks.factors import rescaled
+from bora_fl.blocks.gauge import block_row_norms
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.alignment import align
 from bora_fl.strategies.server_state import ServerState
@@ -176,10 +178,32 @@ def test_flora_folds_the_stack_and_restarts(fleet, fleets):
 
 
 @ALL_FLEETS
-def test_flexlora_is_the_truncated_svd_of_the_mean_product(fleet, fleets):
+def test_flexlora_gives_the_singular_vectors_of_the_mean_product(fleet, fleets):
     _, _, after, _, weights, clients = play(fleets[fleet], "flexlora")
     U, S, Vt = np.linalg.svd(mean_of_products(weights, clients))
     close(total(after), (U[:, :4] * S[:4]) @ Vt[:4])
+    B, sigma, A = parts(after.current.layers[LAYER])
+    sign = np.sign(np.sum(A * Vt[:4], axis=1))
+    close(A, sign[:, None] * Vt[:4])
+    close(sigma, np.full_like(sigma, sigma[0, 0, 0]))  # 1, or where exp_norm cannot reach that, alike everywhere
+    close(2.0 * sigma[0, 0, 0] * B, sign * U[:, :4] * S[:4])
+
+
+@ALL_FLEETS
+@pytest.mark.parametrize("name", ["flexlora", "florist", "refactor"])
+@pytest.mark.parametrize("how", ["B = 0", "the clients cancel"])
+def test_a_mean_product_of_zero_gives_a_product_of_zero_that_can_be_trained(fleet, name, how, fleets):
+    fed = fleets[fleet]
+    state = ServerState.start(fed.initial())
+    f = state.current.layers[LAYER]
+    signs = (0.0, 0.0) if how == "B = 0" else (1.0, -1.0)
+    clients = [BlockFactors(sign * f.B, f.sigma, f.A, f.scaling) for sign in signs]
+    updates = [ClientUpdate(k, 1.0, AdapterState({LAYER: c}, state.current.tensors)) for k, c in enumerate(clients)]
+    after, _ = fed.built(name).aggregate(state, updates, 1)
+    found = after.current.layers[LAYER]
+    assert np.linalg.norm(total(after)) < 1e-12 * np.linalg.norm(dense(f))
+    assert found.rank == f.rank
+    assert float(found.A.norm(dim=1).min()) > 0.01
 
 
 @ALL_FLEETS
@@ -192,12 +216,17 @@ def test_hetlora_pads_and_weights_by_the_norm(fleet, fleets):
     sorted_f = BlockFactors(f.B[:, order], f.sigma[..., order], f.A[order], f.scaling)
     state = ServerState.start(AdapterState({LAYER: sorted_f}, initial.tensors))
     updates = []
+    clients = []
     for k, rank in enumerate((4, 2, 3)):
         theirs = fed.train(state.current, agg.trains(1), k).layers[LAYER]
         kept = BlockFactors(theirs.B[:, :rank], theirs.sigma[..., :rank], theirs.A[:rank], theirs.scaling)
-        updates.append(ClientUpdate(k, 1.0 + k, AdapterState({LAYER: kept}, initial.tensors)))
+        clients.append(parts(kept))
+        received = at_rank(sorted_f, rank, fed.transform)  # a smaller client trains in scales of its own
+        columns = block_row_norms(received) / block_row_norms(sorted_f)[:, :rank]
+        rows = (sorted_f.sigma[..., :rank] / received.sigma / columns).mean(1)
+        reply = AdapterState({LAYER: rescaled(kept, rows, columns)}, initial.tensors)
+        updates.append(ClientUpdate(k, 1.0 + k, reply))
     after, _ = agg.aggregate(state, updates, 1)
-    clients = [parts(u.state.layers[LAYER]) for u in updates]
     norms = np.array([u.weight * np.linalg.norm(product(*c)) for u, c in zip(updates, clients, strict=True)])
     share = norms / norms.sum()
     B, A, sigma, held = np.zeros((ROWS, 4)), np.zeros((4, COLUMNS)), np.zeros((fed.blocks, fed.blocks, 4)), np.zeros(4)

@@ -52,7 +52,7 @@ def test_krum_scores_follow_their_definition(fleets):
 @every_fleet
 @every_rule
 def test_a_far_away_client_has_little_say(fleet, rule, fleets, dense):
-    agg, plain = fleets[fleet].built(robust=rule), fleets[fleet].built("fedavg")
+    agg, plain = fleets[fleet].built("fedavg", robust=rule), fleets[fleet].built("fedavg")
     state, everyone, honest = attacked(fleets, fleet, agg)
     wanted = dense.mean_product(honest)
     robust, _ = agg.aggregate(state, everyone, 1)
@@ -63,7 +63,7 @@ def test_a_far_away_client_has_little_say(fleet, rule, fleets, dense):
 @every_fleet
 @every_rule
 def test_identical_clients_pass_every_rule(fleet, rule, fleets, dense):
-    agg = fleets[fleet].built(robust=rule)
+    agg = fleets[fleet].built("fedavg", robust=rule)
     state, (only,) = fleets[fleet].round(agg, clients=1)
     twins = [ClientUpdate(k, 1.0 + k, only.state) for k in range(5)]
     after, _ = agg.aggregate(state, twins, 1)
@@ -87,7 +87,7 @@ def test_rules_compose_with_every_kind_of_merge(name, rule, fleets):
 
 @pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-clip"])
 def test_distances_do_not_see_how_an_update_is_factored(rule, fleets, dense):
-    agg = fleets["lora"].built(robust=rule)
+    agg = fleets["lora"].built("fedavg", robust=rule)
     state, everyone, _ = attacked(fleets, "lora", agg)
     respelled = []
     for k, update in enumerate(everyone):
@@ -107,7 +107,7 @@ def test_distances_do_not_see_how_an_update_is_factored(rule, fleets, dense):
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
 def test_coordinate_rules_first_align_the_factors(rule, fleets, dense):
     """Rotated copies of one update have that update as their median."""
-    agg = fleets["lora"].built(robust=rule)
+    agg = fleets["lora"].built("fedavg", robust=rule)
     state, (only,) = fleets["lora"].round(agg, clients=1)
     f, updates = only.state.layers["query"], []
     for k in range(5):
@@ -120,7 +120,7 @@ def test_coordinate_rules_first_align_the_factors(rule, fleets, dense):
 
 @every_fleet
 def test_clipped_updates_are_within_the_median_norm(fleet, fleets):
-    agg = fleets[fleet].built(robust="norm-clip")
+    agg = fleets[fleet].built("fedavg", robust="norm-clip")
     state, everyone, _ = attacked(fleets, fleet, agg)
     norms = gram_of_changes([u.state for u in everyone], state.current).diagonal().sqrt()
     clipped = RULES["norm-clip"](RobustRound(everyone, state.current, sigma_transform=agg.adapter.transform))
@@ -170,7 +170,7 @@ def test_clients_of_another_rank_are_set_aside_where_entries_are_compared(fleets
 def test_krum_picks_one_and_multi_krum_leaves_the_assumed_number_out(fleets):
     fed = fleets["lora"]
     for rule, chosen in (("krum", 1), ("multi-krum", 5)):
-        agg = fleets["lora"].built(robust=rule, byzantine=2)
+        agg = fleets["lora"].built("fedavg", robust=rule, byzantine=2)
         state, everyone, _ = attacked(fleets, "lora", agg)
         _, report = agg.aggregate(state, everyone, 1)
         assert (report["clients"], report["set_aside"]) == (chosen, 7 - chosen)

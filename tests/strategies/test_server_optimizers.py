@@ -72,7 +72,7 @@ def test_the_recursions(kind):
 @pytest.mark.parametrize("fleet", FLEET_NAMES)
 def test_momentum_goes_on_where_the_clients_stop(fleet, fleets):
     """After one round of change, a round in which no client moves still moves the model, the same way."""
-    agg = fleets[fleet].fleets["refactor"].built(server_optimizer="momentum", server_momentum=0.5)
+    agg = fleets[fleet].built("refactor", server_optimizer="momentum", server_momentum=0.5)
     fleets[fleet].drift = 0.1
     start, updates = fleets[fleet].round(agg)
     moved, _ = agg.aggregate(start, updates, 1)
