@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.config import ConfigError, Settings, parse
+from bora_fl.config import AdapterSettings, ConfigError, Settings, parse
 
 
 def test_the_app_declares_every_key_with_the_default_of_the_settings():
@@ -42,3 +42,18 @@ def test_all_wrong_settings_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         parse({"adapter.rank": -1, "data.alpha": -2.0})
     assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "num_blocks", "transform", "wanted"),
+    [
+        ("bora", 4, "exp_norm", (4, "exp_norm", set())),
+        ("bora", 1, "exp_norm", (1, "exp_norm", set())),
+        ("bora", 1, "identity", (1, "identity", set())),
+        ("lora", 4, "exp_norm", (1, "identity", {"sigma"})),
+        ("dora", 4, "exp_norm", (1, "identity", {"sigma"})),
+    ],
+)
+def test_the_adapter_says_what_its_sigma_is(method, num_blocks, transform, wanted):
+    adapter = AdapterSettings(method=method, num_blocks=num_blocks, sigma_transform=transform)
+    assert (adapter.blocks, adapter.transform, adapter.untrained) == wanted

@@ -12,7 +12,7 @@ _CAPACITY_PER_RANK = 8
 class StreamingMerge:
     """Running weighted sum of updates, `Σ_k w_k delta_W^k`.
 
-    Clients are stacked, exactly, until their ranks add up to more than `capacity`; then the stack is folded into cores
+    Clients are stacked, exactly, until their ranks add up to more than `capacity`; then the stack is compressed to cores
     that keep the `capacity` most energetic directions of every block row and block column. Layers whose blocks have at
     most `capacity` rows and columns lose nothing however many clients come. Otherwise what is lost is bounded by
     `discarded`: the result is that close, in Frobenius norm, to the exact sum, whatever the order of the clients and
@@ -67,7 +67,7 @@ class StreamingMerge:
         self.total_weight += other.total_weight
 
     def result(self) -> BlockFactors | BlockCores:
-        """The weighted sum: stacked factors while nothing was folded, else cores.
+        """The weighted sum: stacked factors while nothing was compressed, else cores.
 
         Raises:
             ValueError: If nothing was added.
@@ -89,17 +89,17 @@ class StreamingMerge:
             if not self._stacked:
                 raise ValueError("nothing was merged; add at least one client")
             return merge(self._stacked, [weight] * len(self._stacked))
-        self._fold()
+        self._compress()
         return self._cores.scaled(weight)
 
     def _stack(self, factors: BlockFactors) -> None:
         if self.capacity is None:
             self.capacity = _CAPACITY_PER_RANK * factors.rank
         if self._stacked and sum(f.rank for f in self._stacked) + factors.rank > self._limit():
-            self._fold()
+            self._compress()
         self._stacked.append(factors)
 
-    def _fold(self) -> None:
+    def _compress(self) -> None:
         if self._stacked:
             stack = merge(self._stacked, [1.0] * len(self._stacked))
             self._cores = add_up([stack] if self._cores is None else [self._cores, stack], self._limit())

@@ -113,9 +113,10 @@ class Aggregator:
             round: From 1.
 
         Returns:
-            The next state, and a report: `clients` merged, `set_aside`, `update_norm` (of the mean product's change),
-            `merge_error` (of adapter plus fold plus carry-over against the mean product, relative), `rank` (mean over
-            layers), `fold_norm`, `carried_norm`. Without a usable update the state stays as it is.
+            The next state, and a report: `clients` merged, `set_aside` (those rejected), `update_norm` (of the mean
+            product's change), `merge_error` (of adapter plus base delta plus carry-over against the mean product,
+            relative), `rank` (mean over layers), `fold_norm` (of the base delta), `carried_norm`. Without a usable
+            update the state stays as it is.
         """
         trains = self.trains(round)
         usable = []
@@ -173,7 +174,7 @@ class Aggregator:
             f"  clients of different ranks: {'no, ' + row.same_rank if row.same_rank else 'yes'}",
             "  slow or lost clients: a round merges the replies that came in time"
             + (
-                "; the model a late client trained on may lack folds, which it is sent with the next round"
+                "; the model a late client trained on may lack base deltas, which it is sent with the next round"
                 if row.folds
                 else ""
             ),

@@ -52,7 +52,7 @@ def align(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
 
 
 def in_gauge_of(factors: BlockFactors, reference: BlockFactors) -> BlockFactors:
-    """The same update spelled like the reference, using all the freedom that a product leaves.
+    """The same update written like the reference, using all the freedom that a product leaves.
 
     Strategies that refactorize return factors in coordinates of their own; a difference of factors means something only
     after this.

@@ -50,7 +50,7 @@ class LayerMerge(NamedTuple):
     Attributes:
         current: What the clients receive next.
         carried: What the server keeps and adds to the next merge.
-        fold: What the clients add to the frozen weight before they train on `current`.
+        fold: The base delta: what the clients add to the frozen weight before they train on `current`.
     """
 
     current: BlockFactors

@@ -35,7 +35,7 @@ class Preset:
         schedule: The parts that train, round by round, over and over.
         shares: The parts that leave the clients (of those that were trained).
         linear: The merge depends on the updates through their weighted mean alone.
-        exact: Adapter plus fold reproduce the mean of the products.
+        exact: Adapter plus base delta reproduce the mean of the products.
         folds: Part of the merge goes into the clients' frozen weights.
         rest: What becomes of what the merge misses; `keep_rest` where `strategy.residual` says.
         sparse: Clients send only the share `strategy.upload-fraction` of their update's entries.
@@ -79,7 +79,7 @@ _ROWS = (
         "FedIT: Towards Building the Federated GPT: Federated Instruction Tuning; Zhang et al.; ICASSP 2024, "
         "arXiv:2305.05644",
         "B = Σ w_k B^k, Sigma = Σ w_k Sigma^k, A = Σ w_k A^k",
-        "BoRA's Sigma is averaged in effective form and brought back into range without changing the product",
+        "BoRA's Sigma is averaged in effective form and normalized without changing the product",
         average,
         linear=True,
         same_rank=_ENTRYWISE,
@@ -133,7 +133,7 @@ _ROWS = (
         "truncated SVD of the mean product",
         "FlexLoRA: Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
         "Resources; Bai et al.; NeurIPS 2024, arXiv:2402.11505",
-        "Σ w_k delta_W^k ≈ U_r S_r V_rᵀ, B = U_r S_r, A = V_rᵀ",
+        "Σ w_k delta_W^k ≈ U_r S_r V_rᵀ, B = U_r S_r, A = V_rᵀ, Sigma = 1 before it is normalized",
         "the product is never formed; smaller clients receive the components of most energy",
         flexlora,
         rest=keep_rest,
@@ -145,7 +145,7 @@ _ROWS = (
         "HetLoRA: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models; Cho et al.; "
         "EMNLP 2024, arXiv:2401.06432",
         "B = Σ p_k pad(B^k), A = Σ p_k pad(A^k), p_k ∝ w_k ‖delta_W^k‖_F",
-        "the number of examples counts too; clients do not prune their own rank",
+        "the number of examples counts too; a client trains the components of most energy as they are, at a fixed rank",
         hetlora,
     ),
     Preset(
@@ -255,7 +255,7 @@ _ROWS = (
         "best block factors for the mean product (default)",
         "this project; for b = 1 the truncated SVD of the mean product",
         "min Σ_ij ‖Σ w_k B_i^k diag(Sigma_ij^k) A_j^k - B_i diag(Sigma_ij) A_j‖² over B, Sigma, A of rank r",
-        "the residual is dropped, carried to the next merge or folded into the clients' frozen weights",
+        "the residual is dropped, carried to the next merge or added to the clients' frozen weights",
         refactor,
         rest=keep_rest,
     ),

@@ -77,7 +77,7 @@ def truncated_svd(layer: LayerRound) -> BlockFactors:
 
 
 def keep_rest(layer: LayerRound, fit: BlockFactors) -> LayerMerge:
-    """Drop, carry or fold what the fit does not hold, within the rank budget."""
+    """Drop, carry or send as a base delta what the fit does not hold, within the rank budget."""
     mode, target = layer.settings.residual, layer.mean_product()
     if mode == "drop" or size(merge([target, fit], [1.0, -1.0])) <= negligible(target):
         return LayerMerge(fit)

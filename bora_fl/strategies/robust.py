@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bora_fl.blocks import truncate
+from bora_fl.blocks import at_rank
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.alignment import align
 from bora_fl.strategies.coordinates import from_coordinates, to_coordinates
@@ -89,7 +89,11 @@ def norm_clip(robust: RobustRound) -> list[ClientUpdate]:
 
 def _shortened(update: ClientUpdate, robust: RobustRound, bound: float) -> ClientUpdate:
     parts = robust.trains & robust.shares
-    start = _at_rank_of(robust.current, update.state)
+    layers = {
+        name: at_rank(factors, update.state.layers[name].rank, robust.sigma_transform)
+        for name, factors in robust.current.layers.items()
+    }
+    start = AdapterState(layers, robust.current.tensors)
     before = to_coordinates(start, robust.sigma_transform, parts)
     after = to_coordinates(update.state, robust.sigma_transform, parts)
 
@@ -116,14 +120,6 @@ def _shortened(update: ClientUpdate, robust: RobustRound, bound: float) -> Clien
         step = guess * math.exp((-_SHORTER / 2 - excess) / power)
         guess = step if low < step < high else (math.sqrt(low * high) if low > 0 else high / 4)
     return replace(update, state=state)
-
-
-def _at_rank_of(current: AdapterState, state: AdapterState) -> AdapterState:
-    layers = {
-        name: f if f.rank == state.layers[name].rank else truncate(f, state.layers[name].rank)
-        for name, f in current.layers.items()
-    }
-    return AdapterState(layers, current.tensors)
 
 
 def median(robust: RobustRound) -> list[ClientUpdate]:

@@ -1,4 +1,4 @@
-"""Set aside updates that claim too much, moved implausibly far, against everyone else or to a worse model."""
+"""Reject updates that claim too much, moved implausibly far, against everyone else or to a worse model."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def screen(
     Args:
         updates: The round's checked replies.
         state: What the clients trained on is `state.current`.
-        settings: An update is set aside if its weight is above `max_weight_ratio` times the median one (0: off), if the
+        settings: An update is rejected if its weight is above `max_weight_ratio` times the median one (0: off), if the
             change of its products and other tensors has a Frobenius norm above `max_update_norm` (0: off) or a cosine
             with the weighted mean change of the others below `min_cosine` (−1: off), or if its model's held-out loss
             is more than `max_loss_increase` above that of what was sent (0: off).
@@ -39,16 +39,16 @@ def screen(
     passed = list(updates)
     reasons: dict[int, str] = {}
 
-    def set_aside(found: dict[int, str]) -> None:
+    def reject(found: dict[int, str]) -> None:
         reasons.update(found)
         passed[:] = [update for update in passed if update.client not in found]
 
     if settings.max_weight_ratio > 0:
-        set_aside(_heavy(passed, settings.max_weight_ratio))
+        reject(_heavy(passed, settings.max_weight_ratio))
     if settings.max_update_norm > 0 or settings.min_cosine > -1:
-        set_aside(_far_or_against(passed, state, settings, shares))
+        reject(_far_or_against(passed, state, settings, shares))
     if settings.max_loss_increase > 0 and loss is not None and passed:
-        set_aside(_worse(passed, state, settings.max_loss_increase, loss))
+        reject(_worse(passed, state, settings.max_loss_increase, loss))
     return passed, reasons
 
 

@@ -22,8 +22,9 @@ class ServerState:
         current: What clients receive next.
         ranks: Layer to the global adapter's rank, which a strategy may leave for a while.
         carried: Layer to the residual kept on the server.
-        fold: Layer to what clients add to their frozen weights before they train on `current`; of this version only.
-        fold_version: Increases by one with each non-empty fold.
+        fold: Layer to the base delta of this version, which clients add to their frozen weights before they train on
+            `current`.
+        fold_version: Increases by one with each non-empty base delta.
         optimizer: The server optimizer's moments.
         privacy: What client-level privacy has spent; None before its first round and without it.
     """
@@ -46,7 +47,7 @@ class ServerState:
         return self.ranks.get(layer, self.current.layers[layer].rank)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The state without its fold and fold version, which a run keeps for every round.
+        """The state without its base delta, of which a run keeps every version.
 
         Returns:
             `current/…` and `carried/…` as in `bora_fl.state`, and under `memory/`: `rank/<layer>`, `first/<coordinate>`

@@ -83,7 +83,7 @@ def orthonormal_frozen_side(layer: LayerRound) -> LayerMerge:
 def core_only(layer: LayerRound) -> LayerMerge:
     """Freeze orthonormal A and B so that only the core, for BoRA Sigma, trains (Fed-SB, arXiv:2502.15436).
 
-    B must not be zero then, so it is drawn once, and the product this adds is folded into the frozen weights with the
+    B must not be zero then, so it is drawn once, and the product this adds goes into the frozen weights with the
     opposite sign: the model does not change. What differs: the paper takes A and B from the singular vectors of a full
     gradient of the first batches and trains a dense r × r core; here they are random and Sigma holds b² r numbers.
     """

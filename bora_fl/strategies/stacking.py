@@ -1,4 +1,4 @@
-"""Exact merges: what the factors cannot hold goes into the clients' frozen weights."""
+"""Exact merges: what the factors cannot hold goes into the clients' frozen weights, as a base delta."""
 
 import math
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors, refactorize
-from bora_fl.privacy.accounting import Budget, BudgetExceeded, epsilon
+from bora_fl.privacy.accounting import Budget, BudgetExceeded, Spent, epsilon
 from bora_fl.privacy.central import (
     AdaptiveClip,
     ClientAccount,
+    PrivacyState,
     adaptive_noised_mean,
     noised_each,
     noised_mean,
@@ -152,3 +153,10 @@ def test_a_round_beyond_the_budget_is_refused():
     with pytest.raises(BudgetExceeded, match="epsilon = 3 per client"):
         rounds(account, 1000)
     assert len(account.history) == 3
+
+
+def test_the_state_of_a_run_comes_back_from_its_tensors():
+    for state in (PrivacyState(), PrivacyState((Spent(0.7, 1.0, 1), Spent(0.9, 0.1, 1)), 0.3, unrecorded_rounds=2)):
+        assert PrivacyState.from_tensors(state.to_tensors()) == state
+    counted = {"rounds": torch.tensor(3), "clip_norm": torch.tensor(0.5)}  # as older checkpoints hold it
+    assert PrivacyState.from_tensors(counted) == PrivacyState((), 0.5, unrecorded_rounds=3)

@@ -1,8 +1,13 @@
 import pytest
+import torch
 
 from bora_fl.config import ConfigError, parse
+from bora_fl.privacy.accounting import Spent
+from bora_fl.privacy.central import ClientAccount
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
+from bora_fl.strategies.client_privacy import ClientPrivacy
+from bora_fl.strategies.server_state import ServerState
 
 
 @pytest.fixture
@@ -37,3 +42,22 @@ def test_the_budget_survives_a_restart(private):
 def test_unequal_weights_are_refused():
     with pytest.raises(ConfigError, match=r"strategy\.weighting"):
         parse({"privacy.mode": "client"})
+
+
+def test_rounds_are_booked_one_by_one_beside_those_of_an_older_checkpoint(fleets):
+    fed = fleets["bora exp_norm"]
+    settings = parse(
+        {"privacy.mode": "client", "privacy.epsilon": 1e4, "privacy.noise-multiplier": 0.7, "privacy.accountant": "rdp"}
+        | {"strategy.weighting": "uniform"}
+    )
+    agg = fed.built("fedavg")
+    privacy = ClientPrivacy.build(settings, linear=True)
+    state, updates = fed.round(agg, weights=[1.0] * 4)
+    old = ServerState.from_tensors(state.to_tensors() | {"memory/privacy/rounds": torch.tensor(2)}, 0)
+    assert sum(spent.steps for spent in privacy.account(old).history) == 2
+    new, _, _ = privacy.protect(old, updates, agg.trains(1), 4)
+    assert new.privacy.history == (Spent(0.7, 1.0, 1),)
+    account = privacy.account(ServerState.from_tensors(new.to_tensors(), 0))
+    assert account == privacy.account(new)
+    three = ClientAccount(account.budget, "rdp", (Spent(0.7, 1.0, 3),))
+    assert account.epsilon() == pytest.approx(three.epsilon())

@@ -52,7 +52,7 @@ def test_identical_clients_are_a_no_op(name, fleet, fleets, dense):
         alone, _ = agg.aggregate(state, [only], round)
         after, _ = agg.aggregate(state, twins, round)
         assert dense.gap(dense.model(after), dense.model(alone)) < TOLERANCE or name == "fedsa"
-        if name not in {"refactor", "flexlora", "florist"}:  # which may spell the same product in another way
+        if name not in {"refactor", "flexlora", "florist"}:  # which may factor the same product in another way
             factors = after.current.layers["query"], alone.current.layers["query"]
             torch.testing.assert_close(factors[0].A, factors[1].A, rtol=1e-5, atol=1e-7)
 

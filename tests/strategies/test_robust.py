@@ -1,4 +1,4 @@
-"""Robust rules: their scores against dense distances, what they do to outliers, and that spelling does not matter."""
+"""Robust rules: their scores against dense distances, what they do to outliers, and that they see updates, not factors."""
 
 import numpy as np
 import pytest
@@ -89,19 +89,19 @@ def test_rules_compose_with_every_kind_of_merge(name, rule, fleets):
 def test_distances_do_not_see_how_an_update_is_factored(rule, fleets, dense):
     agg = fleets["lora"].built("fedavg", robust=rule)
     state, everyone, _ = attacked(fleets, "lora", agg)
-    respelled = []
+    refactored = []
     for k, update in enumerate(everyone):
         f = update.state.layers["query"]
         Q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(k), dtype=torch.float64)).Q
         turned = BlockFactors(f.B @ Q, f.sigma, Q.T @ f.A, f.scaling)
-        respelled.append(
+        refactored.append(
             ClientUpdate(update.client, update.weight, AdapterState({"query": turned}, update.state.tensors))
         )
     robust = RobustRound(everyone, state.current)
-    other = RobustRound(respelled, state.current)
+    other = RobustRound(refactored, state.current)
     assert [u.client for u in RULES[rule](robust)] == [u.client for u in RULES[rule](other)]
     torch.testing.assert_close(krum_scores(robust), krum_scores(other))
-    assert dense.gap(dense.mean_product(respelled), dense.mean_product(everyone)) < 1e-9
+    assert dense.gap(dense.mean_product(refactored), dense.mean_product(everyone)) < 1e-9
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
@@ -153,7 +153,7 @@ def test_the_trimmed_mean_drops_both_ends():
     assert float(weighted_trimmed_mean(values[:3], torch.ones(3, dtype=torch.float64), 0)) == 2.0
 
 
-def test_clients_of_another_rank_are_set_aside_where_entries_are_compared(fleets):
+def test_clients_of_another_rank_are_rejected_where_entries_are_compared(fleets):
     fed = fleets["bora exp_norm"]
     agg = fleets["bora exp_norm"].built("flora", robust="median")
     state, updates = fed.round(agg, clients=4)

@@ -1,4 +1,4 @@
-"""Screening: what is set aside, and why, in words."""
+"""Screening: what is rejected, and why, in words."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_nothing_is_screened_by_default(played):
     assert screen([], state, StrategySettings(max_update_norm=1.0)) == ([], {})
 
 
-def test_an_update_that_moved_too_far_is_set_aside(played):
+def test_an_update_that_moved_too_far_is_rejected(played):
     state, updates = played
     norms = gram_of_changes([u.state for u in updates], state.current).diagonal().sqrt()
     bound = float(norms[:5].max()) * 1.01
@@ -37,7 +37,7 @@ def test_an_update_that_moved_too_far_is_set_aside(played):
     assert "strategy.max-update-norm" in reasons[6]
 
 
-def test_an_update_against_the_others_is_set_aside(played):
+def test_an_update_against_the_others_is_rejected(played):
     state, updates = played
     accepted, reasons = screen(updates[:5], state, StrategySettings(min_cosine=0.0))
     assert [u.client for u in accepted] == [1, 2, 3, 4]
@@ -62,7 +62,7 @@ def test_a_single_client_has_no_others_to_disagree_with(played):
     assert screen(updates[4:5], state, StrategySettings(min_cosine=0.9)) == (updates[4:5], {})
 
 
-def test_a_claim_of_absurdly_many_examples_is_set_aside(played):
+def test_a_claim_of_absurdly_many_examples_is_rejected(played):
     state, updates = played
     updates[2] = ClientUpdate(3, 5000.0, updates[2].state)
     accepted, reasons = screen(updates, state, StrategySettings())
@@ -72,7 +72,7 @@ def test_a_claim_of_absurdly_many_examples_is_set_aside(played):
     assert screen(updates, state, StrategySettings(max_weight_ratio=0.0)) == (updates, {})
 
 
-def test_a_model_that_is_worse_on_held_out_examples_is_set_aside(played):
+def test_a_model_that_is_worse_on_held_out_examples_is_rejected(played):
     state, updates = played
     losses = {id(update.state): 1.0 + 0.1 * update.client for update in updates} | {id(state.current): 1.2}
     losses[id(updates[4].state)] = float("nan")

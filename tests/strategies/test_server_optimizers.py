@@ -121,7 +121,7 @@ def test_factors_in_another_gauge_are_brought_back(fleet, fleets):
     if b == 1:
         T = torch.randn(4, 4, generator=g, dtype=torch.float64) + 3 * torch.eye(4)
         B = near.B * near.sigma[0, 0] @ torch.linalg.inv(T)
-        spelled = BlockFactors(B, torch.ones_like(near.sigma), T @ near.A, near.scaling)
+        rewritten = BlockFactors(B, torch.ones_like(near.sigma), T @ near.A, near.scaling)
     else:
         rows = torch.rand(b, 4, generator=g, dtype=torch.float64) + 0.5
         columns = torch.rand(b, 4, generator=g, dtype=torch.float64) + 0.5
@@ -129,9 +129,9 @@ def test_factors_in_another_gauge_are_brought_back(fleet, fleets):
         A = (near.A.reshape(4, b, -1) / columns.T[:, :, None]).reshape(near.A.shape)
         order = [2, 3, 0, 1]
         sigma = near.sigma * rows[:, None] * columns[None]
-        spelled = BlockFactors(B[:, order], sigma[..., order], A[order], near.scaling)
-    torch.testing.assert_close(spelled.dense(), near.dense())
-    back = in_gauge_of(spelled, reference)
+        rewritten = BlockFactors(B[:, order], sigma[..., order], A[order], near.scaling)
+    torch.testing.assert_close(rewritten.dense(), near.dense())
+    back = in_gauge_of(rewritten, reference)
     torch.testing.assert_close(back.dense(), near.dense())
     for part in ("B", "sigma", "A"):
         moved = getattr(back, part) - getattr(reference, part)
