@@ -12,8 +12,8 @@ _CAPACITY_PER_RANK = 8
 class StreamingMerge:
     """Running weighted sum of updates, `Σ_k w_k delta_W^k`.
 
-    Clients are stacked, exactly, until their ranks add up to more than `capacity`; then the stack is compressed to cores
-    that keep the `capacity` most energetic directions of every block row and block column. Layers whose blocks have at
+    Clients are stacked, exactly, until their ranks add up to more than `capacity`; then the stack becomes cores that
+    keep the `capacity` most energetic directions of every block row and block column. Layers whose blocks have at
     most `capacity` rows and columns lose nothing however many clients come. Otherwise what is lost is bounded by
     `discarded`: the result is that close, in Frobenius norm, to the exact sum, whatever the order of the clients and
     the shape of the tree of partial merges. So two such results differ by at most the sum of their bounds (and

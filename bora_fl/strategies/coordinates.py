@@ -27,7 +27,10 @@ def to_coordinates(state: AdapterState, sigma_transform: str, parts: Trains) -> 
 
 
 def from_coordinates(flat: Mapping[str, Tensor], like: AdapterState, sigma_transform: str) -> AdapterState:
-    """The state with these coordinates; parts that are not among them are taken from `like`, whose dtypes stay."""
+    """The state with these coordinates; parts that are not among them are taken from `like`, whose dtypes stay.
+
+    Sigma is not normalized.
+    """
     layers = {}
     for layer, factors in like.layers.items():
         values = {"B": factors.B, "sigma": factors.sigma, "A": factors.A}

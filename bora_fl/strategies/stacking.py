@@ -36,7 +36,7 @@ def restarted(factors: BlockFactors, layer: LayerRound) -> BlockFactors:
     n, b, rank = factors.A.shape[1], factors.num_blocks, layer.rank
     A = (2 * torch.rand(rank, n, generator=generator) - 1) / math.sqrt(n)
     log = 2 * torch.rand(b, b, rank, generator=generator) - 1
-    sigma = torch.ones(b, b, rank) if layer.sigma_transform == "identity" and b == 1 else (log / log.abs().mean()).exp()
+    sigma = (log / log.abs().mean()).exp()
     return BlockFactors(
         factors.B.new_zeros(factors.B.shape[0], rank), sigma.to(factors.sigma), A.to(factors.A), factors.scaling
     )

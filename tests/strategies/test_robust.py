@@ -1,4 +1,4 @@
-"""Robust rules: their scores against dense distances, what they do to outliers, and that they see updates, not factors."""
+"""Robust rules: their scores against dense distances, what they do to outliers, and that factors do not matter."""
 
 import numpy as np
 import pytest
