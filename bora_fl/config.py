@@ -192,8 +192,8 @@ class PrivacySettings(_Group):
         0.67, description="share of the clients that must answer to the end; the others may vanish (SecAgg+)"
     )
     clipping_range: Positive = Field(8.0, description="largest entry of an update that can be masked (SecAgg+)")
-    quantization_bits: Annotated[int, Field(ge=8, le=30)] = Field(
-        22, description="bits of a masked entry; 2^(32 - bits) clients fit into the sum (SecAgg+)"
+    quantization_bits: Annotated[int, Field(ge=0, le=30)] = Field(
+        0, description="bits of a masked entry, 8 to 30; 0 is as many as the sum of a round's clients has room for"
     )
     max_examples: Count = Field(10000, description="most examples of a client, for weighting = examples (SecAgg+)")
     ledger_dir: str = Field("", description="where a site keeps its ledger; empty is <state folder>/ledger")
@@ -231,10 +231,33 @@ class Settings(_Group):
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "
                 "taken without dropout; set adapter.dropout to 0"
             )
-        if self.privacy.mode == "client" and self.strategy.weighting != "uniform":
+        ignored = {
+            "proximal-mu": (self.train.proximal_mu, {0.0}),
+            "max-grad-norm": (self.train.max_grad_norm, {0.0, 1.0}),
+        }
+        for key, (value, harmless) in ignored.items():
+            if self.privacy.mode == "record" and value not in harmless:
+                raise ValueError(
+                    f"train.{key} = {value:g} with privacy.mode = 'record': DP-SGD clips every example's gradient to "
+                    f"privacy.clip-norm and takes its steps without it; set train.{key} to {max(harmless):g}"
+                )
+        if self.privacy.mode in ("client", "local") and self.privacy.delta * self.data.num_partitions >= 1:
             raise ValueError(
-                "strategy.weighting = 'examples' with privacy.mode = 'client': one client could move the mean by more "
-                "than the noise hides; set strategy.weighting to uniform"
+                f"privacy.delta = {self.privacy.delta:g} with data.num-partitions = {self.data.num_partitions}: "
+                "publishing one client's update in full would be within it; use a privacy.delta well below "
+                f"{1 / self.data.num_partitions:g}"
+            )
+        if self.privacy.adaptive_clipping and self.privacy.mode != "client":
+            raise ValueError(
+                f"privacy.adaptive-clipping = true with privacy.mode = '{self.privacy.mode}': only the server's clipping "
+                "adapts; set it to false, or privacy.mode to client"
+            )
+        if self.privacy.mode == "client":
+            self._check_client_privacy()
+        if 0 < self.privacy.quantization_bits < 8:
+            raise ValueError(
+                f"privacy.quantization-bits = {self.privacy.quantization_bits}: an entry needs 8 to 30; set 0 to have as "
+                "many as there is room for"
             )
         if self.privacy.mode == "local" and self.strategy.weighting != "uniform":
             raise ValueError(
@@ -267,6 +290,30 @@ class Settings(_Group):
                 "kept; set a rank of 1 or more, or strategy.residual to drop"
             )
         return self
+
+    def _check_client_privacy(self) -> None:
+        """Noise at the server hides a client only if nothing else tells its update from another."""
+        strategy = self.strategy
+        if strategy.weighting != "uniform":
+            raise ValueError(
+                "strategy.weighting = 'examples' with privacy.mode = 'client': one client could move the mean by more "
+                "than the noise hides; set strategy.weighting to uniform"
+            )
+        rules: tuple[tuple[str, Scalar, tuple[Scalar, ...]], ...] = (
+            ("robust", strategy.robust, ("none",)),
+            ("max-update-norm", strategy.max_update_norm, (0.0,)),
+            ("min-cosine", strategy.min_cosine, (-1.0,)),
+            ("max-loss-increase", strategy.max_loss_increase, (0.0,)),
+            # The default compares weights, which are all alike here.
+            ("max-weight-ratio", strategy.max_weight_ratio, (0.0, StrategySettings().max_weight_ratio)),
+        )
+        for key, value, harmless in rules:
+            if value not in harmless:
+                raise ValueError(
+                    f"strategy.{key} = {value!r} with privacy.mode = 'client': it judges updates by each other, so that "
+                    "one client decides who else counts, and no noise covers that; clipping bounds every update "
+                    f"already, so set strategy.{key} to {harmless[0]!r}"
+                )
 
     def flat(self) -> dict[str, Scalar]:
         """The settings as Flower's flat run config."""

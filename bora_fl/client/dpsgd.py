@@ -154,7 +154,7 @@ def train_privately(
             drawn = poisson_sample(len(records), sample_rate, randomness)
             tally.samples += len(drawn)
             tally.empty += not drawn
-            sums = [torch.zeros_like(parameter) for parameter in trained]
+            sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
             for start in range(0, len(drawn), physical_batch_size):
                 chosen = [records[index] for index in drawn[start : start + physical_batch_size]]
                 losses = sample_losses(model, collate(chosen))
@@ -168,9 +168,9 @@ def train_privately(
             for parameter, clipped_sum in zip(trained, sums, strict=True):
                 if collector is not None:
                     noised = add_noise(clipped_sum, noise_multiplier * clip_norm, randomness)
-                    parameter.grad = noised / expected_batch_size
+                    parameter.grad = (noised / expected_batch_size).to(parameter.dtype)
                 elif parameter.grad is None:
-                    parameter.grad = clipped_sum
+                    parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             if on_step:
                 on_step(step, steps)
@@ -185,7 +185,11 @@ def _add_clipped(
     clip_norm: float,
     tally: _Tally,
 ) -> None:
-    """Add `Σ_s g_s · min(1, C / |g_s|)` to the sums; a gradient that is not finite counts as zero."""
+    """Add `Σ_s g_s · min(1, C / |g_s|)` to the sums; a gradient that is not finite counts as zero.
+
+    Products and sums are in the sums' dtype, at least float32: a sum in bfloat16 drops what is small beside it, and one
+    record then moves it by up to 1.65 C.
+    """
     squares = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in gradients.values()]
     if not squares:
         return
@@ -202,7 +206,7 @@ def _add_clipped(
             continue
         if dropped:
             gradient = gradient[finite]
-        total += (factors[finite].to(gradient.dtype) @ gradient.flatten(1)).view_as(total)
+        total += (factors[finite].to(total.dtype) @ gradient.flatten(1).to(total.dtype)).view_as(total)
 
 
 def _require_same_parameters(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

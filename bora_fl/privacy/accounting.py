@@ -28,9 +28,13 @@ Unit = Literal["record", "client"]
 _RDP_ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + [*range(12, 64), 96, 192]
 # Beyond this ε no guarantee is left to refine, and PRV's grid would only grow with it.
 _LARGEST_PRV_EPSILON = 50.0
-_LARGEST_NOISE = 1e6
+# PRV's work grows with the points of its grid: above this many, which take seconds, Rényi's bound stands.
+_LARGEST_PRV_GRID = 2**20
+_PRV_ERROR = 0.01
+_SMALLEST_NOISE, _LARGEST_NOISE = 1e-2, 1e6
+_MOST_STEPS = 10**9
 # Share of a target that solved noise may leave unspent.
-_SLACK = 0.005
+SLACK = 0.005
 
 
 class Spent(NamedTuple):
@@ -133,7 +137,7 @@ def epsilon(history: Iterable[tuple[float, float, int]], delta: float, accountan
     if any(entry.noise_multiplier == 0 for entry in merged):
         return math.inf
     by_rdp = _epsilon_by_rdp(merged, delta)
-    if accountant == "rdp" or by_rdp > _LARGEST_PRV_EPSILON:
+    if accountant == "rdp" or by_rdp > _LARGEST_PRV_EPSILON or _prv_grid(merged, delta, by_rdp) > _LARGEST_PRV_GRID:
         return by_rdp
     return _epsilon_by_prv(merged, delta, fallback=by_rdp)
 
@@ -158,22 +162,30 @@ def merge_history(history: Iterable[tuple[float, float, int]]) -> list[Spent]:
 
 @lru_cache(maxsize=64)  # every round of every client asks for the same few, and an answer takes seconds
 def solve_noise(
-    target_epsilon: float, delta: float, sample_rate: float, total_steps: int, accountant: Accountant = "prv"
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    total_steps: int,
+    accountant: Accountant = "prv",
+    spent: tuple[Spent, ...] = (),
 ) -> float:
-    """Return a noise multiplier with which `total_steps` steps stay within `target_epsilon`.
+    """Return a noise multiplier with which `total_steps` more steps stay within `target_epsilon`.
 
-    Solve once for all steps of the run, not for each round: the budget is spent by their composition.
+    Solve once for all steps of the run, not for each round: the budget is spent by their composition. The search is a
+    bisection whose number of tries is bounded, and so is the work of each, whatever is asked.
 
     Args:
-        target_epsilon: ε to stay within, above 0.
+        target_epsilon: ε to stay within, finite and above 0.
         delta: δ, in (0, 1).
         sample_rate: Probability with which a unit takes part in a step, in (0, 1].
-        total_steps: Steps over the whole run, at least 1.
+        total_steps: Steps still to come, from 1 to 10⁹.
         accountant: The accountant that will check the budget.
+        spent: What the same units have spent before.
 
     Returns:
-        The noise multiplier: `epsilon([(it, sample_rate, total_steps)], delta, accountant)` is at most `target_epsilon`
-        and within 0.5 % of it.
+        The noise multiplier, at least 0.01: `epsilon([*spent, (it, sample_rate, total_steps)], delta, accountant)` is
+        at most `target_epsilon`, and within 0.5 % of it unless the least noise, or an accountant that jumps there
+        (as PRV may at δ near 1), leaves more.
 
     Raises:
         ValueError: If an argument is out of range or no noise reaches the target.
@@ -182,42 +194,59 @@ def solve_noise(
         raise ValueError(
             f"target_epsilon = {target_epsilon}: use a finite value above 0; without a budget there is no noise"
         )
-    if not 0 < sample_rate <= 1 or total_steps < 1:
+    if not 0 < sample_rate <= 1 or not 1 <= total_steps <= _MOST_STEPS:
         raise ValueError(
-            f"sample_rate = {sample_rate}, total_steps = {total_steps}: the rate is in (0, 1], the steps are at least 1"
+            f"sample_rate = {sample_rate}, total_steps = {total_steps}: the rate is in (0, 1], the steps are from 1 to "
+            f"{_MOST_STEPS:.0e}"
         )
 
-    def spent(noise_multiplier: float) -> float:
-        return epsilon([(noise_multiplier, sample_rate, total_steps)], delta, accountant)
+    def reached(noise_multiplier: float) -> float:
+        return epsilon([*spent, (noise_multiplier, sample_rate, total_steps)], delta, accountant)
 
-    low = high = 1.0
-    at_low = at_high = spent(1.0)
+    # Rényi's bound is quick, and close to PRV's: the search starts from where it ends.
+    start = 1.0 if accountant == "rdp" else _start(target_epsilon, delta, sample_rate, total_steps, spent)
+    step = 2.0 if accountant == "rdp" else 1.1
+    low = high = start
+    at_low = at_high = reached(start)
     while at_high > target_epsilon:
         low, at_low = high, at_high
-        high *= 2
-        at_high = spent(high)
+        high, step = high * step, step**2
         if high > _LARGEST_NOISE:
+            before = f" after {epsilon(spent, delta, accountant):.4g} spent" if spent else ""
             raise ValueError(
-                f"target_epsilon = {target_epsilon} at delta = {delta} is out of reach for {total_steps} steps; raise"
-                " it, or plan fewer steps (the PRV accountant cannot certify less than 0.01)"
+                f"target_epsilon = {target_epsilon} at delta = {delta} is out of reach for {total_steps} steps{before};"
+                " raise it, or plan fewer steps (the PRV accountant cannot certify less than 0.01)"
             )
+        at_high = reached(high)
     while at_low <= target_epsilon:
         high, at_high = low, at_low
-        low /= 2
-        at_low = spent(low)
-    # log ε is close to linear in log noise: interpolate, a little on the safe side, and never hug an end.
-    while at_high < (1 - _SLACK) * target_epsilon:
-        share = (
-            math.log(at_low / (1 - _SLACK / 2) / target_epsilon) / math.log(at_low / at_high) if at_high > 0 else 0.5
-        )
-        share = min(max(share, 0.02), 0.98) if math.isfinite(at_low) else 0.5
-        middle = low * (high / low) ** share
-        at_middle = spent(middle)
+        if high <= _SMALLEST_NOISE:
+            return high
+        low, step = max(low / step, _SMALLEST_NOISE), step**2
+        at_low = reached(low)
+    # log ε is close to linear in log noise: every other try interpolates, a little on the safe side, the rest bisect.
+    interpolate = True
+    while at_high < (1 - SLACK) * target_epsilon and high > (1 + SLACK / 50) * low:
+        share = 0.5
+        if interpolate and at_high > 0 and math.isfinite(at_low):
+            share = math.log(at_low / (1 - SLACK / 2) / target_epsilon) / math.log(at_low / at_high)
+        interpolate = not interpolate
+        middle = low * (high / low) ** min(max(share, 0.02), 0.98)
+        at_middle = reached(middle)
         if at_middle <= target_epsilon:
             high, at_high = middle, at_middle
         else:
             low, at_low = middle, at_middle
     return high
+
+
+def _start(
+    target_epsilon: float, delta: float, sample_rate: float, total_steps: int, spent: tuple[Spent, ...]
+) -> float:
+    try:
+        return solve_noise(target_epsilon, delta, sample_rate, total_steps, "rdp", spent)
+    except ValueError:  # Rényi's bound alone may be past the target
+        return 1.0
 
 
 def summarize(epsilons: Mapping[int, float] | Mapping[str, float], unit: Unit = "record") -> EpsilonSummary:
@@ -266,6 +295,13 @@ def _rdp_of_a_step(noise_multiplier: float, sample_rate: float) -> "np.ndarray[t
     return np.asarray(found, dtype=np.float64)
 
 
+def _prv_grid(history: list[Spent], delta: float, by_rdp: float) -> float:
+    """About how many points the grid of the PRV accountant has, from its own formula for the mesh."""
+    steps = sum(entry.steps for entry in history)
+    mesh = _PRV_ERROR / math.sqrt(steps * math.log(12 / (delta * 1e-3)) / 2)
+    return 2 * (by_rdp + 3) / mesh
+
+
 def _epsilon_by_prv(history: list[Spent], delta: float, fallback: float) -> float:
     from opacus.accountants import PRVAccountant
 
@@ -273,11 +309,11 @@ def _epsilon_by_prv(history: list[Spent], delta: float, fallback: float) -> floa
     accountant.history = [tuple(entry) for entry in history]
     with _quiet():
         try:
-            found = float(accountant.get_epsilon(delta))
+            found = float(accountant.get_epsilon(delta, eps_error=_PRV_ERROR))
         except (RuntimeError, ValueError, IndexError):
             # The grid could not hold the distribution (extreme noise or rate): the other bound stands.
             return fallback
-    return found if math.isfinite(found) else fallback
+    return max(0.0, found) if math.isfinite(found) else fallback
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """Client-level differential privacy at a trusted server: clip every client's update, noise what is merged.
 
-The unit is the client, the neighbour a round in which one client's update is zero. Noise goes onto the *inputs* of a
-merge, before any product or refactorization, which are then post-processing and cost no privacy:
+The unit is the client. Neighbours differ in one client: its updates are as they are, or they are zero, or they do not
+count (no reply, or one that is refused); the size of the cohort is the same. Noise goes onto the *inputs* of a merge,
+before any product or refactorization, which are then post-processing and cost no privacy:
 
 - a merge that depends on the updates through their mean alone (factor means, rounds that train one factor) gets one
   noised mean, `noised_mean`: the noise is shared by all clients;
-- a merge that needs the updates one by one (mean of products, robust rules) gets each of them noised, `noised_each`:
-  the mean of products is no function of the mean, so the noise of other clients hides nothing there.
+- a merge that needs the updates one by one (mean of products) gets each of them noised, `noised_each`: the mean of
+  products is no function of the mean, so the noise of other clients hides nothing there. Who is missing has a noised
+  zero, and the order is random, so that neither number nor place tells who it was.
+
+Arithmetic is in float64, whatever the updates' dtype.
 
 Updates are differences from what was sent, as named tensors; leave out what was not trained. Sigma moves in logarithms
 (`bora_fl.privacy.gaussian.to_coordinates`), where a noised value stays positive.
@@ -26,17 +30,22 @@ from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise, cl
 Update = Mapping[str, Tensor]
 Sampling = Literal["poisson", "fixed"]
 
+_HISTORY, _CLIP, _COUNTED = "history", "clip_norm", "rounds"
+
 
 @dataclass(frozen=True)
 class AdaptiveClip:
     """A clipping norm that follows a quantile of the clients' update norms (Andrew et al., 2021, arXiv:1905.03871).
 
-    Each round `C ← C · exp(−η (b̃ − γ))`, where b̃ is the noised share of clients whose update was within C.
+    Each round `C ← C · exp(−η (b̃ − γ))`, where b̃ is the noised share of clients whose update was within C, cut to
+    [0, 1]: no draw of the noise moves C by more than `exp(η)`.
+
+    A client counts +½ within C, −½ beyond it, 0 if it is missing. The count's sensitivity is 1, not the paper's ½: an
+    update that becomes zero goes from −½ to +½.
 
     Args:
         clip_norm: C of the next round.
-        count_noise: σ_b, the standard deviation of the noise on the count of clients within C. The paper suggests a
-            twentieth of the expected number of clients.
+        count_noise: σ_b, the standard deviation of the noise on the count of clients within C; see `count_noise`.
         quantile: γ, in (0, 1).
         rate: η, above 0.
 
@@ -61,57 +70,65 @@ class AdaptiveClip:
     def update_noise(self, noise_multiplier: float) -> float:
         """Return the noise multiplier of the updates, so that updates and count together spend as `noise_multiplier`.
 
-        `z_Δ = (z⁻² − (2 σ_b)⁻²)^(−1/2)`: a shifted count, ±½ a client, has sensitivity ½.
+        `z_Δ = (z⁻² − σ_b⁻²)^(−1/2)`: the releases are independent Gaussians of sensitivities C and 1, and together one
+        Gaussian whose sensitivity over noise is `(z_Δ⁻² + σ_b⁻²)^(1/2) = z⁻¹`.
 
         Raises:
             ValueError: If the count alone spends more than `noise_multiplier` allows.
         """
         if noise_multiplier == 0:
             return 0.0
-        left = noise_multiplier**-2 - (math.inf if self.count_noise == 0 else (2 * self.count_noise) ** -2)
+        left = noise_multiplier**-2 - (math.inf if self.count_noise == 0 else self.count_noise**-2)
         if left <= 0:
             raise ValueError(
                 f"count_noise = {self.count_noise} with noise_multiplier = {noise_multiplier}: counting would spend "
-                f"the whole budget; use a count_noise above {noise_multiplier / 2:g}"
+                f"the whole budget; use a count_noise above {noise_multiplier:g}"
             )
         return 1 / math.sqrt(left)
 
 
+def count_noise(noise_multiplier: float, expected_clients: float) -> float:
+    """Return σ_b: a twentieth of the clients as in the paper, but never so little that counting takes over a tenth.
+
+    The tenth is of `z⁻²`, which is what composes: the updates' noise grows by at most 5.5 %, for any number of clients.
+    """
+    return max(expected_clients / 20, noise_multiplier * math.sqrt(10))
+
+
 @dataclass(frozen=True)
 class PrivacyState:
-    """What a run with client-level privacy knows between rounds.
+    """What client-level privacy keeps between rounds.
 
-    Args:
-        history: One entry a round, of one step.
-        clip_norm: C of the next round, where it is adapted; None before the first such round.
-        unrecorded_rounds: Rounds before these of which a checkpoint holds the number alone; they ran at the run's own
-            noise, every client in each.
+    Attributes:
+        history: What each round so far has spent: its noise multiplier, sample rate and 1 step.
+        clip_norm: C of the next round under adaptive clipping; None before the first.
     """
 
     history: tuple[Spent, ...] = ()
     clip_norm: float | None = None
-    unrecorded_rounds: int = 0
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """`rounds []` in all, `noise_multiplier [k]` and `sample_rate [k]` of the last k, `clip_norm []`."""
-        tensors = {
-            "rounds": torch.tensor(self.unrecorded_rounds + len(self.history)),
-            "noise_multiplier": torch.tensor([spent.noise_multiplier for spent in self.history], dtype=torch.float64),
-            "sample_rate": torch.tensor([spent.sample_rate for spent in self.history], dtype=torch.float64),
-        }
+        """As named tensors, for checkpoints: `history` [rounds, 3] and `clip_norm` [], float64."""
+        tensors = {_HISTORY: torch.tensor(self.history, dtype=torch.float64)} if self.history else {}
         if self.clip_norm is not None:
-            tensors["clip_norm"] = torch.tensor(self.clip_norm, dtype=torch.float64)
+            tensors[_CLIP] = torch.tensor(self.clip_norm, dtype=torch.float64)
         return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "PrivacyState":
-        """The inverse of `to_tensors`; a checkpoint may hold the number of rounds without what each of them spent."""
-        nothing = torch.zeros(0, dtype=torch.float64)
-        noise, rate = (tensors.get(name, nothing).tolist() for name in ("noise_multiplier", "sample_rate"))
-        history = tuple(Spent(z, q, 1) for z, q in zip(noise, rate, strict=True))
-        clip_norm = tensors.get("clip_norm")
-        rounds = int(tensors.get("rounds", torch.tensor(0)))
-        return cls(history, None if clip_norm is None else float(clip_norm), rounds - len(history))
+        """The inverse of `to_tensors`; other names are left alone.
+
+        Raises:
+            ValueError: If rounds are counted without the noise that they had, as in checkpoints of the first format.
+        """
+        if _COUNTED in tensors:
+            raise ValueError(
+                f"the checkpoint holds {int(tensors[_COUNTED])} rounds with privacy.mode = 'client' and not their "
+                "noise, so that what they spent is not known; start anew in another run.output-dir"
+            )
+        rows = tensors[_HISTORY].tolist() if _HISTORY in tensors else []
+        history = tuple(Spent(noise, rate, int(steps)) for noise, rate, steps in rows)
+        return cls(history, float(tensors[_CLIP]) if _CLIP in tensors else None)
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,13 @@ class ClientAccount:
         return epsilon(self.history, self.budget.delta, self.accountant)
 
     def after_round(
-        self, noise_multiplier: float, *, sampling: Sampling, sample_rate: float, weights: Sequence[float]
+        self,
+        noise_multiplier: float,
+        *,
+        sampling: Sampling = "fixed",
+        sample_rate: float = 1.0,
+        weights: Sequence[float] = (),
+        rounds: int = 1,
     ) -> "ClientAccount":
         """Return the account after one more round, or refuse it. To be called before the round's noise is drawn.
 
@@ -144,6 +167,7 @@ class ClientAccount:
                 cohort of a fixed size was; subsampling then earns nothing here.
             sample_rate: Probability with which a client is drawn.
             weights: The clients' weights in the mean.
+            rounds: More than one to ask whether as many would fit.
 
         Raises:
             BudgetExceeded: If the round does not fit.
@@ -154,7 +178,7 @@ class ClientAccount:
                 f"weights = {sorted(set(weights))}: client-level privacy counts every client alike; set "
                 "strategy.weighting = 'uniform'"
             )
-        spent = Spent(noise_multiplier, sample_rate if sampling == "poisson" else 1.0, 1)
+        spent = Spent(noise_multiplier, sample_rate if sampling == "poisson" else 1.0, rounds)
         after = replace(self, history=(*self.history, spent))
         if after.epsilon() > self.budget.epsilon:
             raise BudgetExceeded("the run's budget", self.budget, self.epsilon(), spent, after.epsilon(), self.unit)
@@ -216,19 +240,44 @@ def adaptive_noised_mean(
     within = [0.5 if clip(update, clipping.clip_norm)[1] <= clipping.clip_norm else -0.5 for update in updates]
     count = torch.tensor(sum(within), dtype=torch.float64)
     share = float(add_noise(count, clipping.count_noise, randomness)) / expected_clients + 0.5
+    share = min(max(share, 0.0), 1.0)
     factor = math.exp(-clipping.rate * (share - clipping.quantile))
     return mean, replace(clipping, clip_norm=clipping.clip_norm * factor)
 
 
 def noised_each(
-    updates: Sequence[Update], clip_norm: float, noise_multiplier: float, randomness: Randomness | None = None
+    updates: Sequence[Update],
+    shapes: Update,
+    clip_norm: float,
+    noise_multiplier: float,
+    expected_clients: int,
+    randomness: Randomness | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Return every update clipped and noised by itself, for merges that need them one by one.
+    """Return `expected_clients` updates, each clipped and noised by itself, for merges that need them one by one.
 
     To the accountant a round is one step, since a client is in one of them only; for the same noise multiplier the mean
     carries √K times the noise of `noised_mean` over K clients.
+
+    Args:
+        updates: The round's updates, at most `expected_clients`; a noised zero stands for each that is missing.
+        shapes: Tensors of the names, shapes and dtypes that an update has.
+        clip_norm: C, over all tensors of an update together.
+        noise_multiplier: z.
+        expected_clients: Size of the cohort.
+        randomness: Left out, the operating system's; of the order too.
+
+    Raises:
+        ValueError: If a setting is out of range, or an update has other tensors than `shapes`.
     """
-    return [privatize(update, clip_norm, noise_multiplier, randomness) for update in updates]
+    if len(updates) > expected_clients:
+        raise ValueError(f"{len(updates)} updates with expected_clients = {expected_clients}: it is the cohort's size")
+    randomness = randomness or SystemRandomness()
+    for update in updates:
+        _require_like(update, shapes)
+    zero = {name: torch.zeros_like(tensor) for name, tensor in shapes.items()}
+    complete = [*updates, *[zero] * (expected_clients - len(updates))]
+    noised = [privatize(update, clip_norm, noise_multiplier, randomness) for update in complete]
+    return [noised[k] for k in randomness.uniform(expected_clients).argsort().tolist()]
 
 
 def _require_like(update: Update, shapes: Update) -> None:

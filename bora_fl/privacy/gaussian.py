@@ -91,13 +91,14 @@ def clip(update: Mapping[str, Tensor], clip_norm: float) -> tuple[dict[str, Tens
     An update that is not finite counts as zero: its contribution must stay bounded, whatever was sent.
 
     Returns:
-        The clipped update, and the norm before clipping.
+        The clipped update in float64, since rounding to a short dtype could exceed the norm, and a sum of many in one
+        loses what the bound is about; and the norm before clipping.
     """
     norm = joint_norm(update)
     if not math.isfinite(norm):
-        return {name: torch.zeros_like(tensor) for name, tensor in update.items()}, norm
+        return {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in update.items()}, norm
     factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
-    return {name: tensor * factor for name, tensor in update.items()}, norm
+    return {name: tensor.double() * factor for name, tensor in update.items()}, norm
 
 
 def add_noise(tensor: Tensor, std: float, randomness: Randomness) -> Tensor:
@@ -124,7 +125,7 @@ def privatize(
         randomness: Left out, the operating system's.
 
     Returns:
-        The noised update. Whatever is computed from it is as private.
+        The noised update, in the dtypes of `update`. Whatever is computed from it is as private.
 
     Raises:
         ValueError: If `clip_norm` or `noise_multiplier` is out of range.
@@ -132,7 +133,8 @@ def privatize(
     require_mechanism(clip_norm, noise_multiplier)
     clipped, _ = clip(update, clip_norm)
     randomness = randomness or SystemRandomness()
-    return {name: add_noise(tensor, noise_multiplier * clip_norm, randomness) for name, tensor in clipped.items()}
+    std = noise_multiplier * clip_norm
+    return {name: add_noise(tensor, std, randomness).to(update[name].dtype) for name, tensor in clipped.items()}
 
 
 def to_coordinates(state: Mapping[str, Tensor], sigma_transform: str) -> dict[str, Tensor]:

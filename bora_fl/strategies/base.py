@@ -109,6 +109,8 @@ class FederatedStrategy(Strategy):
         self.summary()
         try:
             self.nodes.gather(grid)
+            if self._privacy:
+                self._privacy.check(state, self.nodes.num_partitions)
             self.observer.on_start(self.nodes.num_partitions)
             usable = first_round > 1
             for number in range(first_round, self.settings.run.num_rounds + 1):
@@ -195,6 +197,7 @@ class FederatedStrategy(Strategy):
             self.settings,
             self.aggregator.shares(),
             lambda state: self.observer.held_out_loss(state, self.folds),
+            *([self._privacy.refuses] if self._privacy else []),
         )
 
     def merge(self, server_round: int, intake: Intake, cohort: int) -> Merged:
@@ -206,22 +209,25 @@ class FederatedStrategy(Strategy):
             cohort: How many clients were asked.
         """
         wanted = self.settings.strategy.min_replies
-        if intake.clients < wanted:
+        # Where updates are private, whether a round counts must not depend on what they hold: all that came count.
+        replies = intake.answered if self._privacy else intake.clients
+        if replies < wanted:
             words = "round %d: %d usable replies, strategy.min-replies is %d; the adapter stays as it was"
-            log.warning(words, server_round, intake.clients, wanted)
+            log.warning(words, server_round, replies, wanted)
             return Merged(self.state)
         started = time.perf_counter()
-        state, updates, epsilon = self.state, list(intake.updates), None
+        booked, updates, epsilon = self.state, list(intake.updates), None
         if self._privacy:
             parts = self.aggregator.trains(server_round) & self.aggregator.shares()
-            state, updates, spent = self._privacy.protect(state, updates, parts, cohort)
+            booked, updates, spent = self._privacy.protect(booked, updates, parts, cohort)
             epsilon = summarize({"run": spent}, "client")
-        state, report = self.aggregator.aggregate(state, updates, server_round)
+        state, report = self.aggregator.aggregate(booked, updates, server_round)
         seconds = time.perf_counter() - started
         if not all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values()):
             reason = "the merged adapter is not finite; the adapter stays as it was"
             log.error("round %d: %s", server_round, reason)
-            return Merged(self.state, report=report, epsilon=epsilon, seconds=seconds, reason=reason)
+            # What the round has spent stays spent.
+            return Merged(booked, report=report, epsilon=epsilon, seconds=seconds, reason=reason)
         return Merged(state, True, report, epsilon, seconds)
 
     def configure_evaluate(

@@ -25,6 +25,7 @@ class Intake:
     Attributes:
         updates: The accepted updates, ordered by client; under secure aggregation their mean, as one update.
         clients: How many clients are in `updates`.
+        answered: How many replied, whatever they replied.
         metrics: Client to what it reported.
         rejected: Client or node to the reason why its reply is not among the updates.
         held: Node to the newest base delta it holds.
@@ -34,6 +35,7 @@ class Intake:
 
     updates: tuple[ClientUpdate, ...] = ()
     clients: int = 0
+    answered: int = 0
     metrics: dict[int, ClientMetrics] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
@@ -64,6 +66,7 @@ def take_in(
     settings: Settings,
     shares: Trains,
     held_out_loss: Callable[[AdapterState], float],
+    refuses: Callable[[ClientUpdate, ServerState], str] = lambda update, state: "",
 ) -> Intake:
     """Check every reply before any arithmetic, then screen the updates against each other.
 
@@ -73,6 +76,7 @@ def take_in(
         settings: The run's settings.
         shares: The parts that may leave a client.
         held_out_loss: Loss of an adapter on the examples kept for screening.
+        refuses: Why an update cannot take part, in words; empty if it can.
     """
     adapter, weighting = settings.adapter, settings.strategy.weighting
     accepted: dict[int, ClientUpdate] = {}
@@ -80,7 +84,8 @@ def take_in(
     rejected: dict[str, str] = {}
     held: dict[int, int] = {}
     bytes_up = 0
-    for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
+    replies = sorted(replies, key=lambda m: m.metadata.src_node_id)
+    for message in replies:
         node = message.metadata.src_node_id
         bytes_up += size(message.content) if message.has_content() else 0
         try:
@@ -90,21 +95,24 @@ def take_in(
             client = sent.partition(node)
             if client is None:
                 raise RejectedReplyError(node, "the node serves no partition of this federation")
+            weight = reported["num-examples"] if weighting == "examples" else 1.0
+            update = ClientUpdate(client, weight, state)
+            if reason := refuses(update, sent.state):
+                raise RejectedReplyError(node, reason)
         except RejectedReplyError as reply:
             if reply.folds_held is not None:
                 held[node] = reply.folds_held  # what it lacks is sent with the next round
             rejected[str(node)] = reply.reason
             continue
         held[node] = sent.state.fold_version
-        weight = reported["num-examples"] if weighting == "examples" else 1.0
-        accepted[client] = ClientUpdate(client, weight, state)
+        accepted[client] = update
         metrics[client] = ClientMetrics.read(reported)
     updates, screened = screen(
         [accepted[c] for c in sorted(accepted)], sent.state, settings.strategy, shares, held_out_loss
     )
     rejected |= {str(client): reason for client, reason in screened.items()}
     kept = {client: metrics[client] for client in metrics if client not in screened}
-    return Intake(tuple(updates), len(updates), kept, rejected, held, bytes_up)
+    return Intake(tuple(updates), len(updates), len(replies), kept, rejected, held, bytes_up)
 
 
 def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Intake:

@@ -29,7 +29,7 @@ from bora_fl.wire.records import part_of
 log = logging.getLogger(__name__)
 
 vars(protocol)["pseudo_rand_gen"] = masks.expand
-_MODULUS_BITS = 32
+_MODULUS_BITS, _MOST_BITS = 32, 30
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,14 @@ def secure_mean(
         messages: A message for each client, with what it is to train on.
         settings: The privacy settings.
         round: The round.
-        max_weight: The largest weight that a client may have; precision is lost where weights are far below it.
+        max_weight: The largest weight that a client may have; see `quantization_bits` for what it costs to be far below.
         timeout: Seconds to wait in each of the four stages.
 
     Raises:
-        ValueError: If there are more clients than the modulus has room for.
+        ValueError: See `quantization_bits`.
     """
     contents = {message.metadata.dst_node_id: message.content for message in messages}
-    room = 2 ** (_MODULUS_BITS - settings.quantization_bits) - 1
-    if len(contents) > room:
-        raise ValueError(
-            f"{len(contents)} clients in a round with privacy.quantization-bits = {settings.quantization_bits}: the "
-            f"sum has room for {room}; lower the bits or strategy.fraction-train"
-        )
+    bits = quantization_bits(len(contents), settings)
     nodes, watched = _Nodes(list(contents)), _Watched(grid)
     context = LegacyContext(
         Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={}),
@@ -160,12 +155,33 @@ def secure_mean(
         settings,
         max_weight=float(max_weight),
         clipping_range=settings.clipping_range,
-        quantization_range=2**settings.quantization_bits,
+        quantization_range=2**bits,
         modulus_range=2**_MODULUS_BITS,
         timeout=timeout,
     )
     workflow(cast(Grid, watched), context)
     return SecureMean(nodes.result, nodes.members, watched.failures, watched.bytes_up)
+
+
+def quantization_bits(clients: int, settings: PrivacySettings) -> int:
+    """Return how many bits an entry has in a round of so many clients.
+
+    An entry v of weight w is sent as v · w / max_weight in steps of `s = 2 · clipping_range / 2^bits`, rounded at random,
+    so that an entry of the mean of K equal clients has an error of standard deviation at most
+    `s / (2 √K) · max_weight / w`. Weights far below the largest allowed multiply it, and nobody may know them in the
+    clear: the bits that a sum of K has to spare make up for it instead.
+
+    Raises:
+        ValueError: If the sum modulo 2³² has no room for the clients.
+    """
+    room = _MODULUS_BITS - clients.bit_length()  # the sum of K entries stays below K · 2^bits
+    bits = settings.quantization_bits or min(_MOST_BITS, room)
+    if bits > room or bits < 8:
+        raise ValueError(
+            f"{clients} clients in a round with privacy.quantization-bits = {settings.quantization_bits}: the sum has "
+            f"room for {2 ** (_MODULUS_BITS - max(bits, 8)) - 1}; set the bits to 0, or lower strategy.fraction-train"
+        )
+    return bits
 
 
 def moved_by(

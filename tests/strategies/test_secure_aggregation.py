@@ -5,17 +5,23 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common import bytes_to_ndarray
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
 from safetensors.torch import load_file
 
+from bora_fl.client.secure_aggregation import answer
 from bora_fl.config import ConfigError, PrivacySettings, Settings, StrategySettings, parse
 from bora_fl.report import read_rows
-from bora_fl.simulations.engine import simulate
+from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.state import unflatten
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
+from bora_fl.strategies.secure_aggregation import secure_mean
+from bora_fl.wire.records import to_arrays
+from bora_fl.wire.schema import METRICS, STATE
 
 LINEAR = sorted(name for name, row in PRESETS.items() if row.linear)
 MASKED = PrivacySettings(secure_aggregation=True)
@@ -54,6 +60,49 @@ def stage_of(reply) -> str:
     record = reply.content.config_records[RECORD_KEY_CONFIGS]
     keys = {Key.PUBLIC_KEY_1: "keys", Key.CIPHERTEXT_LIST: "shares", Key.MASKED_PARAMETERS: "masked"}
     return next((stage for key, stage in keys.items() if key in record), "unmask")
+
+
+def secure_means(
+    updates: list[dict[str, torch.Tensor]], weights: list[int], **privacy
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The protocol's mean of updates, between the server's and the clients' own code, and the exact weighted mean."""
+    settings = parse({f"privacy.{key.replace('_', '-')}": value for key, value in privacy.items()})
+    zeros = to_arrays({name: torch.zeros_like(t) for name, t in updates[0].items()})
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        k = context.node_config["partition-id"]
+
+        def trained(inner: Message) -> RecordDict:
+            metrics = MetricRecord({"num-examples": weights[k], "train-loss": 0.5})
+            return RecordDict({STATE: to_arrays(updates[k]), METRICS: metrics})
+
+        return Message(answer(message, context, settings, trained), reply_to=message)
+
+    grid = InProcessGrid(app, len(updates), settings.flat())
+    messages = [
+        Message(RecordDict({STATE: zeros}), dst_node_id=node, message_type="train") for node in grid.get_node_ids()
+    ]
+    found = secure_mean(
+        grid, messages, settings.privacy, round=1, max_weight=settings.privacy.max_examples, timeout=60.0
+    )
+    assert found.mean is not None, found.failures
+    share = np.array(weights) / sum(weights)
+    exact = [sum(p * u[name].double().numpy() for p, u in zip(share, updates)) for name in sorted(updates[0])]
+    return found.mean[:-1], exact
+
+
+def small_updates(clients: int, size: float = 1e-4) -> list[dict[str, torch.Tensor]]:
+    """As small as what a few steps change, in odd shapes."""
+    g = torch.Generator().manual_seed(clients)
+    shapes = {"layers/q/A": (3, 7), "layers/q/B": (11, 3), "tensors/bias": (1,), "tensors/head": (2, 5, 3)}
+    return [{name: size * torch.randn(shape, generator=g) for name, shape in shapes.items()} for _ in range(clients)]
+
+
+def relative_error(found: list[np.ndarray], exact: list[np.ndarray]) -> float:
+    gap = np.concatenate([(f - e).ravel() for f, e in zip(found, exact, strict=True)])
+    return float(np.linalg.norm(gap) / np.linalg.norm(np.concatenate([e.ravel() for e in exact])))
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
