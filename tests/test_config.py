@@ -30,6 +30,21 @@ def test_flat_settings_parse_back_to_themselves():
         ({"data.partition": "random"}, ["data.partition = 'random'", "dirichlet"]),
         ({"train.learning-rate": float("nan")}, ["train.learning-rate = nan", "finite"]),
         ({"adapter.dropout": 0.1, "privacy.mode": "record"}, ["adapter.dropout = 0.1", "set adapter.dropout to 0"]),
+        (
+            {"train.proximal-mu": 0.1, "privacy.mode": "record"},
+            ["train.proximal-mu = 0.1", "set train.proximal-mu to 0"],
+        ),
+        ({"train.max-grad-norm": 5.0, "privacy.mode": "record"}, ["train.max-grad-norm = 5", "privacy.clip-norm"]),
+        (
+            {
+                "privacy.mode": "client",
+                "strategy.weighting": "uniform",
+                "data.num-partitions": 20,
+                "privacy.delta": 0.05,
+            },
+            ["privacy.delta = 0.05", "data.num-partitions = 20", "well below 0.05"],
+        ),
+        ({"privacy.adaptive-clipping": True}, ["privacy.adaptive-clipping = true", "privacy.mode to client"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(config: dict[str, float | str], words: list[str]):

@@ -226,7 +226,7 @@ def solve_noise(
         at_low = reached(low)
     # log ε is close to linear in log noise: every other try interpolates, a little on the safe side, the rest bisect.
     interpolate = True
-    while at_high < (1 - SLACK) * target_epsilon and high > (1 + SLACK / 50) * low:
+    while at_high < (1 - SLACK) * target_epsilon and high > (1 + SLACK / 5) * low:
         share = 0.5
         if interpolate and at_high > 0 and math.isfinite(at_low):
             share = math.log(at_low / (1 - SLACK / 2) / target_epsilon) / math.log(at_low / at_high)

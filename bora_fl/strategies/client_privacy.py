@@ -5,6 +5,7 @@ the updates needs their mean alone, so the noise is added once; the others need 
 of its own.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,8 @@ from bora_fl.state import AdapterState, ClientUpdate, flatten, unflatten
 from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import part_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,20 @@ class ClientPrivacy:
                 f"full would be within it; use a value well below {1 / num_clients:g}"
             )
         left = self.num_rounds - len(spent.history)
-        if left > 0:
-            self._account(spent).after_round(self.noise_multiplier(spent), rounds=left)
+        if left <= 0:
+            return
+        noise = self.noise_multiplier(spent)
+        self._account(spent).after_round(noise, rounds=left)
+        if spent.history and noise > 2 * spent.history[-1].noise_multiplier:
+            log.warning(
+                "run.num-rounds = %d: past rounds have left so little of privacy.epsilon = %g that the %d to come have a "
+                "noise multiplier of %.3g, where the last had %.3g",
+                self.num_rounds,
+                settings.epsilon,
+                left,
+                noise,
+                spent.history[-1].noise_multiplier,
+            )
 
     def refuses(self, update: ClientUpdate, state: ServerState) -> str:
         """Why this update counts as zero, in words; empty if it does not."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from bora_fl.adapters.layer import BoraAdapter
+from bora_fl.client import dpsgd
 from bora_fl.client.dpsgd import train_privately
 from bora_fl.privacy.accounting import Budget, BudgetExceeded
 from bora_fl.privacy.gaussian import SeededRandomness, SystemRandomness, poisson_sample
@@ -84,6 +85,32 @@ def test_per_sample_path_without_clipping_is_sgd_bit_for_bit_where_sums_are_exac
     torch.optim.SGD(plain.parameters(), lr=0.5 / 8).step()
     run(adapter, records, linear_losses, collate=torch.stack, expected_batch_size=8, clip_norm=1e9)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), adapter.parameters(), strict=True))
+
+
+def test_one_record_moves_a_bfloat16_gradient_sum_by_no_more_than_the_clip_norm(monkeypatch):
+    """What is noised is seen before the noise; a sum in bfloat16 would round a record's part up or down."""
+    seen = []
+    monkeypatch.setattr(dpsgd, "add_noise", lambda total, *_: seen.append(total.double().flatten()) or total)
+
+    def sums(records):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 4).bfloat16()
+        seen.clear()
+        run(
+            layer,
+            records,
+            lambda model, batch: model(batch).float().sum(dim=1),
+            collate=torch.stack,
+            expected_batch_size=len(records),
+            physical_batch_size=1,
+            clip_norm=0.7,
+            noise_multiplier=1.0,
+        )
+        assert all(parameter.dtype == torch.bfloat16 for parameter in layer.parameters())
+        return torch.cat(seen)
+
+    records = list((torch.rand(200, 16, generator=torch.Generator().manual_seed(0)) + 0.5).bfloat16())
+    assert float((sums(records) - sums(records[:-1])).norm()) <= 0.7 * (1 + 1e-4)
 
 
 def test_per_sample_path_without_clipping_is_sgd():

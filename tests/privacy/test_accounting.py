@@ -7,7 +7,8 @@ import pytest
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.special import logsumexp, ndtr
 
-from bora_fl.privacy.accounting import EpsilonSummary, epsilon, merge_history, solve_noise, summarize
+from bora_fl.privacy import accounting
+from bora_fl.privacy.accounting import EpsilonSummary, Spent, epsilon, merge_history, solve_noise, summarize
 
 DELTA = 1e-5
 HISTORIES = [
@@ -126,10 +127,65 @@ def test_noise_for_the_whole_run_is_more_than_for_one_round():
     assert solve_noise(3.0, DELTA, 0.05, 200, "rdp") > one
 
 
-@pytest.mark.parametrize(("target", "rate", "steps"), [(0.0, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, 0)])
+@pytest.mark.parametrize(
+    ("target", "rate", "steps"), [(0.0, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, 0), (1.0, 0.1, 10**10)]
+)
 def test_unsolvable_settings_are_named(target, rate, steps):
     with pytest.raises(ValueError, match=r"target_epsilon|sample_rate"):
         solve_noise(target, DELTA, rate, steps)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_solved_noise_makes_up_for_what_is_spent(accountant):
+    spent = (Spent(4.0, 1.0, 4), Spent(2.0, 0.1, 10))
+    noise = solve_noise(6.0, DELTA, 1.0, 8, accountant, spent)
+    assert 0.99 * 6.0 < epsilon([*spent, (noise, 1.0, 8)], DELTA, accountant) <= 6.0
+    assert noise > solve_noise(6.0, DELTA, 1.0, 8, accountant)
+    with pytest.raises(ValueError, match=r"out of reach for 8 steps after .* spent"):
+        solve_noise(1.0, DELTA, 1.0, 8, accountant, spent)
+
+
+@pytest.mark.parametrize(
+    ("target", "delta", "rate", "steps"),
+    [
+        (6.0, 0.3, 0.05, 300),
+        (0.011, 0.3, 0.01, 12),
+        (1e9, DELTA, 1.0, 12),
+        (3.0, DELTA, 0.01, 10**6),
+        (1.0, DELTA, 1.0, 10**9),
+    ],
+)
+def test_whatever_is_asked_the_search_ends_after_a_few_tries(target, delta, rate, steps, monkeypatch):
+    tries = []
+    monkeypatch.setattr(accounting, "epsilon", lambda *a: tries.append(a) or epsilon(*a))
+    try:
+        noise = solve_noise.__wrapped__(target, delta, rate, steps)
+    except ValueError as error:
+        assert "out of reach" in str(error)
+    else:
+        assert epsilon([(noise, rate, steps)], delta) <= target
+    assert len(tries) < 60
+
+
+@pytest.mark.parametrize("history", [[(2.0, 0.01, 10**6)], [(5.0, 0.001, 10**8)]])
+def test_a_history_too_long_for_a_grid_has_the_renyi_bound(history):
+    assert epsilon(history, DELTA, "prv") == epsilon(history, DELTA, "rdp")
+
+
+def test_epsilon_is_never_below_0():
+    assert epsilon([(0.2, 0.01, 12)], 0.3) == 0.0
+
+
+@pytest.mark.parametrize(
+    "history", [[(4.0, 1.0, 4), (7.0, 1.0, 8)], [(2.0, 1.0, 1), (3.0, 1.0, 5), (2.5, 1.0, 6)], [(30.0, 1.0, 2)]]
+)
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_rounds_of_unequal_noise_compose_to_no_less_than_the_exact_gaussian(history, accountant):
+    """Releases with noise z_t are one Gaussian release of shift over noise √Σ z_t⁻²."""
+    whole = 1 / math.sqrt(sum(steps / noise**2 for noise, _, steps in history))
+    found = epsilon(history, DELTA, accountant)
+    assert gaussian_delta(found, whole, 1) <= DELTA
+    assert gaussian_delta(0.85 * found - 0.03, whole, 1) > DELTA
 
 
 @pytest.mark.parametrize("entry", [(-1.0, 0.1, 1), (1.0, 1.1, 1), (1.0, 0.1, -1), (math.nan, 0.1, 1)])

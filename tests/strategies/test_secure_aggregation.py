@@ -1,5 +1,6 @@
 """SecAgg+ over a whole federation: the plain mean, nothing but it, and clients that vanish in each stage."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -103,6 +104,39 @@ def small_updates(clients: int, size: float = 1e-4) -> list[dict[str, torch.Tens
 def relative_error(found: list[np.ndarray], exact: list[np.ndarray]) -> float:
     gap = np.concatenate([(f - e).ravel() for f, e in zip(found, exact, strict=True)])
     return float(np.linalg.norm(gap) / np.linalg.norm(np.concatenate([e.ravel() for e in exact])))
+
+
+@pytest.mark.parametrize(
+    "weights", [[200] * 4, [200] * 3, [200, 13, 977, 60, 5000, 1, 10_000], [500] * 16, [10_000, 10_000]]
+)
+def test_a_sum_at_the_default_settings_is_the_weighted_mean(weights: list[int]):
+    """Four clients of 200 examples under max-examples = 10000 lose no more to rounding than the others."""
+    assert relative_error(*secure_means(small_updates(len(weights)), weights)) < 0.02
+
+
+@pytest.mark.parametrize("bits", [16, 22, 28])
+@pytest.mark.parametrize("weights", [[200] * 4, [9999, 10_000, 3], [700] * 13])
+def test_the_error_is_that_of_rounding_at_random(bits: int, weights: list[int]):
+    """Each of K entries is off by at most one step, with variance at most s²/4; the total weight divides the sum."""
+    updates = small_updates(len(weights), size=0.1)
+    found, exact = secure_means(updates, weights, quantization_bits=bits)
+    step = 2 * 8.0 / 2**bits * 10_000 / sum(weights)
+    gap = np.concatenate([(f - e).ravel() for f, e in zip(found, exact, strict=True)])
+    # A weight is a whole number of 2^-bits of the largest allowed, too.
+    weight = 0.5 * 10_000 / 2**bits * len(weights) / sum(weights)
+    assert np.abs(gap).max() <= len(weights) * step + weight
+    assert np.sqrt(np.mean(gap**2)) <= 1.2 * step * math.sqrt(len(weights)) / 2 + weight
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 7, 8, 1000, 2**20])
+def test_an_entry_has_the_bits_that_the_sum_has_room_for(clients: int):
+    bits = quantization_bits(clients, PrivacySettings())
+    assert clients * 2**bits < 2**32
+    assert bits == 30 or clients * 2 ** (bits + 1) >= 2**32
+    with pytest.raises(ValueError, match=r"privacy\.quantization-bits = 30: the sum has room for 3"):
+        quantization_bits(4, PrivacySettings(quantization_bits=30))
+    with pytest.raises(ValueError, match="room for 16777215"):
+        quantization_bits(2**24, PrivacySettings())
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
@@ -254,6 +288,7 @@ def test_the_server_refuses_at_its_start(secure):
         ({"privacy.mode": "client", "strategy.weighting": "uniform"}, "does not see"),
         ({"strategy.fraction-evaluate": 0.5}, "fraction-evaluate"),
         ({"privacy.secure-threshold": 0.5}, "secure-threshold"),
+        ({"privacy.quantization-bits": 7}, "quantization-bits"),
     ],
 )
 def test_settings_that_would_undo_it_are_refused(extra, reason: str):
