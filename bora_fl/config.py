@@ -249,15 +249,15 @@ class Settings(_Group):
             )
         if self.privacy.adaptive_clipping and self.privacy.mode != "client":
             raise ValueError(
-                f"privacy.adaptive-clipping = true with privacy.mode = '{self.privacy.mode}': only the server's clipping "
-                "adapts; set it to false, or privacy.mode to client"
+                f"privacy.adaptive-clipping = true with privacy.mode = '{self.privacy.mode}': only the server's "
+                "clipping adapts; set it to false, or privacy.mode to client"
             )
         if self.privacy.mode == "client":
             self._check_client_privacy()
         if 0 < self.privacy.quantization_bits < 8:
             raise ValueError(
-                f"privacy.quantization-bits = {self.privacy.quantization_bits}: an entry needs 8 to 30; set 0 to have as "
-                "many as there is room for"
+                f"privacy.quantization-bits = {self.privacy.quantization_bits}: an entry needs 8 to 30; set 0 to have "
+                "as many as there is room for"
             )
         if self.privacy.mode == "local" and self.strategy.weighting != "uniform":
             raise ValueError(
@@ -310,8 +310,8 @@ class Settings(_Group):
         for key, value, harmless in rules:
             if value not in harmless:
                 raise ValueError(
-                    f"strategy.{key} = {value!r} with privacy.mode = 'client': it judges updates by each other, so that "
-                    "one client decides who else counts, and no noise covers that; clipping bounds every update "
+                    f"strategy.{key} = {value!r} with privacy.mode = 'client': it judges updates by each other, so "
+                    "that one client decides who else counts, and no noise covers that; clipping bounds every update "
                     f"already, so set strategy.{key} to {harmless[0]!r}"
                 )
 

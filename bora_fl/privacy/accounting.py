@@ -32,7 +32,7 @@ _LARGEST_PRV_EPSILON = 50.0
 _LARGEST_PRV_GRID = 2**20
 _PRV_ERROR = 0.01
 _SMALLEST_NOISE, _LARGEST_NOISE = 1e-2, 1e6
-_MOST_STEPS = 10**9
+_LARGEST_DELTA, _MOST_STEPS = 0.1, 10**9
 # Share of a target that solved noise may leave unspent.
 SLACK = 0.005
 
@@ -176,7 +176,7 @@ def solve_noise(
 
     Args:
         target_epsilon: ε to stay within, finite and above 0.
-        delta: δ, in (0, 1).
+        delta: δ, in (0, 0.1]; above that PRV's curve jumps, and there is little left to promise.
         sample_rate: Probability with which a unit takes part in a step, in (0, 1].
         total_steps: Steps still to come, from 1 to 10⁹.
         accountant: The accountant that will check the budget.
@@ -184,8 +184,8 @@ def solve_noise(
 
     Returns:
         The noise multiplier, at least 0.01: `epsilon([*spent, (it, sample_rate, total_steps)], delta, accountant)` is
-        at most `target_epsilon`, and within 0.5 % of it unless the least noise, or an accountant that jumps there
-        (as PRV may at δ near 1), leaves more.
+        at most `target_epsilon`, and within 0.5 % of it unless the least noise, or an accountant that jumps there,
+        leaves more.
 
     Raises:
         ValueError: If an argument is out of range or no noise reaches the target.
@@ -193,6 +193,11 @@ def solve_noise(
     if not target_epsilon > 0 or not math.isfinite(target_epsilon):
         raise ValueError(
             f"target_epsilon = {target_epsilon}: use a finite value above 0; without a budget there is no noise"
+        )
+    if not 0 < delta <= _LARGEST_DELTA:
+        raise ValueError(
+            f"delta = {delta}: use a value well below 1 / (number of units), at most {_LARGEST_DELTA}; that share of "
+            "them may be published in full"
         )
     if not 0 < sample_rate <= 1 or not 1 <= total_steps <= _MOST_STEPS:
         raise ValueError(

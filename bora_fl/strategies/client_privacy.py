@@ -118,8 +118,8 @@ class ClientPrivacy:
         self._account(spent).after_round(noise, rounds=left)
         if spent.history and noise > 2 * spent.history[-1].noise_multiplier:
             log.warning(
-                "run.num-rounds = %d: past rounds have left so little of privacy.epsilon = %g that the %d to come have a "
-                "noise multiplier of %.3g, where the last had %.3g",
+                "run.num-rounds = %d: past rounds have left so little of privacy.epsilon = %g that the %d to come have "
+                "a noise multiplier of %.3g, where the last had %.3g",
                 self.num_rounds,
                 settings.epsilon,
                 left,

@@ -84,8 +84,8 @@ def take_in(
     rejected: dict[str, str] = {}
     held: dict[int, int] = {}
     bytes_up = 0
-    replies = sorted(replies, key=lambda m: m.metadata.src_node_id)
-    for message in replies:
+    received = sorted(replies, key=lambda m: m.metadata.src_node_id)
+    for message in received:
         node = message.metadata.src_node_id
         bytes_up += size(message.content) if message.has_content() else 0
         try:
@@ -112,7 +112,7 @@ def take_in(
     )
     rejected |= {str(client): reason for client, reason in screened.items()}
     kept = {client: metrics[client] for client in metrics if client not in screened}
-    return Intake(tuple(updates), len(updates), len(replies), kept, rejected, held, bytes_up)
+    return Intake(tuple(updates), len(updates), len(received), kept, rejected, held, bytes_up)
 
 
 def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Intake:

@@ -134,7 +134,7 @@ def secure_mean(
         messages: A message for each client, with what it is to train on.
         settings: The privacy settings.
         round: The round.
-        max_weight: The largest weight that a client may have; see `quantization_bits` for what it costs to be far below.
+        max_weight: The largest weight that a client may have; `quantization_bits` says what it costs to be far below.
         timeout: Seconds to wait in each of the four stages.
 
     Raises:
@@ -166,8 +166,8 @@ def secure_mean(
 def quantization_bits(clients: int, settings: PrivacySettings) -> int:
     """Return how many bits an entry has in a round of so many clients.
 
-    An entry v of weight w is sent as v · w / max_weight in steps of `s = 2 · clipping_range / 2^bits`, rounded at random,
-    so that an entry of the mean of K equal clients has an error of standard deviation at most
+    An entry v of weight w is sent as v · w / max_weight in steps of `s = 2 · clipping_range / 2^bits`, rounded at
+    random, so that an entry of the mean of K equal clients has an error of standard deviation at most
     `s / (2 √K) · max_weight / w`. Weights far below the largest allowed multiply it, and nobody may know them in the
     clear: the bits that a sum of K has to spare make up for it instead.
 

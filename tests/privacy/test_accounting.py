@@ -148,8 +148,6 @@ def test_solved_noise_makes_up_for_what_is_spent(accountant):
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps"),
     [
-        (6.0, 0.3, 0.05, 300),
-        (0.011, 0.3, 0.01, 12),
         (1e9, DELTA, 1.0, 12),
         (3.0, DELTA, 0.01, 10**6),
         (1.0, DELTA, 1.0, 10**9),
@@ -158,12 +156,27 @@ def test_solved_noise_makes_up_for_what_is_spent(accountant):
 def test_whatever_is_asked_the_search_ends_after_a_few_tries(target, delta, rate, steps, monkeypatch):
     tries = []
     monkeypatch.setattr(accounting, "epsilon", lambda *a: tries.append(a) or epsilon(*a))
-    try:
-        noise = solve_noise.__wrapped__(target, delta, rate, steps)
-    except ValueError as error:
-        assert "out of reach" in str(error)
-    else:
-        assert epsilon([(noise, rate, steps)], delta) <= target
+    noise = solve_noise.__wrapped__(target, delta, rate, steps)
+    assert epsilon([(noise, rate, steps)], delta) <= target
+    assert len(tries) < 60
+
+
+@pytest.mark.parametrize("delta", [0.3, 1.0, 0.0, math.nan])
+def test_a_delta_that_promises_next_to_nothing_is_refused_at_once(delta):
+    with pytest.raises(ValueError, match=r"delta = .* well below 1 / \(number of units\)"):
+        solve_noise(0.011, delta, 0.01, 12)
+
+
+@pytest.mark.parametrize("jump", [0.013, 0.3, 1.0, 700.0])
+@pytest.mark.parametrize("below", [6.1, 1e3, math.inf])
+@pytest.mark.parametrize("above", [0.0, 5.0])
+def test_the_search_ends_at_an_accountant_that_jumps_over_the_target(jump, below, above, monkeypatch):
+    tries = []
+    monkeypatch.setattr(
+        accounting, "epsilon", lambda history, *_: tries.append(1) or (below if history[-1][0] < jump else above)
+    )
+    noise = solve_noise.__wrapped__(6.0, DELTA, 1.0, 12, "rdp")
+    assert jump <= noise <= jump * 1.002
     assert len(tries) < 60
 
 

@@ -274,7 +274,7 @@ def test_what_is_kept_between_rounds_survives_a_checkpoint(state):
 
 
 def test_rounds_whose_noise_is_not_known_are_refused():
-    with pytest.raises(ValueError, match="3 rounds .* not their noise"):
+    with pytest.raises(ValueError, match=r"3 rounds .* not their noise"):
         PrivacyState.from_tensors({"privacy/rounds": torch.tensor(3)})
 
 

@@ -1,4 +1,4 @@
-"""Client-level privacy of a run: what it says it spends against what its noise is worth, and clients that do not fit."""
+"""Client-level privacy of a run: what it says it spends against what its noise is worth, and who counts."""
 
 import math
 from dataclasses import replace

@@ -90,7 +90,9 @@ def secure_means(
     )
     assert found.mean is not None, found.failures
     share = np.array(weights) / sum(weights)
-    exact = [sum(p * u[name].double().numpy() for p, u in zip(share, updates)) for name in sorted(updates[0])]
+    exact = [
+        sum(p * u[name].double().numpy() for p, u in zip(share, updates, strict=True)) for name in sorted(updates[0])
+    ]
     return found.mean[:-1], exact
 
 
