@@ -20,7 +20,7 @@ from bora_fl.state import unflatten
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
-from bora_fl.strategies.secure_aggregation import secure_mean
+from bora_fl.strategies.secure_aggregation import quantization_bits, secure_mean
 from bora_fl.wire.records import to_arrays
 from bora_fl.wire.schema import METRICS, STATE
 
