@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from functools import cache
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
-from bora_fl.paths import cache_folder
+from bora_fl.paths import atomically, cache_folder
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState
 
@@ -58,21 +58,21 @@ def resolve(name: str) -> str:
 def _from_gguf(path: Path) -> Path:
     """Dequantize a GGUF model once into a folder of safetensors."""
     folder = cache_folder() / "models" / path.stem
-    if not (folder / "config.json").is_file():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        log.info("converting %s to %s (once)", path.name, folder)
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None  # the weights are plain float32 by now; with it save_pretrained refuses
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
-        try:
-            part.rename(folder)
-        except OSError:  # another process was first
-            log.info("%s is there already", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # one process converts, others wait
+        if not (folder / "config.json").is_file():
+            log.info("converting %s to %s (once)", path.name, folder)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.hf_quantizer = None  # the weights are plain float32 by now; with it save_pretrained refuses
+            with atomically(folder) as part:
+                model.save_pretrained(part)
+                AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
     return folder
 
 

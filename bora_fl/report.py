@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from rich.table import Table
 
+from bora_fl.paths import write_atomically
 from bora_fl.privacy.accounting import EpsilonSummary, Unit, summarize
 
 
@@ -164,9 +165,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def drop_rows_after(path: Path, last_round: int) -> None:
     """Drop rows after a round, so that a resumed run writes each round once."""
     rows = [row for row in read_rows(path) if row["round"] <= last_round]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def round_line(row: dict[str, Any], num_rounds: int) -> str:

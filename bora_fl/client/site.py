@@ -11,7 +11,7 @@ from bora_fl.config import Settings
 from bora_fl.data import ClientData, client_data, load_dataset
 from bora_fl.device import set_threads
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
-from bora_fl.paths import cache_folder
+from bora_fl.paths import atomically, cache_folder
 from bora_fl.state import unflatten_factors
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,9 @@ class Site:
         for version in sorted({int(name.partition("/")[0]) for name in folds}):
             path = _fold_path(run_id, version)
             if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_suffix(f".{threading.get_ident()}.part")
                 prefix = f"{version}/"
-                save_file({n.removeprefix(prefix): t for n, t in folds.items() if n.startswith(prefix)}, part)
-                part.replace(path)
+                with atomically(path) as part:
+                    save_file({n.removeprefix(prefix): t for n, t in folds.items() if n.startswith(prefix)}, part)
 
     def held_folds(self, run_id: str, wanted: int) -> int:
         """The newest version up to which every fold is on this site."""

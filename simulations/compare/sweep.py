@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 import bora_fl
 from bora_fl.config import ConfigError
+from bora_fl.paths import write_atomically
 from bora_fl.report import read_rows
 from bora_fl.simulations.compare.plan import LEDGER, Cell
 from bora_fl.simulations.engine import simulate
@@ -163,7 +164,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -1,7 +1,6 @@
 """``bora-fl worker``: the site's warm worker, and its status."""
 
 import logging
-import os
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError, overrides, parse
+from bora_fl.paths import state_folder
 
 console = Console()
 
@@ -65,8 +65,7 @@ def worker(
 
 def default_socket() -> Path:
     """``$BORA_FL_STATE/worker/worker.sock``, else under ``~/.local/state/bora_fl``."""
-    state = os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl"
-    return Path(state).expanduser().absolute() / "worker" / "worker.sock"
+    return state_folder().absolute() / "worker" / "worker.sock"
 
 
 def _partition(text: str) -> tuple[int, int] | None:
