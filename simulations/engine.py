@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from bora_fl.config import Scalar, Settings, parse
-from bora_fl.server.run import Server
+from bora_fl.server.checkpoint import save
+from bora_fl.server.run import Save, Server
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def simulate(
     node_configs: dict[int, dict[str, Scalar]] | None = None,
     tamper: Tamper | None = None,
     app: ClientApp | None = None,
+    save: Save = save,
 ) -> Path:
     """Run a whole federation in this process.
 
@@ -133,6 +135,7 @@ def simulate(
         node_configs: See `InProcessGrid`.
         tamper: See `InProcessGrid`.
         app: The ClientApp; the product's own by default.
+        save: How the server writes a checkpoint. For fault tests.
 
     Returns:
         The output folder.
@@ -140,4 +143,4 @@ def simulate(
     from bora_fl.client.app import app as own
 
     settings = run_config if isinstance(run_config, Settings) else parse(run_config)
-    return Server(settings).run(InProcessGrid(app or own, num_nodes, settings.flat(), node_configs, tamper))
+    return Server(settings, save).run(InProcessGrid(app or own, num_nodes, settings.flat(), node_configs, tamper))

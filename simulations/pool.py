@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
+_CLEAN_UP_SECONDS = 30.0
 
 
 @dataclass
@@ -109,6 +112,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # a task's clean-up runs, and ends the processes it started
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
@@ -121,5 +125,7 @@ def _serve(connection: "Connection[Any, Any]", work: Callable[[Any], str]) -> No
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()
-        os._exit(1)  # an orphan would go on writing where the next comparison writes
+        parent.join()  # an orphan would go on writing where the next command writes
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_CLEAN_UP_SECONDS)
+        os._exit(1)

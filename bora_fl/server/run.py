@@ -3,6 +3,7 @@
 import json
 import logging
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,19 @@ from bora_fl.strategies.server_state import ServerState
 
 log = logging.getLogger(__name__)
 
+Save = Callable[..., Path]
+"""Writes a checkpoint, as `save` does."""
+
 
 class Server(Observer):
     """Watches a run: central evaluation, metrics and a checkpoint after each round, the adapter at the end.
 
     Args:
         settings: The run's settings.
+        save: How a checkpoint is written.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, save: Save = save) -> None:
         self.settings = settings
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
         self.aggregator = build(settings)
@@ -50,6 +55,7 @@ class Server(Observer):
             self.screening, self.test = _split(
                 self.test, settings.strategy.screening_examples, derive(settings.run.seed, "screening")
             )
+        self._save = save
         self._folded = 0
         self._run_id = ""
 
@@ -133,7 +139,7 @@ class Server(Observer):
         checkpoint = Checkpoint(report.round, self._run_id, state, folds)
         keep = self.settings.run.keep_checkpoints
         try:
-            save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)
+            self._save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)
             append_row(self.metrics_path, row)
         except (OSError, SafetensorError) as error:
             raise RunFailedError(

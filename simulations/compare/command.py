@@ -66,7 +66,7 @@ console = Console()
 
 
 def compare(
-    output: Annotated[Path, typer.Option(help="folder of the cells and the report; run again to go on")] = Path(
+    output: Annotated[Path, typer.Option(help="folder of the runs and the report; run again to go on")] = Path(
         "runs/compare"
     ),
     strategies: Annotated[str, typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them")] = "",
@@ -104,7 +104,7 @@ def compare(
     from bora_fl.data import fetch
     from bora_fl.simulations.compare import report, results
     from bora_fl.simulations.compare.plan import plan
-    from bora_fl.simulations.compare.sweep import sweep
+    from bora_fl.simulations.grid import run_grid
 
     chosen = overrides(run_config)
     if not 0 <= target <= 1:
@@ -126,16 +126,17 @@ def compare(
         chosen=chosen,
     )
     reference = _baseline(baseline, [str(v) for v in laid_out.variants])
-    for data in {cell.settings.data.name for cell in laid_out.cells}:
+    for data in {run.settings.data.name for run in laid_out.runs}:
         if data.startswith("embedded:"):
             fetch(data)  # once, before the workers ask for it
     for reason in laid_out.reasons():
-        console.print(f"left out: {reason}", highlight=False, markup=False)
-    at_once = min(workers or max(1, _cores() // threads), len(laid_out.cells))
-    root = laid_out.cells[0].root
-    console.print(f"{len(laid_out.cells)} runs, {at_once} at once, in {root}", highlight=False, soft_wrap=True)
-    sweep(laid_out.cells, root, workers=at_once, threads=threads, console=console)
-    found = results.collect(laid_out, next(v for v in laid_out.variants if str(v) == reference), target or None)
+        console.print(f"skipped: {reason}", highlight=False, markup=False)
+    at_once = min(workers or max(1, _cores() // threads), len(laid_out.runs))
+    root = laid_out.runs[0].root
+    console.print(f"{len(laid_out.runs)} runs, {at_once} at once, in {root}", highlight=False, soft_wrap=True)
+    ended = run_grid(laid_out.runs, root, workers=at_once, threads=threads, console=console, title="comparing")
+    against = next(v for v in laid_out.variants if str(v) == reference)
+    found = results.collect(laid_out, ended, against, target or None)
     paths = [*results.write(found, root), *report.write(found, root)]
     _show(found)
     for path in paths:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+
+from scipy.stats import t as student_t
 
 CONFIDENCE = 0.95
 
@@ -37,7 +38,8 @@ def estimate(values: Collection[float]) -> Estimate | None:
     if count == 1:
         return Estimate(mean, None, 1)
     variance = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
-    return Estimate(mean, t_quantile((1 + CONFIDENCE) / 2, count - 1) * math.sqrt(variance / count), count)
+    quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Estimate(mean, quantile * math.sqrt(variance / count), count)
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
@@ -55,45 +57,3 @@ def spread(values: Sequence[float]) -> float:
         return 0.0
     mean = math.fsum(values) / len(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
-
-
-def t_distribution(t: float, degrees: int) -> float:
-    """P(T ≤ t) for Student's t with whole degrees of freedom.
-
-    With θ = atan(t / √ν), P(|T| ≤ t) is a finite sum of powers of cos θ (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-    """
-    angle = math.atan2(t, math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    term = cosine if degrees % 2 else 1.0
-    total = 0.0
-    for k in range(3 if degrees % 2 else 2, degrees + 1, 2):
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    within = 2 / math.pi * (angle + sine * total) if degrees % 2 else sine * total
-    return (1 + within) / 2
-
-
-@cache
-def t_quantile(probability: float, degrees: int) -> float:
-    """The t with P(T ≤ t) = probability, by bisection.
-
-    Args:
-        probability: Between 0 and 1, both exclusive.
-        degrees: Degrees of freedom, at least 1.
-
-    Raises:
-        ValueError: If either is out of range.
-    """
-    if not 0 < probability < 1 or degrees < 1:
-        raise ValueError(f"t_quantile({probability}, {degrees}): needs 0 < probability < 1 and 1 degree of freedom")
-    if probability < 0.5:
-        return -t_quantile(1 - probability, degrees)
-    low, high = 0.0, 1.0
-    while t_distribution(high, degrees) < probability:
-        low, high = high, 2 * high
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
-    return high

@@ -1,15 +1,16 @@
-"""The cells of a comparison: which runs there are, and which there cannot be."""
+"""The runs of a comparison: which there are, and which there cannot be."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.models import peft_config
+from bora_fl.paths import delete
+from bora_fl.report import read_rows
+from bora_fl.simulations import grid
 from bora_fl.simulations.compare.scenarios import Scenario, at_epsilon, near_misses, scenario
+from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.presets import PRESETS
 
@@ -24,13 +25,13 @@ METHODS: dict[str, dict[str, Scalar]] = {
     "hra": {},
     "full": {"train.learning-rate": 5e-5},  # weights that are trained already
 }
-# What a comparison sets itself: its axes, and where and how cells run.
+# What a comparison sets itself: its axes, and where and how the runs are done.
 AXES = {
     "strategy.name": "--strategies",
     "adapter.method": "--methods",
     "run.seed": "--seeds",
     "run.output-dir": "--output",
-    "run.resume": "nothing: finished cells are kept, others start anew",
+    "run.resume": "nothing: finished runs are kept, others start anew",
     "run.threads": "--threads",
     "data.num-partitions": "--clients",
     "privacy.ledger-dir": "nothing: each run has a ledger of its own",
@@ -57,7 +58,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Cell:
+class CompareRun(grid.Run):
     """One run: a variant in a scenario with a seed.
 
     Attributes:
@@ -78,23 +79,21 @@ class Cell:
     root: Path
     node_configs: dict[int, dict[str, Scalar]] = field(default_factory=dict)
 
-    @cached_property
+    @property
+    def name(self) -> str:
+        """Scenario, method, strategy, seed."""
+        return f"{self.scenario}/{self.variant.method}-{self.variant.strategy}/seed-{self.seed}"
+
+    @property
     def identity(self) -> dict[str, object]:
-        """What decides the result; a finished cell of the same identity is not run again."""
+        """The settings, the number of clients and their ranks."""
         config = {key: value for key, value in self.settings.flat().items() if key not in _NO_IDENTITY}
         ranks = {str(i): node["rank"] for i, node in self.node_configs.items()}
         return {"config": config, "num_clients": self.num_clients, "ranks": ranks}
 
-    @cached_property
-    def folder(self) -> Path:
-        """Where the cell runs; other settings make another folder, so that no result is ever overwritten."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{self.variant.method}-{self.variant.strategy}"
-        return self.root / "cells" / self.scenario / name / f"seed-{self.seed}-{digest}"
-
     @property
     def run_settings(self) -> Settings:
-        """The settings with the cell's own folder, and in it the clients' ledgers: no run spends another's budget."""
+        """The settings with the run's own folder, and in it the clients' ledgers: no run spends another's budget."""
         own: dict[str, Scalar] = {
             "run.output-dir": str(self.folder),
             "privacy.ledger-dir": str(self.folder / LEDGER),
@@ -103,10 +102,32 @@ class Cell:
 
     @property
     def cost(self) -> float:
-        """Client steps in all: what the estimate of the time left goes by."""
+        """Client steps in all."""
         s = self.settings
         a_round = max(1.0, s.strategy.fraction_train * self.num_clients) * max(s.train.local_steps, 1)
         return s.run.num_rounds * a_round
+
+    def work(self) -> grid.Result:
+        """Run the federation; the result is its ``metrics.jsonl``.
+
+        Config, ledgers and log stay too; checkpoints and the adapter go, since nothing reads them and full
+        fine-tuning's are large.
+        """
+        simulate(self.run_settings, self.num_clients, node_configs=self.node_configs)
+        for name in ("checkpoints", "adapter"):
+            delete(self.folder / name)
+        return {}
+
+    def progress(self) -> float:
+        """Its rounds so far."""
+        return self._rounds() / self.settings.run.num_rounds
+
+    def stands(self, result: grid.Result) -> bool:
+        """Whether every round is in ``metrics.jsonl``."""
+        return self._rounds() == self.settings.run.num_rounds
+
+    def _rounds(self) -> int:
+        return len(read_rows(self.folder / "metrics.jsonl"))
 
     def __str__(self) -> str:
         return f"{self.scenario} {self.variant} seed {self.seed}"
@@ -114,10 +135,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells, in the order in which they run, and what cannot run, with the reason."""
+    """All runs, in their order, and what cannot run, with the reason."""
 
-    cells: list[Cell]
-    left_out: dict[tuple[str, Variant], str]
+    runs: list[CompareRun]
+    skipped: dict[tuple[str, Variant], str]
     scenarios: list[Scenario]
     variants: list[Variant]
 
@@ -127,9 +148,9 @@ class Plan:
         return f"{name} *" if variant.personal else name
 
     def reasons(self) -> list[str]:
-        """What is left out and why, a line for each variant and reason."""
+        """What is skipped and why, a line for each variant and reason."""
         where: dict[tuple[Variant, str], list[str]] = {}
-        for (name, variant), reason in self.left_out.items():
+        for (name, variant), reason in self.skipped.items():
             where.setdefault((variant, reason), []).append(name)
         return [
             f"{variant} in {'every scenario' if len(names) == len(self.scenarios) else ', '.join(names)}: {reason}"
@@ -153,19 +174,19 @@ def plan(
     """Lay out a comparison.
 
     Args:
-        base: Run config of all cells, before the scenario's own keys.
+        base: Run config of all runs, before the scenario's own keys.
         strategies: Names of presets, or ``all``.
         scenarios: Names of scenarios.
         methods: Adapter methods.
         seeds: Seeds 0 … seeds - 1.
         clients: Number of clients where the scenario has no number of its own.
         root: The comparison's folder.
-        threads: Torch threads per cell.
+        threads: Torch threads per run.
         privacy: Epsilons per record, or ``none``: each scenario once for every one of them; empty is without privacy.
         chosen: The user's own run config; it wins over `base` and over what a method needs.
 
     Returns:
-        The plan. The cells of one scenario, seed and method are neighbours, so that a worker finds the base model and
+        The plan. The runs of one scenario, seed and method are neighbours, so that a worker finds the base model and
         the data in memory.
 
     Raises:
@@ -178,8 +199,8 @@ def plan(
     for name, value in (("--seeds", seeds), ("--clients", clients), ("--threads", threads)):
         if value < 1:
             raise ConfigError(f"{name} {value}: give at least 1")
-    left_out: dict[tuple[str, Variant], str] = {}
-    cells = []
+    skipped: dict[tuple[str, Variant], str] = {}
+    runs = []
     for row in rows:
         for seed in range(seeds):
             for variant in variants:
@@ -195,11 +216,11 @@ def plan(
                 num_clients = row.clients(clients)
                 node_configs = row.node_configs(num_clients, settings.adapter.rank)
                 if reason := _impossible(settings, variant, bool(node_configs)):
-                    left_out[row.name, variant] = reason
+                    skipped[row.name, variant] = reason
                     continue
-                cells.append(Cell(row.name, variant, seed, num_clients, settings, root, node_configs))
-    result = Plan(cells, left_out, rows, variants)
-    if not cells:
+                runs.append(CompareRun(row.name, variant, seed, num_clients, settings, root, node_configs))
+    result = Plan(runs, skipped, rows, variants)
+    if not runs:
         raise ConfigError("\n".join(result.reasons()))
     return result
 

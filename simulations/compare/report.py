@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bora_fl.paths import write_atomically
 from bora_fl.simulations.compare.figures import draw, interval
 from bora_fl.simulations.compare.intervals import Estimate
 from bora_fl.simulations.compare.results import Results, Summary
@@ -41,7 +42,7 @@ _NOTES = (
     "Clients' mean, worst client and spread (standard deviation, points) are on what each client holds out, after the "
     "last merge.",
     "Merge error is ‖adapter + folds - mean of the clients' products‖ / ‖that mean‖, mean over rounds. Bytes are the "
-    "arrays of training rounds. Seconds are wall clock, of cells that shared the machine: compare them loosely.",
+    "arrays of training rounds. Seconds are wall clock, of runs that shared the machine: compare them loosely.",
     "Epsilon is the largest that any client's ledger holds after the last round, over all seeds, and whose presence it "
     "hides. Accuracies on held-out examples are computed without noise.",
     "MB to target: bytes until the first evaluation at the target accuracy or above, over the seeds that got there.",
@@ -77,7 +78,7 @@ def markdown(results: Results) -> str:
             lines += _table(_COLUMNS, [_details(s, results) for s in summaries])
     lines += [""] + [f"- {note.format(baseline=results.plan.label(results.baseline))}" for note in _NOTES]
     if results.failures:
-        lines += ["", "## Without a result", ""] + [f"- {cell}: {reason}" for cell, reason in results.failures]
+        lines += ["", "## Without a result", ""] + [f"- {run}: {reason}" for run, reason in results.failures]
     return "\n".join(lines) + "\n"
 
 
@@ -89,8 +90,8 @@ def write(results: Results, folder: Path) -> list[Path]:
     """
     figures = draw(results, folder)
     report, table = folder / "report.html", folder / "table.md"
-    report.write_text(_page(results, figures), encoding="utf-8")
-    table.write_text(markdown(results), encoding="utf-8")
+    write_atomically(report, _page(results, figures))
+    write_atomically(table, markdown(results))
     return [report, table]
 
 
@@ -149,7 +150,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _page(results: Results, figures: dict[str, list[tuple[str, Figure]]]) -> str:
     scenarios = [row for row in results.plan.scenarios if results.of(row.name)]
     names = [row.name for row in scenarios]
-    seeds = len({cell.seed for cell in results.plan.cells})
+    seeds = len({run.seed for run in results.plan.runs})
     finished = len(results.outcomes) - len(results.failures)
     parts = [
         f"<h1>Federated fine-tuning, compared</h1><p>{len(results.plan.variants)} variants, "
@@ -167,11 +168,11 @@ def _page(results: Results, figures: dict[str, list[tuple[str, Figure]]]) -> str
         parts += [_image(figure, f"{scenario.name}: {name}") for name, figure in figures[scenario.name]]
         parts.append(_html_table(_COLUMNS, [_details(s, results) for s in results.of(scenario.name)]))
     if results.failures:
-        items = "".join(f"<li>{html.escape(f'{cell}: {reason}')}</li>" for cell, reason in results.failures)
+        items = "".join(f"<li>{html.escape(f'{run}: {reason}')}</li>" for run, reason in results.failures)
         parts.append(f"<h2>Without a result</h2><ul>{items}</ul>")
-    if results.plan.left_out:
+    if results.plan.skipped:
         items = "".join(f"<li>{html.escape(reason)}</li>" for reason in results.plan.reasons())
-        parts.append(f"<h2>Left out</h2><ul>{items}</ul>")
+        parts.append(f"<h2>Skipped</h2><ul>{items}</ul>")
     notes = "".join(
         f"<li>{html.escape(note.format(baseline=results.plan.label(results.baseline)))}</li>" for note in _NOTES
     )
@@ -184,8 +185,8 @@ def _page(results: Results, figures: dict[str, list[tuple[str, Figure]]]) -> str
 
 
 def _settings(results: Results) -> str:
-    """The run config that all cells share."""
-    configs = [cell.identity["config"] for cell in results.plan.cells]
+    """The run config that all runs share."""
+    configs = [run.identity["config"] for run in results.plan.runs]
     first = configs[0] if isinstance(configs[0], dict) else {}
     shared = {
         key: value for key, value in first.items() if all(c[key] == value for c in configs if isinstance(c, dict))

@@ -1,21 +1,21 @@
-"""What the cells measured: rows by round, and their summary over seeds."""
+"""What the runs measured: rows by round, and their summary over seeds."""
 
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from bora_fl.paths import write_atomically
 from bora_fl.report import read_rows
 from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread
-from bora_fl.simulations.compare.plan import Cell, Plan, Variant
-from bora_fl.simulations.compare.sweep import outcome
+from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant
+from bora_fl.simulations.grid import Outcome
 
 
 @dataclass(frozen=True)
 class Row:
-    """One round of one cell; bytes and seconds add up from the first round on.
+    """One round of one run; bytes and seconds add up from the first round on.
 
     Attributes:
         scenario: Name of the scenario.
@@ -37,7 +37,7 @@ class Row:
         seconds: Wall clock.
         server_seconds: Of merging.
         clients: Replies that were merged.
-        rejected: Replies set aside.
+        rejected: Rejected replies.
         epsilon: The largest ε that a client has spent so far, by its ledger; None without privacy.
         epsilon_median: The clients' median.
         epsilon_unit: Whose presence is hidden: record or client.
@@ -116,24 +116,24 @@ class Summary:
     epsilon_unit: str = ""
 
 
-def rows_of(cell: Cell) -> list[Row]:
-    """The rounds of one cell, from its ``metrics.jsonl``."""
-    every, last = cell.settings.run.evaluate_every, cell.settings.run.num_rounds
+def rows_of(run: CompareRun) -> list[Row]:
+    """The rounds of one run, from its ``metrics.jsonl``."""
+    every, last = run.settings.run.evaluate_every, run.settings.run.num_rounds
     up = down = 0
     seconds = server_seconds = 0.0
     rows = []
-    for found in read_rows(cell.folder / "metrics.jsonl"):
-        central = (found["round"] % every == 0 or found["round"] == last) and not cell.variant.personal
+    for found in read_rows(run.folder / "metrics.jsonl"):
+        central = (found["round"] % every == 0 or found["round"] == last) and not run.variant.personal
         clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
         up, down = up + found["bytes_up"], down + found["bytes_down"]
         seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]
         spent = found.get("epsilon") or {}
         rows.append(
             Row(
-                cell.scenario,
-                cell.variant.method,
-                cell.variant.strategy,
-                cell.seed,
+                run.scenario,
+                run.variant.method,
+                run.variant.strategy,
+                run.seed,
                 found["round"],
                 accuracy=found["accuracy"] if central else None,
                 loss=found["loss"] if central else None,
@@ -163,14 +163,14 @@ class Results:
 
     Attributes:
         plan: What was to run.
-        outcomes: Each cell and how it ended.
+        outcomes: Each run and how it ended.
         rows: Of the finished cells.
         summaries: Scenario by scenario, in the plan's order.
         baseline: What differences are from.
     """
 
     plan: Plan
-    outcomes: list[tuple[Cell, dict[str, Any]]]
+    outcomes: list[tuple[CompareRun, Outcome]]
     rows: list[Row]
     summaries: list[Summary]
     baseline: Variant
@@ -188,33 +188,35 @@ class Results:
         return list(seeds.values())
 
     @property
-    def failures(self) -> list[tuple[Cell, str]]:
-        """The cells without a result, with the reason."""
-        return [(cell, str(end["reason"])) for cell, end in self.outcomes if end["status"] != "finished"]
+    def failures(self) -> list[tuple[CompareRun, str]]:
+        """The runs without a result, with the reason."""
+        return [(run, end.reason) for run, end in self.outcomes if end.status != "finished"]
 
 
-def collect(plan: Plan, baseline: Variant, target: float | None = None) -> Results:
-    """Read all cells and summarize them.
+def collect(
+    plan: Plan, outcomes: list[tuple[CompareRun, Outcome]], baseline: Variant, target: float | None = None
+) -> Results:
+    """Read all runs and summarize them.
 
     Args:
         plan: The comparison.
+        outcomes: Each run and how it ended.
         baseline: What differences are from.
         target: The accuracy that ``megabytes_to_target`` asks for; None is the baseline's own.
     """
-    outcomes = [(cell, outcome(cell)) for cell in plan.cells]
-    cells: dict[tuple[str, Variant], dict[int, list[Row]]] = {}
-    for cell, end in outcomes:
-        if end["status"] == "finished":
-            cells.setdefault((cell.scenario, cell.variant), {})[cell.seed] = rows_of(cell)
+    finished: dict[tuple[str, Variant], dict[int, list[Row]]] = {}
+    for run, end in outcomes:
+        if end.status == "finished":
+            finished.setdefault((run.scenario, run.variant), {})[run.seed] = rows_of(run)
     summaries: list[Summary] = []
     for scenario in plan.scenarios:
-        reference = cells.get((scenario.name, baseline), {})
+        reference = finished.get((scenario.name, baseline), {})
         summaries += [
             _summarize(scenario.name, variant, seeds, reference, target)
             for variant in plan.variants
-            if (seeds := cells.get((scenario.name, variant)))
+            if (seeds := finished.get((scenario.name, variant)))
         ]
-    rows = [row for seeds in cells.values() for one in seeds.values() for row in one]
+    rows = [row for seeds in finished.values() for one in seeds.values() for row in one]
     return Results(plan, outcomes, rows, summaries, baseline)
 
 
@@ -270,7 +272,7 @@ def _last(seeds: Mapping[int, Sequence[Row]], field: str) -> dict[int, float]:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write ``results.csv`` (a line per round of each cell) and ``results.json`` (summaries, cells, what is left out).
+    """Write ``results.csv`` (a line per round of each run) and ``results.json`` (summaries, runs, what is skipped).
 
     Returns:
         The two paths.
@@ -282,30 +284,30 @@ def write(results: Results, folder: Path) -> list[Path]:
         writer.writeheader()
         writer.writerows(asdict(row) for row in results.rows)
     content = {
-        "format": 1,
+        "format": 2,
         "baseline": str(results.baseline),
         "scenarios": {row.name: row.summary for row in results.plan.scenarios},
         "summaries": [asdict(summary) for summary in results.summaries],
-        "left_out": _left_out(results.plan.left_out.items()),
-        "cells": [
+        "skipped": _skipped(results.plan.skipped.items()),
+        "runs": [
             {
-                "scenario": cell.scenario,
-                "method": cell.variant.method,
-                "strategy": cell.variant.strategy,
-                "seed": cell.seed,
-                "folder": str(cell.folder.relative_to(cell.root)),
-                "status": end["status"],
-                "reason": end["reason"],
-                "seconds": end.get("seconds"),
-                "versions": end.get("versions"),
-                **cell.identity,
+                "scenario": run.scenario,
+                "method": run.variant.method,
+                "strategy": run.variant.strategy,
+                "seed": run.seed,
+                "folder": str(run.folder.relative_to(run.root)),
+                "status": end.status,
+                "reason": end.reason,
+                "seconds": end.seconds,
+                "versions": end.versions,
+                **run.identity,
             }
-            for cell, end in results.outcomes
+            for run, end in results.outcomes
         ],
     }
-    json_path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(json_path, json.dumps(content, indent=1) + "\n")
     return [csv_path, json_path]
 
 
-def _left_out(items: Iterable[tuple[tuple[str, Variant], str]]) -> list[dict[str, str]]:
+def _skipped(items: Iterable[tuple[tuple[str, Variant], str]]) -> list[dict[str, str]]:
     return [{"scenario": scenario, "variant": str(variant), "reason": reason} for (scenario, variant), reason in items]

@@ -1,4 +1,4 @@
-"""Faults of processes and machines, inflicted on a deployment over loopback while it trains."""
+"""Faults of processes and machines, injected into a deployment over loopback while it trains."""
 
 import signal
 import time
@@ -10,31 +10,31 @@ import psutil
 from bora_fl.client.worker.stub import WorkerError
 from bora_fl.config import Scalar
 from bora_fl.deployment.loopback import RESTART_SECONDS, Deployment, DeploymentError, Service, Site, finished
-from bora_fl.simulations.faults.command import CONFIG, Fault, Verdict, judge
+from bora_fl.simulations.faults.verdict import CONFIG, ROUND, Fault, Verdict, judge
 
-ROUND = 2  # in which the faults strike
 LIMIT = 1200.0  # seconds that anything may take
 TRAINING, SENT = "Receiving: train message", "Sent successfully"
 
-Strike = Callable[[Deployment], float]
+Injection = Callable[[Deployment], float]
 
 
 def _loopback(
-    strike: Strike, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
+    injection: Injection, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
 ) -> Callable[[Path], Verdict]:
-    """Start a run, strike, and see it to its end, resuming it if it stops.
+    """Start a run, inject the fault, and see the run to its end, resuming it if it stops.
 
     Args:
-        strike: Waits for its moment, strikes, mends what a machine would mend by itself, and returns the moment.
+        injection: Waits for its moment, injects the fault, restarts what a machine would restart by itself, and returns
+            the moment.
         more: More run config.
         absent: Sites that are not there at the start.
     """
 
-    def inflict(folder: Path) -> Verdict:
+    def inject(folder: Path) -> Verdict:
         config = CONFIG | dict(more or {})
         with Deployment(folder, absent=absent) as deployment:
             run = deployment.submit(config)
-            struck = strike(deployment)
+            moment = injection(deployment)
             before = len(deployment.rounds())
             outcome, lost = "completed", 0
             if (code := _next_round(deployment, run, before)) is not None and code != 0:
@@ -42,12 +42,12 @@ def _loopback(
                 deployment.wait_until_up()
                 run = deployment.submit(config | {"run.resume": True})
                 _next_round(deployment, run, before)
-            seconds = time.monotonic() - struck
+            seconds = time.monotonic() - moment
             _until(deployment, lambda: run.pid is None, "the end of the run")
             finished(run, 5, deployment.services)
             return judge(deployment.output, config, outcome, seconds, lost)
 
-    return inflict
+    return inject
 
 
 def _next_round(deployment: Deployment, run: Service, before: int) -> int | None:
@@ -91,17 +91,17 @@ def _at_work(site: Site) -> bool:
 
 
 def _await_training(deployment: Deployment, site: Site) -> None:
-    """Wait until a site's worker is at work on the round in which the faults strike."""
+    """Wait until a site's worker is at work on the round in which faults are injected."""
     _until(deployment, lambda: _received(site) >= ROUND, f"round {ROUND}")
     _until(deployment, lambda: _at_work(site), "the worker to train")
 
 
 def _restart(*services: Service) -> float:
-    struck = time.monotonic()
+    moment = time.monotonic()
     time.sleep(RESTART_SECONDS)
     for service in services:
         service.start()
-    return struck
+    return moment
 
 
 def _site_mid_round(deployment: Deployment) -> float:
@@ -144,12 +144,12 @@ def _site_joins(deployment: Deployment) -> float:
 def _slow_site(deployment: Deployment) -> float:
     site = deployment.sites[1]
     _await_training(deployment, site)
-    struck = time.monotonic()
+    moment = time.monotonic()
     assert site.worker is not None
     site.worker.signal(signal.SIGSTOP)
     _until(deployment, lambda: len(deployment.rounds()) >= ROUND, "the deadline")
     site.worker.signal(signal.SIGCONT)
-    return struck
+    return moment
 
 
 def _worker(deployment: Deployment) -> float:
@@ -160,16 +160,16 @@ def _worker(deployment: Deployment) -> float:
     return _restart(site.worker)
 
 
-def _superlink_away(seconds: float) -> Strike:
-    def strike(deployment: Deployment) -> float:
+def _superlink_away(seconds: float) -> Injection:
+    def inject(deployment: Deployment) -> float:
         _await_training(deployment, deployment.sites[1])
-        struck = time.monotonic()
+        moment = time.monotonic()
         deployment.superlink.kill()
         time.sleep(seconds)
         deployment.superlink.start()
-        return struck
+        return moment
 
-    return strike
+    return inject
 
 
 def _serverapp(deployment: Deployment) -> float:
@@ -182,9 +182,9 @@ def _serverapp(deployment: Deployment) -> float:
 
 
 def _fault(
-    summary: str, strike: Strike, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
+    summary: str, injection: Injection, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
 ) -> Fault:
-    return Fault(summary, "loopback", _loopback(strike, more, absent))
+    return Fault(summary, "loopback", _loopback(injection, more, absent))
 
 
 # A SuperNode that is killed is let in again only once the SuperLink has missed its heartbeats, about 50 s later.

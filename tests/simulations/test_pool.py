@@ -1,6 +1,11 @@
 """The pool runs `eval` on text: a function that any process finds, and that can do whatever a test needs."""
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +66,38 @@ def test_ticks_tell_what_is_under_way():
     run_all([SLEEP], eval, 2, environment={}, on_done=lambda *_: None, on_tick=seen.append, tick_seconds=0.05)
     assert seen
     assert all(running == [SLEEP] for running in seen)
+
+
+def test_an_interrupted_task_cleans_up_what_it_started(tmp_path: Path):
+    """Its clean-up runs when the pool ends it, and when the pool's own process is killed."""
+    task = (
+        'exec(\'import pathlib, time\\ntry: pathlib.Path(PATH, "begun").touch(); time.sleep(60)'
+        '\\nfinally: pathlib.Path(PATH, "cleaned").touch()\')'
+    ).replace("PATH", repr(str(tmp_path)).replace("'", '\\"'))
+
+    def interrupt(_: list[str]) -> None:
+        if (tmp_path / "begun").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all([task], eval, 1, environment={}, on_done=lambda *_: None, on_tick=interrupt, tick_seconds=0.05)
+    assert (tmp_path / "cleaned").exists()
+
+    (tmp_path / "begun").unlink()
+    (tmp_path / "cleaned").unlink()
+    code = (
+        "from bora_fl.simulations.pool import run_all\n"
+        f"if __name__ == '__main__': run_all([{task!r}], eval, 1, environment={{}}, on_done=print)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    _until((tmp_path / "begun").exists)
+    parent.kill()
+    parent.wait()
+    _until((tmp_path / "cleaned").exists)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

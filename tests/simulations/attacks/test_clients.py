@@ -1,6 +1,5 @@
 """Attacks do what they say, and a defence that sees them holds."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from bora_fl.simulations.attacks.clients import (
     scale_up,
     triggered,
 )
-from bora_fl.simulations.attacks.command import Trial, run_trial
 from bora_fl.simulations.engine import simulate
 
 
@@ -77,10 +75,3 @@ def test_krum_throws_a_scaled_update_out(tiny_config, tmp_path: Path):
     }
     assert biggest["hit"] > 3 * biggest["clean"]
     assert biggest["krum"] < 1.5 * biggest["clean"]
-
-
-def test_a_trial_leaves_its_outcome(tiny_config, tmp_path: Path):
-    config = {k: v for k, v in tiny_config.items() if k != "run.output-dir"} | {"run.num-rounds": 1}
-    trial = Trial("backdoor", "none", 0, 3, 1, config, tmp_path)
-    assert run_trial(trial) == ""
-    assert 0 <= json.loads(trial.result.read_text())["backdoor"] <= 1

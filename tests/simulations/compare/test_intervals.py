@@ -4,23 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread, t_distribution, t_quantile
-
-DEGREES = [1, 2, 3, 4, 7, 30, 101]
-
-
-@pytest.mark.parametrize("degrees", DEGREES)
-def test_the_t_distribution_is_scipys(degrees: int):
-    for t in (-40.0, -3.0, -0.5, 0.0, 0.7, 4.0):
-        assert t_distribution(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
-    for probability in (0.0005, 0.025, 0.3, 0.5, 0.6, 0.975, 0.9995):
-        assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize(("probability", "degrees"), [(0.0, 2), (1.0, 2), (0.975, 0)])
-def test_a_quantile_out_of_range_is_refused(probability: float, degrees: int):
-    with pytest.raises(ValueError, match="t_quantile"):
-        t_quantile(probability, degrees)
+from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 40])

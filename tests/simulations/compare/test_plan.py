@@ -23,41 +23,41 @@ def lay_out(**changes) -> Plan:
     return plan({"train.local-steps": 8}, **(options | changes))
 
 
-def test_there_is_a_cell_for_every_combination():
+def test_there_is_a_run_for_every_combination():
     found = lay_out(methods=["bora", "lora"])
-    assert len(found.cells) == 2 * 2 * 2 * 2
-    assert len({cell.folder for cell in found.cells}) == 16
-    for cell in found.cells:
-        s = cell.run_settings
+    assert len(found.runs) == 2 * 2 * 2 * 2
+    assert len({run.folder for run in found.runs}) == 16
+    for run in found.runs:
+        s = run.run_settings
         assert (s.strategy.name, s.adapter.method, s.run.seed) == (
-            cell.variant.strategy,
-            cell.variant.method,
-            cell.seed,
+            run.variant.strategy,
+            run.variant.method,
+            run.seed,
         )
-        assert Path(s.run.output_dir) == cell.folder
-    assert {(cell.scenario, cell.num_clients) for cell in found.cells} == {("natural", 4), ("dirichlet-1", 5)}
+        assert Path(s.run.output_dir) == run.folder
+    assert {(run.scenario, run.num_clients) for run in found.runs} == {("natural", 4), ("dirichlet-1", 5)}
 
 
 def test_neighbours_share_the_base_model_and_the_data():
-    cells = lay_out(methods=["bora", "lora"]).cells
-    keys = [(cell.scenario, cell.seed, cell.variant.method) for cell in cells]
+    runs = lay_out(methods=["bora", "lora"]).runs
+    keys = [(run.scenario, run.seed, run.variant.method) for run in runs]
     changes = sum(a != b for a, b in pairwise(keys))
     assert changes == len(set(keys)) - 1
 
 
 def test_what_decides_the_result_decides_the_folder_and_nothing_else_does():
-    cell = lay_out().cells[0]
-    assert cell.folder == lay_out(threads=2).cells[0].folder
-    assert cell.folder != lay_out(chosen={"train.learning-rate": 0.01}).cells[0].folder
-    assert cell.folder != lay_out(clients=6, scenarios=["dirichlet-1"]).cells[0].folder
-    assert cell.folder.relative_to(ROOT) == replace(cell, root=Path("else")).folder.relative_to("else")
+    run = lay_out().runs[0]
+    assert run.folder == lay_out(threads=2).runs[0].folder
+    assert run.folder != lay_out(chosen={"train.learning-rate": 0.01}).runs[0].folder
+    assert run.folder != lay_out(clients=6, scenarios=["dirichlet-1"]).runs[0].folder
+    assert run.folder.relative_to(ROOT) == replace(run, root=Path("else")).folder.relative_to("else")
 
 
-def test_combinations_that_cannot_be_are_left_out_with_the_reason():
+def test_combinations_that_cannot_be_are_skipped_with_the_reason():
     found = lay_out(
         strategies=["fedavg", "refactor"], methods=["bora", "gralora"], scenarios=["natural", "mixed-ranks"]
     )
-    assert {(s, str(v)) for s, v in found.left_out} == {
+    assert {(s, str(v)) for s, v in found.skipped} == {
         ("natural", "gralora/refactor"),
         ("mixed-ranks", "gralora/refactor"),
         ("mixed-ranks", "bora/fedavg"),
@@ -65,7 +65,7 @@ def test_combinations_that_cannot_be_are_left_out_with_the_reason():
     }
     assert any(line.startswith("gralora/refactor in every scenario:") for line in found.reasons())
     assert any(line.startswith("bora/fedavg in mixed-ranks: clients have different ranks") for line in found.reasons())
-    ranks = [cell.node_configs for cell in found.cells if cell.scenario == "mixed-ranks"]
+    ranks = [run.node_configs for run in found.runs if run.scenario == "mixed-ranks"]
     assert ranks
     assert all(node.keys() == {"rank"} for nodes in ranks for node in nodes.values())
 
@@ -73,12 +73,12 @@ def test_combinations_that_cannot_be_are_left_out_with_the_reason():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_named_method_can_be_averaged(method: str):
     found = lay_out(methods=[method], strategies=["fedavg"])
-    assert not found.left_out
-    assert found.cells[0].settings.train.learning_rate == METHODS[method].get(
+    assert not found.skipped
+    assert found.runs[0].settings.train.learning_rate == METHODS[method].get(
         "train.learning-rate", Settings().train.learning_rate
     )
     chosen = lay_out(methods=[method], strategies=["fedavg"], chosen={"train.learning-rate": 0.5})
-    assert chosen.cells[0].settings.train.learning_rate == 0.5
+    assert chosen.runs[0].settings.train.learning_rate == 0.5
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_only_strategies_that_keep_factors_on_clients_are_personal():
 def test_every_epsilon_is_a_scenario_of_its_own_with_ledgers_of_its_own():
     found = lay_out(privacy=["none", "6", "3"], scenarios=["natural"])
     assert [row.name for row in found.scenarios] == ["natural", "natural-epsilon-6", "natural-epsilon-3"]
-    modes = {cell.scenario: (cell.settings.privacy.mode, cell.settings.privacy.epsilon) for cell in found.cells}
+    modes = {run.scenario: (run.settings.privacy.mode, run.settings.privacy.epsilon) for run in found.runs}
     assert modes["natural"][0] == "none"
     assert modes["natural-epsilon-6"] == ("record", 6.0)
     assert modes["natural-epsilon-3"] == ("record", 3.0)
-    ledgers = {cell.run_settings.privacy.ledger_dir for cell in found.cells}
-    assert len(ledgers) == len(found.cells) == 3 * 2 * 2
-    assert all(Path(cell.run_settings.privacy.ledger_dir).parent == cell.folder for cell in found.cells)
+    ledgers = {run.run_settings.privacy.ledger_dir for run in found.runs}
+    assert len(ledgers) == len(found.runs) == 3 * 2 * 2
+    assert all(Path(run.run_settings.privacy.ledger_dir).parent == run.folder for run in found.runs)

@@ -6,8 +6,9 @@ import pytest
 
 from bora_fl.deployment import loopback
 from bora_fl.deployment.loopback import Service
-from bora_fl.simulations.faults import command as faults
 from bora_fl.simulations.faults import replies as reply_faults
+from bora_fl.simulations.faults.catalogue import FAULTS
+from bora_fl.simulations.faults.verdict import TOLERANCE
 
 
 @pytest.fixture
@@ -18,24 +19,24 @@ def tiny(tiny_config, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", [name for name in reply_faults.REPLY_FAULTS if name != "full-disk"])
-def test_a_bad_reply_is_set_aside_and_changes_nothing(name: str, tiny, tmp_path: Path):
-    verdict = reply_faults.REPLY_FAULTS[name].inflict(tmp_path)
-    assert verdict.outcome.startswith("set aside: ")
+def test_a_bad_reply_is_rejected_and_changes_nothing(name: str, tiny, tmp_path: Path):
+    verdict = reply_faults.REPLY_FAULTS[name].inject(tmp_path)
+    assert verdict.outcome.startswith("rejected: ")
     assert verdict.correct
     assert verdict.rounds_lost == 1
 
 
 def test_a_full_disk_stops_the_run_with_a_message_and_the_run_resumes(tiny, tmp_path: Path):
-    verdict = reply_faults.REPLY_FAULTS["full-disk"].inflict(tmp_path)
+    verdict = reply_faults.REPLY_FAULTS["full-disk"].inject(tmp_path)
     assert verdict.correct
     assert all(word in verdict.outcome for word in ("round 2", "No space left on device", "run.resume=true"))
 
 
 def test_the_bench_can_tell_a_wrong_adapter(tiny, tmp_path: Path):
-    verdict = reply_faults.inflict_reply(reply_faults.scaled(1.01))(tmp_path)
+    verdict = reply_faults.inject_reply(reply_faults.scaled(1.01))(tmp_path)
     assert verdict.outcome == "merged unnoticed"
     assert not verdict.correct
-    assert verdict.difference > faults.TOLERANCE
+    assert verdict.difference > TOLERANCE
 
 
 def test_every_fault_is_in_the_catalogue():
@@ -44,7 +45,7 @@ def test_every_fault_is_in_the_catalogue():
         *("serverapp", "full-disk", "slow-site", "site-leaves", "site-joins-late", "other-schema", "garbage", "nan"),
         *("huge-weight", "negative-weight", "old-round", "scaled-100"),
     }
-    assert set(faults.catalogue()) == wanted
+    assert set(FAULTS) == wanted
 
 
 def test_a_killed_service_takes_its_descendants_along_and_is_started_again(

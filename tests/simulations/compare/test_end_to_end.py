@@ -12,15 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from rich.console import Console
 
 import bora_fl.client.site
 from bora_fl.client import training
-from bora_fl.config import ConfigError
 from bora_fl.report import read_rows
-from bora_fl.simulations.compare import report, results, sweep
-from bora_fl.simulations.compare.plan import Cell, Plan, Variant, plan
+from bora_fl.simulations import grid
+from bora_fl.simulations.compare import report, results
+from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant, plan
 from bora_fl.simulations.engine import simulate
 
 STRATEGIES = ["fedavg", "refactor"]
@@ -60,21 +59,25 @@ def lay_out(tiny, root: Path, strategies: list[str] = STRATEGIES, seeds: int = 2
 
 def go(found: Plan, root: Path) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    sweep.sweep(found.cells, root, workers=1, threads=1, console=console)
+    grid.run_grid(found.runs, root, workers=1, threads=1, console=console, title="comparing")
     return console.export_text()
 
 
-def kill_in(cell: Cell, over: threading.Event) -> None:
-    """Kill the worker once the cell has a round behind it."""
-    while not read_rows(cell.folder / "metrics.jsonl"):
+def kill_in(run: CompareRun, over: threading.Event) -> None:
+    """Kill the worker once the run has a round behind it."""
+    while not read_rows(run.folder / "metrics.jsonl"):
         if over.wait(0.005):
             return
     for child in multiprocessing.active_children():
         child.kill()
 
 
-def measured(cell: Cell) -> list[dict]:
-    rows = read_rows(cell.folder / "metrics.jsonl")
+def outcomes(found: Plan) -> list[tuple[CompareRun, grid.Outcome]]:
+    return [(run, grid.outcome(run)) for run in found.runs]
+
+
+def measured(run: CompareRun) -> list[dict]:
+    rows = read_rows(run.folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
@@ -84,7 +87,7 @@ def interrupted(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, P
     root = tmp_path_factory.mktemp("compare") / "out"
     found = lay_out(tiny, root)
     over = threading.Event()
-    killer = threading.Thread(target=kill_in, args=(found.cells[3], over))
+    killer = threading.Thread(target=kill_in, args=(found.runs[3], over))
     killer.start()
     said = go(found, root)
     over.set()
@@ -92,30 +95,30 @@ def interrupted(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, P
     return found, root, said
 
 
-def test_a_killed_worker_loses_one_run_and_the_next_sweep_makes_up_for_it(interrupted):
+def test_a_killed_worker_loses_one_run_and_the_next_command_makes_up_for_it(interrupted):
     found, root, said = interrupted
-    ends = [sweep.outcome(cell) for cell in found.cells]
-    assert [end["status"] for end in ends] == ["finished"] * 3 + ["failed"]
-    assert "SIGKILL" in ends[3]["reason"]
-    assert f"failed {found.cells[3]}" in said
-    before = [(cell.folder / sweep.FINISHED).stat().st_mtime_ns for cell in found.cells if sweep.is_finished(cell)]
-    lost = results.collect(found, Variant("bora", "fedavg"))
-    assert [str(cell) for cell, _ in lost.failures] == ["dirichlet-1 bora/refactor seed 1"]
+    ends = [grid.outcome(run) for run in found.runs]
+    assert [end.status for end in ends] == ["finished"] * 3 + ["failed"]
+    assert "SIGKILL" in ends[3].reason
+    assert f"failed {found.runs[3]}" in said
+    before = [(run.folder / grid.FINISHED).stat().st_mtime_ns for run in found.runs if grid.is_finished(run)]
+    lost = results.collect(found, outcomes(found), Variant("bora", "fedavg"))
+    assert [str(run) for run, _ in lost.failures] == ["dirichlet-1 bora/refactor seed 1"]
     assert "SIGKILL" in report.markdown(lost)
 
     said = go(found, root)
     assert "3 of 4 runs are finished already" in said
-    assert all(sweep.is_finished(cell) for cell in found.cells)
-    after = [(cell.folder / sweep.FINISHED).stat().st_mtime_ns for cell in found.cells]
+    assert all(grid.is_finished(run) for run in found.runs)
+    after = [(run.folder / grid.FINISHED).stat().st_mtime_ns for run in found.runs]
     assert after[:3] == before
-    for cell in found.cells:
-        assert [row["round"] for row in read_rows(cell.folder / "metrics.jsonl")] == [1, 2]
-        assert not (cell.folder / "checkpoints").exists()
+    for run in found.runs:
+        assert [row["round"] for row in read_rows(run.folder / "metrics.jsonl")] == [1, 2]
+        assert not (run.folder / "checkpoints").exists()
     _check_results(found, root)
 
 
 def _check_results(found: Plan, root: Path) -> None:
-    collected = results.collect(found, Variant("bora", "fedavg"))
+    collected = results.collect(found, outcomes(found), Variant("bora", "fedavg"))
     csv_path, json_path = results.write(collected, root)
     html_path, table_path = report.write(collected, root)
 
@@ -134,7 +137,7 @@ def _check_results(found: Plan, root: Path) -> None:
     assert by_name["fedavg"]["accuracy"]["mean"] == pytest.approx((last["fedavg", 0] + last["fedavg", 1]) / 2)
     assert by_name["refactor"]["merge_error"]["mean"] <= by_name["fedavg"]["merge_error"]["mean"]
     assert 0 < by_name["fedavg"]["reached"] <= 2  # the better seed reaches the mean of both
-    assert {cell["status"] for cell in content["cells"]} == {"finished"}
+    assert {run["status"] for run in content["runs"]} == {"finished"}
 
     page = html_path.read_text()
     assert len(page) < 1_000_000
@@ -145,22 +148,22 @@ def _check_results(found: Plan, root: Path) -> None:
     assert page.count("data:image/svg+xml") == len(list(root.glob("*.png"))) >= 2
 
 
-def test_a_worker_that_ran_other_cells_computes_what_a_fresh_process_does(interrupted, tiny, tmp_path: Path):
+def test_a_worker_that_did_other_runs_computes_what_a_fresh_process_does(interrupted, tiny, tmp_path: Path):
     found, _, _ = interrupted
-    alone = lay_out(tiny, tmp_path).cells[2]
+    alone = lay_out(tiny, tmp_path).runs[2]
     bora_fl.client.site._current = None
-    sweep.run_cell(alone)
-    assert measured(alone) == measured(found.cells[2])
+    grid.execute(alone)
+    assert measured(alone) == measured(found.runs[2])
 
 
 def test_folds_of_one_run_do_not_leak_into_the_next(tiny, tmp_path: Path):
     bora_fl.client.site._current = None
-    flora, after = lay_out(tiny, tmp_path / "a", ["flora", "fedavg"], seeds=1).cells
-    sweep.run_cell(flora)
-    sweep.run_cell(after)
+    flora, after = lay_out(tiny, tmp_path / "a", ["flora", "fedavg"], seeds=1).runs
+    grid.execute(flora)
+    grid.execute(after)
     bora_fl.client.site._current = None
-    alone = lay_out(tiny, tmp_path / "b", ["fedavg"], seeds=1).cells[0]
-    sweep.run_cell(alone)
+    alone = lay_out(tiny, tmp_path / "b", ["fedavg"], seeds=1).runs[0]
+    grid.execute(alone)
     assert measured(after) == measured(alone)
 
 
@@ -193,26 +196,21 @@ def test_common_random_numbers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stream("fedavg", 1)[1] != first[1]
 
 
-def test_private_cells_spend_their_own_budget_and_report_it(tiny, tmp_path: Path):
+def test_private_runs_spend_their_own_budget_and_report_it(tiny, tmp_path: Path):
     config = tiny | {"privacy.delta": 1e-2, "privacy.accountant": "rdp", "run.num-rounds": 1}
     found = plan(
         config, strategies=STRATEGIES, scenarios=["natural"], methods=["bora"], seeds=1, clients=3, root=tmp_path,
         threads=1, privacy=["8"],
     )  # fmt: skip
-    assert found.cells[0].num_clients == 4
-    cells = [replace(cell, num_clients=3) for cell in found.cells]
-    found = replace(found, cells=cells)
-    for cell in [*cells, cells[0]]:  # a cell that is run again starts with an empty ledger
-        sweep.run_cell(cell)
-    collected = results.collect(found, Variant("bora", "fedavg"))
+    assert found.runs[0].num_clients == 4
+    runs = [replace(run, num_clients=3) for run in found.runs]
+    found = replace(found, runs=runs)
+    for run in [*runs, runs[0]]:  # one that is run again starts with an empty ledger
+        grid.execute(run)
+    collected = results.collect(found, outcomes(found), Variant("bora", "fedavg"))
     for summary in collected.summaries:
         assert 7.5 < summary.epsilon <= 8.0
         assert summary.epsilon_unit == "record"
     assert "per record" in report.markdown(collected)
-    for cell in cells:
-        assert len(list((cell.folder / "ledger").glob("*.json"))) == 3
-
-
-def test_two_comparisons_do_not_write_in_one_folder(tiny, tmp_path: Path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(ConfigError, match="another comparison is at work"):
-        sweep.sweep(lay_out(tiny, tmp_path).cells, tmp_path, workers=1, threads=1, console=Console(quiet=True))
+    for run in runs:
+        assert len(list((run.folder / "ledger").glob("*.json"))) == 3
