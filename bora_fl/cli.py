@@ -1,33 +1,80 @@
-"""The ``bora-fl`` command."""
+"""The ``bora-fl`` command. What a command needs is imported when the command is called: help costs no library."""
 
+import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
 
-from bora_fl.client.worker.command import worker
-from bora_fl.config import ConfigError, Scalar, Settings, overrides
-from bora_fl.deployment.doctor.command import doctor
-from bora_fl.report import rounds_table
-from bora_fl.simulations.attacks.command import attacks
-from bora_fl.simulations.audit.command import audit
-from bora_fl.simulations.compare.command import compare
-from bora_fl.simulations.faults.command import faults
+import bora_fl
+
+if TYPE_CHECKING:
+    from bora_fl.config import Scalar
+
+# Commands with modules of their own: where they are, and the first line of their help.
+COMMANDS = {
+    "compare": (
+        "bora_fl.simulations.compare",
+        "Compare strategies, and adapter methods, across non-IID scenarios and seeds.",
+    ),
+    "audit": (
+        "bora_fl.simulations.audit",
+        "Audit a privacy claim: a lower bound of epsilon from canaries in one training run.",
+    ),
+    "attacks": (
+        "bora_fl.simulations.attacks",
+        "Attack federations, and print a table of the accuracy that each defence is left with.",
+    ),
+    "faults": ("bora_fl.simulations.faults", "Inject faults into a federation and print what became of each run."),
+    "bench": ("bora_fl.simulations.benchmarks", "Run a benchmark on this machine and print its table."),
+    "worker": (
+        "bora_fl.client.worker",
+        "Serve a site's SuperNode with a model, data and kernels that stay loaded between rounds.",
+    ),
+    "doctor": (
+        "bora_fl.deployment.doctor",
+        "Look for what would make a run fail, before it starts; exit 1 if something would.",
+    ),
+}
+# The options after a benchmark's name are the benchmark's.
+CONTEXT = {"bench": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}}
+# The test set has 4,948 examples: evaluating it every round would cost as much as training.
+DEMO: "dict[str, Scalar]" = {"strategy.min-nodes": 4, "run.evaluate-every": 4, "data.evaluation-fraction": 0.03}
+
+
+class _Elsewhere(TyperCommand):
+    """A command whose module is imported when it is called or asked for its own help."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        assert self.name is not None
+        function = getattr(importlib.import_module(f"{COMMANDS[self.name][0]}.command"), self.name)
+        app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+        app.command(self.name, context_settings=CONTEXT.get(self.name))(function)
+        return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
+
+
+class _Commands(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, (_, summary) in COMMANDS.items():
+            self.add_command(_Elsewhere(name, help=summary))
+
 
 cli = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help="Federated fine-tuning with BoRA adapters."
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning with BoRA adapters.",
 )
 certificates = typer.Typer(no_args_is_help=True, help="Make the certificates and keys of a federation over TLS.")
 cli.add_typer(certificates, name="certificates")
 console = Console()
-
-# The test set has 4,948 examples: evaluating it every round would cost as much as training.
-DEMO: dict[str, Scalar] = {"strategy.min-nodes": 4, "run.evaluate-every": 4, "data.evaluation-fraction": 0.03}
 
 ConfigOption = Annotated[
     list[str] | None,
@@ -37,14 +84,17 @@ ConfigOption = Annotated[
 
 def main() -> None:
     """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
+    logging.captureWarnings(True)
     try:
         cli()
-    except ConfigError as error:
-        for line in str(error).splitlines():
-            console.print(f"[bold red]error:[/] {line}", highlight=False)
-        sys.exit(2)
     except Exception as error:
-        from bora_fl.data import FetchError  # with torch, which most commands do without
+        from bora_fl.config import ConfigError
+
+        if isinstance(error, ConfigError):
+            for line in str(error).splitlines():
+                console.print(f"[bold red]error:[/] {escape(line)}", highlight=False)
+            sys.exit(2)
+        from bora_fl.data import FetchError
         from bora_fl.deployment.launch import LaunchError
 
         if not isinstance(error, LaunchError | FetchError):
@@ -53,14 +103,34 @@ def main() -> None:
         sys.exit(1)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"bora-fl {bora_fl.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@cli.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Federated fine-tuning with BoRA adapters."""
+
+
 @cli.command()
-def config() -> None:
-    """List every run-config key with its default and meaning."""
-    settings = Settings()
+def config(
+    word: Annotated[str, typer.Argument(help="a group, such as train, or a word of keys and meanings")] = "",
+) -> None:
+    """List run-config keys with their defaults and meanings: all, a group's, or those with a word in them."""
+    from bora_fl.config import ConfigError, describe, suggest
+
+    rows = describe(word)
+    if not rows:
+        raise ConfigError(f"config {word}: no such group, and no key or meaning has this word; {suggest(word)}")
     table = Table("key", "default", "meaning", title="run config")
-    for group, fields in settings:
-        for name, info in type(fields).model_fields.items():
-            table.add_row(f"{group}.{name.replace('_', '-')}", repr(getattr(fields, name)), str(info.description))
+    for key, default, meaning in rows:
+        table.add_row(key, repr(default), meaning)
     console.print(table)
 
 
@@ -96,6 +166,8 @@ def run(
     run_config: ConfigOption = None,
 ) -> None:
     """Run a federation with `flwr run`, follow it, and exit with a true exit code."""
+    from bora_fl.config import overrides
+
     _launch(app, overrides(run_config), simulate, cpus, gpus, connection)
 
 
@@ -106,6 +178,7 @@ def demo(
     run_config: ConfigOption = None,
 ) -> None:
     """Fine-tune MiniLM across four sentiment silos; about four minutes on two cores."""
+    from bora_fl.config import overrides
     from bora_fl.data import fetch as fetch_data
 
     console.print("fetching the default data ...")
@@ -128,6 +201,7 @@ def export(
 ) -> None:
     """Write a finished run as a merged model or as a LoRA adapter."""
     from bora_fl import export as exporting
+    from bora_fl.config import ConfigError
 
     ways = {"merged": exporting.export_merged, "lora": exporting.export_lora}
     if form not in ways:
@@ -169,10 +243,11 @@ def _show(line: str) -> None:
 
 
 def _launch(
-    app: Path, run_config: dict[str, Scalar], simulate: int, cpus: int, gpus: float, connection: str | None
+    app: Path, run_config: "dict[str, Scalar]", simulate: int, cpus: int, gpus: float, connection: str | None
 ) -> None:
     from bora_fl.deployment.launch import Simulation
     from bora_fl.deployment.launch import run as launch
+    from bora_fl.report import rounds_table
 
     simulation = Simulation(simulate, cpus, gpus) if simulate else None
     outcome = launch(
@@ -189,12 +264,5 @@ def _launch(
             console.print(f"  {outcome.folder / name}", highlight=False, soft_wrap=True)
 
 
-cli.command()(compare)
-cli.command()(audit)
-cli.command()(attacks)
-cli.command()(worker)
-cli.command()(doctor)
-cli.command()(faults)
-logging.captureWarnings(True)
 if __name__ == "__main__":
     main()

@@ -338,9 +338,7 @@ def parse(run_config: Mapping[str, Scalar]) -> Settings:
     problems = []
     for key, value in run_config.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "`bora-fl config` lists the keys"
-            problems.append(f"{key} = {value!r}: no such setting; {hint}")
+            problems.append(f"{key} = {value!r}: no such setting; {suggest(key)}")
             continue
         group, name = key.split(".", 1)
         groups.setdefault(group, {})[name] = value
@@ -381,6 +379,24 @@ def overrides(pairs: list[str] | None) -> dict[str, Scalar]:
     return result
 
 
+def describe(word: str = "") -> list[tuple[str, Scalar, str]]:
+    """Every key with its default and meaning: a group's if `word` is one, else those in which `word` occurs."""
+    default = Settings()
+    rows = [(key, value, _description(key)) for key, value in default.flat().items()]
+    if word in Settings.model_fields:
+        return [row for row in rows if row[0].startswith(f"{word}.")]
+    return [row for row in rows if word.lower() in f"{row[0]} {row[2]}".lower()]
+
+
+def suggest(key: str) -> str:
+    """The remedy for a key that does not exist, by what it means elsewhere or by how it is spelt."""
+    name = key.rpartition(".")[2].lower().replace("_", "-")
+    if name in _ELSEWHERE:
+        return f"use {_ELSEWHERE[name]}"
+    near = difflib.get_close_matches(key, Settings().flat(), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`bora-fl config` lists the keys"
+
+
 def _explain(item: Any) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
@@ -393,3 +409,40 @@ def _description(key: str) -> str:
     group, name = key.split(".", 1)
     fields = type(getattr(Settings(), group)).model_fields
     return str(fields[name.replace("-", "_")].description)
+
+
+# What other tools and papers call a setting.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "eta", "client-lr", "local-lr"), "train.learning-rate"),
+    **dict.fromkeys(("epochs", "num-train-epochs", "num-epochs"), "train.local-epochs, with train.local-steps = 0"),
+    **dict.fromkeys(("steps", "max-steps"), "train.local-steps"),
+    **dict.fromkeys(("fedprox", "mu", "prox"), "train.proximal-mu"),
+    **dict.fromkeys(("bs", "per-device-train-batch-size"), "train.batch-size"),
+    **dict.fromkeys(("gradient-accumulation-steps", "grad-accum"), "train.accumulation"),
+    **dict.fromkeys(("wd", "l2"), "train.weight-decay"),
+    **dict.fromkeys(("fp16", "bf16", "amp"), "train.precision"),
+    **dict.fromkeys(("gradient-checkpointing",), "train.checkpointing"),
+    **dict.fromkeys(("scheduler", "lr-scheduler-type"), "train.schedule"),
+    **dict.fromkeys(("r", "lora-r", "lora-rank"), "adapter.rank"),
+    **dict.fromkeys(("b", "blocks"), "adapter.num-blocks"),
+    **dict.fromkeys(("lora-alpha",), "adapter.alpha"),
+    **dict.fromkeys(("lora-dropout",), "adapter.dropout"),
+    **dict.fromkeys(("peft", "peft-type"), "adapter.method"),
+    **dict.fromkeys(("base-model", "model-name-or-path", "backbone"), "model.name"),
+    **dict.fromkeys(("max-seq-length", "seq-len"), "model.max-length"),
+    **dict.fromkeys(("dataset", "dataset-name"), "data.name"),
+    **dict.fromkeys(("dirichlet", "dirichlet-alpha", "non-iid"), "data.partition and data.alpha"),
+    **dict.fromkeys(("clients", "num-clients", "num-supernodes"), "--simulate N for the number of clients"),
+    **dict.fromkeys(("rounds", "num-server-rounds", "communication-rounds"), "run.num-rounds"),
+    **dict.fromkeys(("aggregation", "aggregator", "algorithm"), "strategy.name"),
+    **dict.fromkeys(("fraction-fit", "participation", "client-fraction"), "strategy.fraction-train"),
+    **dict.fromkeys(("min-available-clients", "min-available-nodes"), "strategy.min-nodes"),
+    **dict.fromkeys(("min-fit-clients", "min-train-nodes"), "strategy.min-replies"),
+    **dict.fromkeys(("server-lr",), "strategy.server-learning-rate"),
+    **dict.fromkeys(("fedopt", "fedadam", "fedyogi", "fedavgm"), "strategy.server-optimizer"),
+    **dict.fromkeys(("krum", "median", "trimmed-mean"), "strategy.robust"),
+    **dict.fromkeys(("dp", "dp-sgd"), "privacy.mode"),
+    **dict.fromkeys(("noise", "sigma"), "privacy.noise-multiplier"),
+    **dict.fromkeys(("clip", "clipping-norm"), "privacy.clip-norm"),
+    **dict.fromkeys(("secagg",), "privacy.secure-aggregation"),
+}

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: `python -m bora_fl.kernels.gpu_check [--json gpu_check.json]`.
+"""Everything that needs a GPU, in one command: `bora-fl bench gpu-check [--json gpu_check.json]`.
 
 It runs the correctness tests of the Triton kernels for real (from a checkout, which has them), then the bench, then
 each path's time beside the floor that the machine's own measured bandwidth and GEMM rate allow, and writes one JSON.
@@ -72,7 +72,9 @@ def floor(tokens: int, width: int, blocks: int, rank: int, dtype: str, machine: 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", default="gpu_check.json")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():

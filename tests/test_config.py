@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.config import AdapterSettings, ConfigError, Settings, parse
+from bora_fl import config as configuration
+from bora_fl.config import AdapterSettings, ConfigError, Settings, describe, parse, suggest
 
 
 def test_the_app_declares_every_key_with_the_default_of_the_settings():
@@ -72,3 +73,39 @@ def test_all_wrong_settings_are_named_at_once():
 def test_the_adapter_says_what_its_sigma_is(method, num_blocks, transform, wanted):
     adapter = AdapterSettings(method=method, num_blocks=num_blocks, sigma_transform=transform)
     assert (adapter.blocks, adapter.transform, adapter.untrained) == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", "train.learning-rate"),
+        ("train.lr", "train.learning-rate"),
+        ("fedprox", "train.proximal-mu"),
+        ("clients", "--simulate N"),
+        ("num_clients", "--simulate N"),
+        ("lora_r", "adapter.rank"),
+        ("train.learning-rat", "train.learning-rate"),
+        ("zzz", "`bora-fl config` lists the keys"),
+    ],
+)
+def test_a_key_of_another_tool_is_answered_by_its_meaning(key: str, meant: str):
+    with pytest.raises(ConfigError, match=f"{key} = 1: no such setting; .*{meant}"):
+        parse({key: 1})
+
+
+def test_every_suggestion_exists_and_no_key_of_ours_is_foreign():
+    known = Settings().flat()
+    for name, meaning in configuration._ELSEWHERE.items():
+        assert name not in known
+        assert any(word in known for word in meaning.replace(",", "").split()) or meaning.startswith("--")
+        assert suggest(name) == f"use {meaning}"
+
+
+def test_settings_are_described_all_by_group_or_by_a_word():
+    assert len(describe()) == len(Settings().flat())
+    group = describe("run")
+    assert [key for key, _, _ in group] == [key for key in Settings().flat() if key.startswith("run.")]
+    found = {key for key, _, _ in describe("Warm")}
+    assert "train.warmup-rounds" in found
+    assert not describe("no such word")
+    assert all(meaning for _, _, meaning in describe())

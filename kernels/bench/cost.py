@@ -1,6 +1,6 @@
 """A paper model of what each path costs on a GPU: bytes, flops and launches, read off the real launch plan.
 
-`python -m bora_fl.kernels.bench.cost [--tokens 8192 --width 4096 …]`. A launch takes the longer of its memory traffic
+`bora-fl bench cost [--tokens 8192 --width 4096 …]`. A launch takes the longer of its memory traffic
 over the bandwidth and its arithmetic over the peak; every tensor is counted once per launch that touches it, and a
 slice of partial sums is written to memory once (its tile-by-tile updates stay in the cache). The floor reads x once
 forward and dY and x once backward. It is a model: nothing here was timed.
@@ -119,7 +119,9 @@ def floor_share(shape: LayerShape) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the model for one shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=4096, help="in_features and out_features")
     parser.add_argument("--blocks", type=int, default=8)

@@ -1,4 +1,4 @@
-"""Time the layer against its rivals on this machine: `python -m bora_fl.kernels.bench.layer [--tokens 2048 …]`.
+"""Time the layer against its rivals on this machine: `bora-fl bench layer [--tokens 2048 …]`.
 
 Every rival is a frozen linear layer plus an adapter, forward and backward; each first has to agree with float64, and no
 time is printed for one that does not. Rounds are interleaved, so that drift of the machine meets all alike; the table
@@ -133,7 +133,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        prog="bora-fl bench layer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--width", type=int, default=768, help="in_features and out_features")
     options.add_argument("--blocks", type=int, default=8)

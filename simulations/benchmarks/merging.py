@@ -1,4 +1,4 @@
-"""Figures of the block algebra: `python -m bora_fl.simulations.benchmarks.merging [planted|layer|stream|model ...]`.
+"""Figures of the block algebra: `bora-fl bench merging [planted|layer|stream|model ...]`.
 
 * planted: share of planted problems recovered from a cold start, without noise and with 1 % of it;
 * layer: merge and refactorization of one 4096 × 4096 layer against dense means and their decompositions;
@@ -14,7 +14,7 @@ import argparse
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -151,13 +151,15 @@ def bench_model(layers: int) -> Iterator[str]:
     yield f"{size}: {wall:.1f} s wall, {cpu:.1f} s CPU"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts named on the command line, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench merging", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=["planted", "layer", "stream", "model"])
     parser.add_argument("--seeds", type=int, default=5, help="planted problems of every kind (default 5)")
     parser.add_argument("--layers", type=int, default=128, help="layers of the whole model (default 32 x 4)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     parts: dict[str, Callable[[], Iterator[str]]] = {
         "planted": lambda: bench_planted(options.seeds),
         "layer": bench_layer,

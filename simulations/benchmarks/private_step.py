@@ -3,7 +3,7 @@
 Every row takes one optimizer step (forward, backward, clipping, noise, SGD) of a classifier on one batch. Rows take
 turns, so that whatever else the machine does hits all of them, and medians of the process' CPU time are compared:
 
-    python -m bora_fl.simulations.benchmarks.private_step
+    bora-fl bench private-step
 """
 
 import argparse
@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -179,9 +179,11 @@ def table(rows: list[tuple[str, int, float, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench private-step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="embedded:minilm", help="hub id, local folder or embedded:…")
     parser.add_argument("--targets", default="query,value", help="comma-separated modules, or all-linear")
     parser.add_argument("--rank", type=int, default=8)
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # Opacus' hooks warn of first layers, once per layer
     print(table(measure(arguments)))

@@ -1,4 +1,4 @@
-"""What a round costs the server: `python -m bora_fl.simulations.benchmarks.server [--clients 10 100 1000]`.
+"""What a round costs the server: `bora-fl bench server [--clients 10 100 1000]`.
 
 For each adapter and strategy one layer is merged from made-up clients, in a process of its own, and its CPU time and
 peak memory are scaled to all layers: layers are merged one after the other, so time adds up and a layer's working
@@ -9,6 +9,7 @@ import argparse
 import multiprocessing
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,9 +92,11 @@ def measure(adapter: Adapter, strategy: str, clients: int) -> Cost:
     return cost
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000], help="clients that reply in a round")
     chosen = parser.parse_args(arguments)
     console = Console()

@@ -1,6 +1,6 @@
 """What warm workers save: rounds of a deployment over loopback with and without them.
 
-    python -m bora_fl.simulations.benchmarks.worker
+    bora-fl bench worker
 
 The first round of each is left out: it fills the caches of both. A round's time runs from the server's first message to
 the merged adapter; the central test set is kept small, so that it is not the server's evaluation that is measured.
@@ -9,6 +9,7 @@ the merged adapter; the central test set is kept small, so that it is not the se
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from bora_fl.config import Scalar
@@ -26,12 +27,14 @@ def measure(folder: Path, config: dict[str, Scalar], *, workers: bool) -> tuple[
     return seconds[1:], loads
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Measure both and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench worker", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=15, help="local steps; 15 is the default of the run config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     config: dict[str, Scalar] = {
         "run.num-rounds": arguments.rounds,
         "run.evaluate-every": arguments.rounds,

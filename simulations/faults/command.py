@@ -25,9 +25,9 @@ def faults(
     only: Annotated[str, typer.Option(help="comma-separated names, or a part of them; --list shows them")] = "",
     show: Annotated[bool, typer.Option("--list", help="list the faults and leave")] = False,
 ) -> None:
-    """Inject faults into a federation and print what became of each run; exit 1 unless every adapter is right.
+    """Inject faults into a federation and print what became of each run.
 
-    A fault whose run ended right is not injected again in the same folder.
+    Exits with 1 unless every adapter is right. A fault whose run ended right is not injected again in the same folder.
     """
     from bora_fl.paths import write_atomically
     from bora_fl.simulations.faults.catalogue import FAULTS, FaultRun

@@ -1,0 +1,47 @@
+"""``bora-fl bench``: every benchmark by name."""
+
+import importlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bora_fl.config import ConfigError
+
+# Name to module, and what it measures. Each module has `main(arguments)`, and can be run with `python -m` too.
+BENCHMARKS = {
+    "layer": (
+        "bora_fl.kernels.bench.layer",
+        "one layer against its rivals, each checked against float64 first",
+    ),
+    "cost": ("bora_fl.kernels.bench.cost", "a model on paper of what the layer costs on a GPU; nothing is timed"),
+    "gpu-check": (
+        "bora_fl.kernels.gpu_check",
+        "all that needs a GPU: the kernels' tests, then layer times",
+    ),
+    "merging": ("bora_fl.simulations.benchmarks.merging", "merging and refactorizing: planted optima, time, memory"),
+    "server": ("bora_fl.simulations.benchmarks.server", "what a round costs the server, by the number of clients"),
+    "worker": ("bora_fl.simulations.benchmarks.worker", "rounds over loopback with and without warm workers"),
+    "private-step": ("bora_fl.simulations.benchmarks.private_step", "a DP-SGD step against a plain one and Opacus"),
+}
+
+console = Console()
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="the benchmark; its own options follow, such as --help")] = "",
+    show: Annotated[bool, typer.Option("--list", help="list the benchmarks and leave")] = False,
+) -> None:
+    """Run a benchmark on this machine and print its table."""
+    if show or not name:
+        table = Table("name", "what it measures", title="benchmarks")
+        for row, (_, summary) in BENCHMARKS.items():
+            table.add_row(row, summary)
+        console.print(table)
+        return
+    if name not in BENCHMARKS:
+        raise ConfigError(f"bench {name}: no such benchmark; use one of {', '.join(BENCHMARKS)}")
+    code = importlib.import_module(BENCHMARKS[name][0]).main(context.args)
+    raise typer.Exit(code or 0)

@@ -1,0 +1,77 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import bora_fl
+from bora_fl.cli import COMMANDS, cli
+from bora_fl.config import ConfigError, Settings
+from bora_fl.simulations.benchmarks.command import BENCHMARKS
+
+HEAVY = ("torch", "flwr", "pydantic", "transformers", "peft", "numpy", "scipy", "matplotlib", "grpc", "cryptography")
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    if isinstance(result.exception, ConfigError):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_what_the_list_of_commands_says(command: str):
+    module, summary = COMMANDS[command]
+    function = getattr(importlib.import_module(f"{module}.command"), command)
+    assert function.__doc__.splitlines()[0] == summary
+    code, text = call(command, "--help")
+    assert code == 0
+    assert summary in text
+
+
+def test_help_lists_every_command_and_imports_no_library():
+    code = (
+        "import sys; from bora_fl.cli import main\n"
+        "try: main()\n"
+        f"finally: print('imported', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert "imported []" in done.stdout
+    own = ("config", "strategies", "fetch", "run", "demo", "export", "certificates")
+    assert all(f" {name} " in done.stdout for name in (*own, *COMMANDS))
+
+
+def test_the_version():
+    assert call("--version") == (0, f"bora-fl {bora_fl.__version__}\n")
+
+
+def test_config_lists_all_a_group_or_what_has_a_word_in_it():
+    every, group = call("config")[1], call("config", "train")[1]
+    assert all(key in every for key in Settings().flat())
+    assert "train.learning-rate" in group
+    assert "adapter.rank" not in group
+    assert "strategy.residual-rank" in call("config", "RANK")[1]
+    with pytest.raises(ConfigError, match=r"config lr: .*use train\.learning-rate"):
+        call("config", "lr")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_bench_reaches_every_benchmark(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as leaving:
+        importlib.import_module(BENCHMARKS[name][0]).main(["--help"])
+    assert leaving.value.code == 0
+    assert f"usage: bora-fl bench {name}" in capsys.readouterr().out
+    assert f" {name} " in call("bench", "--list")[1]
+
+
+def test_bench_hands_over_options_and_the_exit_code():
+    code, text = call("bench", "cost", "--tokens", "64", "--width", "128")
+    assert code == 0
+    assert "PEFT LoRA, rank 16" in text
+    if not torch.cuda.is_available():
+        assert call("bench", "gpu-check")[0] == 2
+    assert call("bench", "cost", "--nonsense")[0] == 2
+    with pytest.raises(ConfigError, match="bench coast: no such benchmark; use one of layer, cost"):
+        call("bench", "coast")
