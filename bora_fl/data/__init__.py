@@ -2,10 +2,10 @@
 
 from bora_fl.data.clients import ClientData, client_data, draw_batches, loads, test_data
 from bora_fl.data.embedded import FetchError, fetch
-from bora_fl.data.encoded import Encoded, fingerprint
+from bora_fl.data.encoded import Encoded
 from bora_fl.data.loading import RawData, load_dataset, source_fingerprint
 from bora_fl.data.partitions import partition
-from bora_fl.data.picture import partition_picture, partition_table
+from bora_fl.data.picture import partition_picture
 
 __all__ = [
     "ClientData",
@@ -15,12 +15,10 @@ __all__ = [
     "client_data",
     "draw_batches",
     "fetch",
-    "fingerprint",
     "load_dataset",
     "loads",
     "partition",
     "partition_picture",
-    "partition_table",
     "source_fingerprint",
     "test_data",
 ]

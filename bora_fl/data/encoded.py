@@ -1,6 +1,5 @@
-"""Tokenized examples: ragged token storage, padded batches, and a fingerprint of what is inside."""
+"""Tokenized examples: ragged token storage, padded batches."""
 
-import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,14 +35,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Terms of the loss over all examples: one an example for classes, else the tokens that are predicted."""
-        if self.classes is not None:
-            return len(self)
-        # Nothing comes before an example's first token, so it is never predicted.
-        return int((self.lengths - np.clip(self.prompts, 1, self.lengths)).sum())
 
     def select(self, indices: NDArray[np.int64]) -> "Encoded":
         """The examples at `indices`; the tokens are shared, not copied."""
@@ -85,17 +76,3 @@ class Encoded:
             "attention_mask": torch.from_numpy(inside.astype(np.int64)),
             "labels": torch.from_numpy(labels),
         }
-
-
-def fingerprint(encoded: Encoded) -> str:
-    """A hash of the examples as a collection: the same in every process and for every order of them.
-
-    Returns:
-        64 hexadecimal digits, SHA-256 over the sorted digests of (tokens, prompt length, class) of each example.
-    """
-    classes = encoded.classes if encoded.classes is not None else np.full(len(encoded), -1, dtype=np.int64)
-    digests = []
-    for begin, length, prompt, label in zip(encoded.begin, encoded.lengths, encoded.prompts, classes, strict=True):
-        tokens = encoded.tokens[begin : begin + length].astype("<i4", copy=False).tobytes()
-        digests.append(hashlib.sha256(f"{prompt}:{label}:".encode() + tokens).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -1,7 +1,6 @@
 """Who holds what: the partition as a table and as a picture."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,29 +11,6 @@ from bora_fl.data.partitions import classes_or_ids, natural_ids, partition
 
 _MOST_IN_LEGEND = 25
 _MOST_NAMED = 12
-
-
-def partition_table(settings: DataSettings, num_partitions: int, seed: int) -> list[dict[str, Any]]:
-    """What each client holds.
-
-    Returns:
-        For each client ``client`` (partition id), ``examples``, ``ids`` (its natural ids, where the data has the
-        column) and ``labels`` (class name to number of examples; empty where the data has no classes).
-
-    Raises:
-        ConfigError: As `partition` does.
-    """
-    raw = load_dataset(settings)
-    parts = partition(settings, num_partitions, seed)
-    classes, class_names = classes_or_ids(settings, raw) if raw.label_names else (None, [])
-    ids, id_names = natural_ids(settings, raw) if _has_ids(settings, raw) else (None, [])
-    table = []
-    for client, rows in enumerate(parts):
-        held = [] if ids is None else [id_names[i] for i in np.unique(ids[rows])]
-        counts = [] if classes is None else np.bincount(classes[rows], minlength=len(class_names)).tolist()
-        labels = dict(zip(class_names, counts, strict=True))
-        table.append({"client": client, "examples": len(rows), "ids": held, "labels": labels})
-    return table
 
 
 def partition_picture(settings: DataSettings, num_partitions: int, seed: int, path: str | Path) -> Path:

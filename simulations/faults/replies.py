@@ -12,8 +12,8 @@ from bora_fl.config import Scalar
 from bora_fl.report import read_rows
 from bora_fl.server import checkpoint
 from bora_fl.server.checkpoint import Checkpoint
-from bora_fl.simulations.engine import simulate
-from bora_fl.simulations.faults.verdict import CONFIG, ROUND, SITES, Fault, Verdict, judge, round_of
+from bora_fl.simulations.engine import round_of, simulate
+from bora_fl.simulations.faults.verdict import CONFIG, ROUND, SITES, Fault, Verdict, judge
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import METRICS, REPLY, SCHEMA, STATE

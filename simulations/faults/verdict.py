@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from flwr.app import Message
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bora_fl.config import Scalar
 from bora_fl.report import read_rows
-from bora_fl.simulations.engine import Tamper, simulate
-from bora_fl.wire.schema import REPLY
+from bora_fl.simulations.engine import only_of, simulate
 
 SITES = 3
 ROUND = 2  # in which the faults are injected
@@ -87,20 +85,6 @@ def judge(folder: Path, config: Mapping[str, Scalar], outcome: str, seconds: flo
     correct = ours.keys() == theirs.keys() and difference <= TOLERANCE and len(rows) == config["run.num-rounds"]
     without = sum(len(clients) < SITES for _, clients in took_part)
     return Verdict(outcome, correct, difference, seconds, lost + without)
-
-
-def round_of(message: Message) -> int:
-    """The round that a reply belongs to."""
-    return int(message.content.config_records[REPLY]["round"])  # type: ignore[arg-type]
-
-
-def only_of(took_part: Mapping[int, frozenset[int]]) -> Tamper:
-    """Lets only the given clients' replies through, round by round."""
-
-    def tamper(message: Message, partition: int) -> Message | None:
-        return message if partition in took_part[round_of(message)] else None
-
-    return tamper
 
 
 @cache

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -160,9 +161,10 @@ def test_sentiment4_is_fetched_dealt_and_tokenized(minilm: Any) -> None:
     assert raw.test is not None
     assert (len(raw.train), len(raw.test)) == (18_670, 4_948)
     assert raw.label_names == ["negative", "neutral", "positive"]
-    table = data.partition_table(settings, 4, 0)
-    assert [row["ids"] for row in table] == [["editorials"], ["movies"], ["products"], ["tweets"]]
-    neutral = [row["labels"]["neutral"] / row["examples"] for row in table]
+    deal = data.partition(settings, 4, 0)
+    domains, labels = np.array(raw.train["domain"][:]), np.array(raw.train["label"][:])
+    assert [set(domains[rows]) for rows in deal] == [{"editorials"}, {"movies"}, {"products"}, {"tweets"}]
+    neutral = [np.mean(labels[rows] == 1) for rows in deal]
     assert round(neutral[0], 2) == 0.46
     assert round(neutral[1], 2) == 0.05
     encoded = data.test_data(settings, ModelSettings(), minilm)

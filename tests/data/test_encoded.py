@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bora_fl.data import Encoded, fingerprint
+from bora_fl.data import Encoded
 
 
 @st.composite
@@ -41,13 +41,6 @@ def test_batch_is_the_rows_padded(data: Encoded, seed: int) -> None:
         assert batch["labels"].tolist() == expected
 
 
-@given(data=encoded())
-@settings(deadline=None, max_examples=40)
-def test_targets_counted_are_the_targets_in_batches(data: Encoded) -> None:
-    labels = data.batch(np.arange(len(data)))["labels"]
-    assert data.num_target_tokens == int((labels != -100).sum())
-
-
 @given(data=encoded(), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_selection_keeps_rows_and_shares_tokens(data: Encoded, seed: int) -> None:
@@ -68,30 +61,3 @@ def test_empty_batch_has_the_shapes_of_a_full_one(data: Encoded) -> None:
         k: (v.dtype, v.dim(), 0) for k, v in full.items()
     }
     assert empty["input_ids"].shape[1] > 0
-
-
-def example(tokens: list[list[int]], prompts: list[int], classes: list[int] | None = None) -> Encoded:
-    lengths = np.array([len(t) for t in tokens])
-    flat = np.concatenate(tokens).astype(np.int32)
-    labels = None if classes is None else np.array(classes)
-    return Encoded(flat, np.cumsum(lengths) - lengths, lengths, np.array(prompts), labels, 0, 16)
-
-
-def test_fingerprint_knows_a_collection_whatever_its_order() -> None:
-    one = example([[1, 2], [3, 4, 5]], [0, 1])
-    assert fingerprint(one) == fingerprint(example([[3, 4, 5], [1, 2]], [1, 0]))
-    assert fingerprint(one) == fingerprint(one.select(np.array([1, 0])))
-
-
-def test_fingerprint_tells_collections_apart() -> None:
-    others = [
-        example([[1, 2], [3, 4, 5]], [0, 1]),
-        example([[1, 2], [3, 4, 6]], [0, 1]),
-        example([[1, 2, 3], [4, 5]], [0, 1]),
-        example([[1, 2], [3, 4, 5]], [0, 2]),
-        example([[1, 2], [3, 4, 5], [3, 4, 5]], [0, 1, 1]),
-        example([[1, 2]], [0]),
-        example([[1, 2], [3, 4, 5]], [0, 0], [0, 1]),
-        example([[1, 2], [3, 4, 5]], [0, 0], [1, 1]),
-    ]
-    assert len({fingerprint(o) for o in others}) == len(others)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data import load_dataset, partition, partition_picture, partition_table
+from bora_fl.data import load_dataset, partition, partition_picture
 
 KINDS = [k for k in get_args(DataSettings.model_fields["partition"].annotation) if k != "local"]
 
@@ -173,17 +173,6 @@ def test_rows_without_an_id_are_counted(tmp_path: Path) -> None:
 def test_nothing_is_printed(shop: DataSettings, capfd: pytest.CaptureFixture[str]) -> None:
     deals(shop, 0)
     assert capfd.readouterr() == ("", "")
-
-
-def test_table_counts_what_clients_hold(shop: DataSettings) -> None:
-    raw = load_dataset(shop)
-    table = partition_table(shop, 5, 0)
-    assert [row["client"] for row in table] == list(range(5))
-    assert [row["ids"] for row in table] == [[f"s{i}"] for i in range(5)]
-    assert [row["examples"] for row in table] == [sum(row["labels"].values()) for row in table]
-    totals = Counter(raw.train["label"][:])
-    assert {n: sum(row["labels"][n] for row in table) for n in "abcd"} == {n: totals[i] for i, n in enumerate("abcd")}
-    assert all(row["labels"] == {} for row in partition_table(change(shop, label_column=""), 5, 0))
 
 
 @pytest.mark.parametrize(

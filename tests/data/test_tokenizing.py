@@ -49,7 +49,6 @@ def test_plain_text_begins_with_bos_and_ends_with_eos_where_it_fits(words: Any, 
     encoded = tokenized(data, CAUSAL, words)
     sea = " ".join(["sea"] * 11)
     assert shown(encoded, words) == [("<bos> sun moon <eos>", "sun moon <eos>"), (f"<bos> {sea}", sea)]
-    assert encoded.num_target_tokens == 3 + 11
 
 
 def test_without_a_chat_template_the_response_follows_a_newline(words: Any, tmp_path: Path) -> None:
