@@ -164,7 +164,7 @@ class Results:
     Attributes:
         plan: What was to run.
         outcomes: Each run and how it ended.
-        rows: Of the finished cells.
+        rows: Of the finished runs.
         summaries: Scenario by scenario, in the plan's order.
         baseline: What differences are from.
     """
