@@ -1,10 +1,12 @@
-"""Where files go, and the one way in which a file that must be whole is written."""
+"""Where files go, the one way in which a file that must be whole is written, and how damage to it is seen."""
 
+import hashlib
 import os
+import re
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -16,6 +18,19 @@ def cache_folder() -> Path:
 def state_folder() -> Path:
     """What must outlive a process, such as ledgers: ``$BORA_FL_STATE``, else ``~/.local/state/bora_fl``."""
     return Path(os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl").expanduser()
+
+
+@contextmanager
+def state_in(folder: Path) -> Iterator[None]:
+    """Let this process keep its state in a folder of its own, as for a simulation that is no real site."""
+    before = os.environ.get("BORA_FL_STATE")
+    os.environ["BORA_FL_STATE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("BORA_FL_STATE")
+        if before is not None:
+            os.environ["BORA_FL_STATE"] = before
 
 
 def write_atomically(path: Path, content: bytes | str, *, mode: int = 0o666) -> None:
@@ -77,6 +92,54 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def path_part(text: str) -> str:
+    """Return a name that came from elsewhere, such as a run's id, if it may be one part of a path.
+
+    Raises:
+        ValueError: Unless it is 1 to 64 letters, digits, hyphens and underscores.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text, re.ASCII):
+        raise ValueError(f"{text[:80]!r} is no name for a file: use 1 to 64 letters, digits, hyphens and underscores")
+    return text
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_digests(path: Path, files: Iterable[Path]) -> None:
+    """Write a list of SHA-256 digests, in the form that ``sha256sum --check`` reads.
+
+    Args:
+        path: The list.
+        files: What it lists: files in the list's folder or below it.
+    """
+    lines = [f"{digest(file)}  {file.relative_to(path.parent)}\n" for file in sorted(files)]
+    write_atomically(path, "".join(lines))
+
+
+def damaged(path: Path, files: Iterable[Path]) -> list[str]:
+    """What is not as it was when `write_digests` listed it: names of files that are missing or have other content.
+
+    Args:
+        path: The list.
+        files: What is listed now, as it is, if there is no list yet and one can be written.
+    """
+    if not path.is_file():
+        with suppress(OSError):
+            write_digests(path, files)
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        expected, _, name = line.partition("  ")
+        file = path.parent / name if name else path
+        if not file.is_file() or digest(file) != expected:
+            found.append(name or path.name)
+    return found
 
 
 def _flush(path: Path) -> None:

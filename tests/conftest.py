@@ -2,11 +2,14 @@
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+
+from bora_fl.paths import state_in
 
 # Ray's workers yield to everything else by default: beside other tests they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -14,6 +17,13 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 GOOD = ["good", "great", "fine", "happy", "nice"]
 BAD = ["bad", "awful", "sad", "poor", "wrong"]
 PLAIN = ["the", "a", "film", "book", "phone", "was", "is", "very", "it", "and"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test writes ledgers or audit logs to the user's own state folder."""
+    with state_in(tmp_path_factory.mktemp("state")):
+        yield
 
 
 @pytest.fixture(scope="session")

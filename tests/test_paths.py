@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.paths import atomically, cache_folder, state_folder, write_atomically
+from bora_fl.paths import atomically, cache_folder, damaged, path_part, state_folder, state_in, write_atomically
 
 
 def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +112,41 @@ def _write(path: Path, kind: str, content: str, then: str = "") -> None:
 
 def _read(path: Path) -> str:
     return (path / "inside" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["..", ".", "", "a/b", "../x", "a\\b", "a.b", "a\0b", "a\n", "ä", " ", "~", "x" * 65, "²"]
+)
+def test_what_could_lead_elsewhere_is_no_part_of_a_path(text: str):
+    with pytest.raises(ValueError, match="is no name for a file"):
+        path_part(text)
+
+
+@pytest.mark.parametrize("text", ["run", "0f" * 16, "A_b-9", "x" * 64])
+def test_ids_are_parts_of_paths(text: str):
+    assert path_part(text) == text
+
+
+def test_damage_is_seen_and_named(tmp_path: Path):
+    files = [tmp_path / "a", tmp_path / "b" / "c"]
+    (tmp_path / "b").mkdir()
+    for file in files:
+        file.write_bytes(b"content of " + file.name.encode())
+    sums = tmp_path / "SHA256SUMS"
+    assert damaged(sums, files) == []  # lists them
+    assert damaged(sums, []) == []
+    done = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0
+    files[1].write_bytes(b"Content of c")
+    assert damaged(sums, files) == ["b/c"]
+    files[0].unlink()
+    assert damaged(sums, files) == ["a", "b/c"]
+    sums.write_bytes(b"\xff nothing")
+    assert damaged(sums, files) != []
+
+
+def test_state_is_elsewhere_for_a_while(tmp_path: Path):
+    before = state_folder()
+    with state_in(tmp_path):
+        assert state_folder() == tmp_path
+    assert state_folder() == before
