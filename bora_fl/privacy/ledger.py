@@ -4,22 +4,27 @@ A ledger is one JSON file per data set, named by a fingerprint of its records. `
 so that a client that dies while training, or before its reply leaves, has spent its steps and cannot spend them again.
 ε composes over every run on the same records: a second run does not start from zero.
 
+Beside each ledger, in the state folder, stands its head: how many entries it had and their digest. A ledger that lacks
+some of them, such as an older copy that was put back, is refused. The ledger is written first, so that a crash between
+the two leaves a head that is behind, never one that is ahead.
+
 A data officer may write `limit.json` (`{"epsilon": 8.0, "delta": 1e-5}`) into the folder. It binds every run, whatever
 budget the run asks for.
 """
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock
+
 from bora_fl.config import Settings
 from bora_fl.data import source_fingerprint
+from bora_fl.paths import state_folder, write_atomically
 from bora_fl.privacy.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
 
 _VERSION = 1
@@ -65,7 +70,7 @@ class Ledger:
         """
         if not (dataset_fingerprint and dataset_fingerprint.isalnum()):
             raise ValueError(f"dataset_fingerprint = {dataset_fingerprint!r}: use fingerprint(records)")
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         name = dataset_fingerprint if unit == "record" else f"{dataset_fingerprint}-{unit}"
         ledger = cls(Path(folder) / f"{name}.json", run_id, dataset_fingerprint, budget, accountant, unit)
         epsilon([], budget.delta, accountant)
@@ -119,8 +124,18 @@ class Ledger:
                 raise ValueError(f'{limit}: {error}; write {{"epsilon": 8.0, "delta": 1e-5}}') from error
 
     def _read(self) -> list[tuple[str, Spent]]:
-        if not self._file.exists():
-            return []
+        head = self._read_head()  # before the ledger, which another process may write to in between
+        entries = self._read_entries() if self._file.exists() else []
+        if head != (0, "") and head != (head[0], _digest(entries[: head[0]])):
+            raise ValueError(
+                f"privacy ledger {self._file} was rolled back or changed: its {len(entries)} entries do not begin with "
+                f"the {head[0]} that {self._head_file} counted. Put the newest copy of the ledger back, or, only if "
+                f"you know that every entry is in it, delete {self._head_file}. Until then, training on these records "
+                "is refused"
+            )
+        return entries
+
+    def _read_entries(self) -> list[tuple[str, Spent]]:
         try:
             content: dict[str, Any] = json.loads(self._file.read_text())
             if (content["version"], content["unit"], content["dataset"]) != (_VERSION, self.unit, self._dataset):
@@ -145,23 +160,39 @@ class Ledger:
             "dataset": self._dataset,
             "entries": [{"run": run, **spent._asdict()} for run, spent in entries],
         }
-        fresh = self._file.with_suffix(".new")
-        with fresh.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self._file)
-        folder = os.open(self._file.parent, os.O_RDONLY)
+        write_atomically(self._file, json.dumps(content, indent=1), mode=0o600)
+        head = {"entries": len(entries), "sha256": _digest(entries), "ledger": str(self._file)}
+        self._head_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(self._head_file, json.dumps(head) + "\n", mode=0o600)
+
+    @property
+    def _head_file(self) -> Path:
+        """Named by where the ledger is: ledgers of the same data in other folders have heads of their own."""
+        place = hashlib.sha256(str(self._file.resolve()).encode()).hexdigest()
+        return state_folder() / "ledger-heads" / f"{place}.json"
+
+    def _read_head(self) -> tuple[int, str]:
+        """How many entries the ledger had at least, and their digest; (0, "") if none were ever counted."""
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            head = json.loads(self._head_file.read_text())
+            return int(head["entries"]), str(head["sha256"])
+        except FileNotFoundError:
+            return 0, ""
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self._head_file}, which counts the entries of the privacy ledger {self._file}, cannot be read "
+                f"({error}). If you know that the ledger is whole, delete it. Until then, training is refused"
+            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with self._file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self._file.with_suffix(".lock"), mode=0o600):
             yield
+
+
+def _digest(entries: list[tuple[str, Spent]]) -> str:
+    rows = [[run, float(spent.noise_multiplier), float(spent.sample_rate), int(spent.steps)] for run, spent in entries]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def site_ledger(settings: Settings, run_id: str, partition: int, unit: Unit = "record") -> Ledger:
@@ -190,8 +221,7 @@ def ledger_folder(settings: Settings) -> Path:
     """``privacy.ledger-dir``, else ``$BORA_FL_STATE/ledger``, else ``~/.local/state/bora_fl/ledger``."""
     if settings.privacy.ledger_dir:
         return Path(settings.privacy.ledger_dir).expanduser()
-    state = os.environ.get("BORA_FL_STATE") or Path.home() / ".local" / "state" / "bora_fl"
-    return Path(state).expanduser() / "ledger"
+    return state_folder() / "ledger"
 
 
 def planned_rounds(settings: Settings) -> int:

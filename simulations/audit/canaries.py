@@ -9,6 +9,7 @@ lower bound of ε of the scores.
 import math
 import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel
+from bora_fl.paths import state_in
 from bora_fl.privacy.accounting import Unit
 from bora_fl.privacy.audit import AuditResult, audit, draw_inclusion
 from bora_fl.privacy.gaussian import Randomness
@@ -140,7 +142,7 @@ def losses(model: FederatedModel, data: Encoded, batch_size: int = 128) -> Tenso
 def _train(model: FederatedModel, records: Encoded, settings: Settings) -> tuple[float, float]:
     """Train all planned rounds; returns the claimed ε and the noise multiplier."""
     claimed, noise = math.inf, 0.0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, state_in(Path(folder)):
         privacy = settings.privacy.model_copy(update={"ledger_dir": folder})
         settings = settings.model_copy(update={"privacy": privacy})
         for number in range(1, settings.run.num_rounds + 1):

@@ -3,17 +3,25 @@
 import json
 import math
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bora_fl.paths import state_folder, state_in
 from bora_fl.privacy import accounting
 from bora_fl.privacy.accounting import Budget, BudgetExceeded, epsilon, solve_noise
 from bora_fl.privacy.ledger import Ledger, fingerprint
 
 DATA = fingerprint(["first", "second"])
 LARGE = Budget(1000.0, 1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path_factory):
+    with state_in(tmp_path_factory.mktemp("state")):
+        yield
 
 
 def open_ledger(folder, *, run_id="run", data=DATA, budget=LARGE, accountant="rdp"):
@@ -143,7 +151,7 @@ def test_the_entry_is_flushed_before_it_replaces_the_old_one(tmp_path, monkeypat
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (order.append(name), real(*args))[1])
     open_ledger(tmp_path).spend(1.0, 0.1, 5)
-    assert order == ["fsync", "replace", "fsync"]
+    assert order == ["fsync", "replace", "fsync"] * 2  # the ledger, then its head
 
 
 def test_processes_may_spend_at_once(tmp_path, monkeypatch):
@@ -159,6 +167,82 @@ def test_an_unreadable_ledger_is_never_started_anew(tmp_path, content):
     (tmp_path / f"{DATA}.json").write_text(content)
     with pytest.raises(ValueError, match="cannot be read"):
         open_ledger(tmp_path)
+
+
+@pytest.mark.parametrize("old", [0, 1, 2])
+def test_an_older_copy_that_is_put_back_is_refused(tmp_path, old):
+    file, copies = tmp_path / f"{DATA}.json", []
+    for steps in (3, 5, 7):
+        copies.append(file.read_bytes() if file.exists() else None)
+        open_ledger(tmp_path).spend(1.0, 0.1, steps)
+    newest = file.read_bytes()
+    file.unlink()
+    if copies[old] is not None:
+        file.write_bytes(copies[old])
+    with pytest.raises(ValueError, match=r"was rolled back or changed: its \d entries .* Put the newest copy"):
+        open_ledger(tmp_path)
+    file.write_bytes(newest)
+    assert open_ledger(tmp_path).history() == [(1.0, 0.1, 15)]
+
+
+def test_a_ledger_that_is_open_notices_a_rollback_too(tmp_path):
+    ledger = open_ledger(tmp_path)
+    ledger.spend(1.0, 0.1, 5)
+    (tmp_path / f"{DATA}.json").unlink()
+    with pytest.raises(ValueError, match="rolled back"):
+        ledger.spend(1.0, 0.1, 5)
+
+
+def test_a_changed_entry_is_refused(tmp_path):
+    open_ledger(tmp_path).spend(1, 0.1, 100)
+    file = tmp_path / f"{DATA}.json"
+    file.write_text(file.read_text().replace('"steps": 100', '"steps": 1'))
+    with pytest.raises(ValueError, match="rolled back or changed"):
+        open_ledger(tmp_path)
+
+
+def test_a_crash_between_ledger_and_head_is_no_rollback(tmp_path, monkeypatch):
+    ledger = open_ledger(tmp_path)
+    ledger.spend(1, 0.1, 5)
+    real = os.replace
+    renamed = []
+
+    def crash_before_the_head(source, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise OSError("killed")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash_before_the_head)
+        with pytest.raises(OSError, match="killed"):
+            ledger.spend(1.0, 0.1, 7)
+    assert open_ledger(tmp_path).history() == [(1.0, 0.1, 12)]
+    open_ledger(tmp_path).spend(1.0, 0.1, 1)
+    assert open_ledger(tmp_path).history() == [(1.0, 0.1, 13)]
+
+
+def test_a_ledger_from_before_heads_is_adopted(tmp_path):
+    open_ledger(tmp_path).spend(1.0, 0.1, 5)
+    shutil.rmtree(state_folder() / "ledger-heads")
+    assert open_ledger(tmp_path).history() == [(1.0, 0.1, 5)]
+    open_ledger(tmp_path).spend(1.0, 0.1, 5)
+    assert len(list((state_folder() / "ledger-heads").glob("*.json"))) == 1
+
+
+def test_an_unreadable_head_is_refused(tmp_path):
+    open_ledger(tmp_path).spend(1.0, 0.1, 5)
+    for head in (state_folder() / "ledger-heads").glob("*.json"):
+        head.write_text("{}")
+    with pytest.raises(ValueError, match="which counts the entries"):
+        open_ledger(tmp_path)
+
+
+def test_ledger_and_head_are_their_owner_s_alone(tmp_path):
+    open_ledger(tmp_path / "ledger").spend(1.0, 0.1, 5)
+    for folder in (tmp_path / "ledger", state_folder() / "ledger-heads"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
 
 
 def test_a_ledger_of_other_records_is_refused(tmp_path):
