@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.models import peft_config
-from bora_fl.paths import delete
+from bora_fl.paths import delete, state_in
 from bora_fl.report import read_rows
 from bora_fl.simulations import grid
 from bora_fl.simulations.compare.scenarios import Scenario, at_epsilon, near_misses, scenario
@@ -113,7 +113,8 @@ class CompareRun(grid.Run):
         Config, ledgers and log stay too; checkpoints and the adapter go, since nothing reads them and full
         fine-tuning's are large.
         """
-        simulate(self.run_settings, self.num_clients, node_configs=self.node_configs)
+        with state_in(self.folder / "state"):  # simulated sites leave no trace in the user's own state
+            simulate(self.run_settings, self.num_clients, node_configs=self.node_configs)
         for name in ("checkpoints", "adapter"):
             delete(self.folder / name)
         return {}

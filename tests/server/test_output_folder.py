@@ -1,0 +1,78 @@
+"""An output folder belongs to one run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bora_fl.config import ConfigError
+from bora_fl.report import read_rows
+from bora_fl.server.output_folder import held, refuse_another_run
+from bora_fl.simulations.engine import simulate
+
+HOLD = """
+import pathlib, sys, time
+from bora_fl.server.output_folder import held
+with held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_killed(tmp_path: Path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(ConfigError) as error, held(tmp_path):
+                raise AssertionError("two runs hold the folder")
+            for part in (f"run.output-dir = '{tmp_path}'", f"process {process.pid} on ", "another run.output-dir"):
+                assert part in str(error.value)
+        finally:
+            process.kill()
+    with held(tmp_path):
+        pass
+
+
+def test_two_runs_do_not_write_to_one_folder(tiny_config: dict[str, Any]):
+    refused = []
+
+    def start_another(message: Any, partition: int) -> Any:
+        if not refused:
+            with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* writes to it") as error:
+                simulate(tiny_config | {"run.resume": True}, 3)
+            refused.append(error)
+        return message
+
+    folder = simulate(tiny_config, 3, tamper=start_another)
+    assert refused
+    assert [row["round"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3]
+    simulate(tiny_config | {"run.resume": True}, 3)  # the folder is free again
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\n", b'{"round": 1}\n'])
+def test_metrics_that_cannot_be_read_are_no_empty_folder(content: bytes, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"holds a run already; set run\.resume=true"):
+        refuse_another_run(tmp_path)
+
+
+def test_a_folder_with_checkpoints_alone_is_not_empty(tiny_config: dict[str, Any]):
+    folder = simulate(tiny_config, 3)
+    kept = sorted((folder / "checkpoints").rglob("*"))
+    (folder / "metrics.jsonl").write_bytes(b"\xff" + (folder / "metrics.jsonl").read_bytes()[1:])
+    for spoil in (lambda: None, (folder / "metrics.jsonl").unlink):
+        spoil()
+        with pytest.raises(ConfigError, match="holds a run already"):
+            simulate(tiny_config, 3)
+        assert sorted((folder / "checkpoints").rglob("*")) == kept
+
+
+def test_an_empty_folder_is_free(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
+    refuse_another_run(tmp_path)
