@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import bora_fl
+from bora_fl.deployment.audit_log import audit_log
 
 if TYPE_CHECKING:
     from bora_fl.config import Scalar
@@ -74,6 +75,7 @@ cli = typer.Typer(
 )
 certificates = typer.Typer(no_args_is_help=True, help="Make the certificates and keys of a federation over TLS.")
 cli.add_typer(certificates, name="certificates")
+cli.add_typer(audit_log, name="audit-log")
 console = Console()
 
 ConfigOption = Annotated[
@@ -96,8 +98,9 @@ def main() -> None:
             sys.exit(2)
         from bora_fl.data import FetchError
         from bora_fl.deployment.launch import LaunchError
+        from bora_fl.server.checkpoint import CheckpointError
 
-        if not isinstance(error, LaunchError | FetchError):
+        if not isinstance(error, LaunchError | FetchError | CheckpointError):
             raise
         console.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

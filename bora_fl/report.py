@@ -1,6 +1,7 @@
 """What happened in a round: the report, ``metrics.jsonl``, the table of rounds and their picture."""
 
 import json
+import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,8 @@ from rich.table import Table
 
 from bora_fl.paths import write_atomically
 from bora_fl.privacy.accounting import EpsilonSummary, Unit, summarize
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,15 @@ class RoundReport:
     epsilon: EpsilonSummary | None = None
     strategy: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
+    replies: Mapping[str, str] = field(default_factory=dict)
+    """Node to the digest of its reply: for the audit log alone."""
 
     def row(self) -> dict[str, Any]:
         """As a line of ``metrics.jsonl``."""
         per_client = {str(client): metrics.row() for client, metrics in self.per_client.items()}
-        return asdict(replace(self, per_client={})) | {"per_client": per_client}
+        row = asdict(replace(self, per_client={})) | {"per_client": per_client}
+        del row["replies"]
+        return row
 
 
 def mean_train_loss(metrics: Collection[ClientMetrics]) -> float | None:
@@ -144,28 +151,57 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as a line, on disk when this returns."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append one JSON object as a line, on disk when this returns; the file is its owner's alone.
+
+    A line that a crash has cut off is ended first, so that it spoils no other.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "ab") as file:
+        os.fchmod(descriptor, 0o600)
+        size = os.fstat(descriptor).st_size
+        cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        file.write(b"\n" * cut_off + json.dumps(row).encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(descriptor)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows that can be read, one a round: of a round that was written twice, the last."""
+    return _read(path)[0]
 
 
 def drop_rows_after(path: Path, last_round: int) -> None:
-    """Drop rows after a round, so that a resumed run writes each round once."""
-    rows = [row for row in read_rows(path) if row["round"] <= last_round]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Drop rows after a round, so that a resumed run writes each round once; unreadable lines go to a file beside it.
+
+    That file is ``metrics.jsonl.unreadable``.
+    """
+    rows, unreadable = _read(path)
+    if unreadable:
+        aside = path.with_name(path.name + ".unreadable")
+        log.warning("%d unreadable lines of %s are now in %s", len(unreadable), path, aside.name)
+        before = aside.read_bytes() if aside.is_file() else b""
+        write_atomically(aside, before + b"".join(line + b"\n" for line in unreadable), mode=0o600)
+    kept = [row for row in rows if row["round"] <= last_round]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept), mode=0o600)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows, the last of each round, and the lines that are no rows."""
+    rows: dict[int, dict[str, Any]] = {}
+    unreadable = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            number = row["round"]
+            if type(number) is not int:
+                raise TypeError(f"round {number!r}")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            if line.strip():
+                unreadable.append(line)
+            continue
+        rows.pop(number, None)
+        rows[number] = row
+    return list(rows.values()), unreadable
 
 
 def round_line(row: dict[str, Any], num_rounds: int) -> str:

@@ -6,9 +6,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bora_fl.config import ConfigError
-from bora_fl.privacy.audit_log import verify
-
 console = Console()
 audit_log = typer.Typer(no_args_is_help=True, help="The append-only log of what left a site or came of a round.")
 
@@ -24,6 +21,9 @@ def verify_log(
     expect: Annotated[str, typer.Option(help="digest that an earlier verify printed; it must still be there")] = "",
 ) -> None:
     """Check that no line of an audit log was changed or taken away; exit 1 with the first broken line if one was."""
+    from bora_fl.config import ConfigError
+    from bora_fl.privacy.audit_log import verify
+
     try:
         found = verify(path, expect)
     except (OSError, ValueError) as error:

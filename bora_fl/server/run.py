@@ -17,9 +17,12 @@ from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.paths import digest
+from bora_fl.privacy.audit_log import AUDIT_LOG, append
 from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, round_line, rounds_picture
 from bora_fl.seeds import derive
-from bora_fl.server.checkpoint import Checkpoint, load_newest, save
+from bora_fl.server.checkpoint import MANIFEST, Checkpoint, CheckpointError, load_newest, save
+from bora_fl.server.output_folder import held, refuse_another_run
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
@@ -71,19 +74,23 @@ class Server(Observer):
             The output folder.
 
         Raises:
-            ConfigError: If the output folder holds another run.
+            ConfigError: If the output folder holds another run, or another process writes to it.
+            CheckpointError: If the run cannot go on from its checkpoints.
             RunFailedError: If the federation stops being able to train.
         """
+        with held(self.folder):
+            return self._run(grid)
+
+    def _run(self, grid: Grid) -> Path:
         config = self.settings.flat()
         found = load_newest(self.folder / "checkpoints", config) if self.settings.run.resume else None
         if found is None:
-            self._start_anew()
+            refuse_another_run(self.folder)
             checkpoint = Checkpoint(0, uuid.uuid4().hex, ServerState.start(self.model.read()), [])
         else:
             checkpoint = found
             log.info("resuming after round %d from %s", checkpoint.round, self.folder)
             drop_rows_after(self.metrics_path, checkpoint.round)
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self._run_id = checkpoint.run_id
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self)
@@ -92,13 +99,6 @@ class Server(Observer):
         self.model.save(self.folder / "adapter", strategy.folds)
         rounds_picture(read_rows(self.metrics_path), self.folder / "rounds.png")
         return self.folder
-
-    def _start_anew(self) -> None:
-        if read_rows(self.metrics_path):
-            raise ConfigError(
-                f"run.output-dir = '{self.folder}' holds a run already; set run.resume=true to go on with it, "
-                "or another run.output-dir"
-            )
 
     def on_start(self, num_partitions: int) -> None:
         """Draw how the data is dealt to the clients, in ``partition.png``, unless the sites have data of their own."""
@@ -139,8 +139,21 @@ class Server(Observer):
         checkpoint = Checkpoint(report.round, self._run_id, state, folds)
         keep = self.settings.run.keep_checkpoints
         try:
-            self._save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)
+            saved = self._save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)
+            append(
+                self.folder / AUDIT_LOG,
+                kind="round",
+                run=self._run_id,
+                round=report.round,
+                replies=dict(report.replies),
+                clients=sorted(report.per_client),
+                rejected=sorted(report.reasons),
+                charge=row["epsilon"],
+                checkpoint=digest(saved / MANIFEST),
+            )
             append_row(self.metrics_path, row)
+        except CheckpointError as error:
+            raise RunFailedError(str(error)) from error
         except (OSError, SafetensorError) as error:
             raise RunFailedError(
                 f"round {report.round} could not be written to {self.folder} ({error}); make room there, then go on "

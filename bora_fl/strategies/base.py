@@ -167,6 +167,7 @@ class FederatedStrategy(Strategy):
             client_accuracy=clients.accuracy if clients else None,
             client_accuracy_min=clients.worst if clients else None,
             bytes_up=intake.bytes_up,
+            replies=intake.digests,
             bytes_down=bytes_down,
             seconds=time.perf_counter() - started,
             server_seconds=merged.seconds,

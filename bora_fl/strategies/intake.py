@@ -13,6 +13,7 @@ from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.wire.records import content_digest
 from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, require_positive_sigma
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Intake:
         held: Node to the newest base delta it holds.
         bytes_up: Size of the replies.
         train_loss: Mean training loss, where clients report it under secure aggregation.
+        digests: Node to the digest of its reply, as it came.
     """
 
     updates: tuple[ClientUpdate, ...] = ()
@@ -41,6 +43,7 @@ class Intake:
     held: dict[int, int] = field(default_factory=dict)
     bytes_up: int = 0
     train_loss: float | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,14 @@ def take_in(
     metrics: dict[int, ClientMetrics] = {}
     rejected: dict[str, str] = {}
     held: dict[int, int] = {}
+    digests: dict[str, str] = {}
     bytes_up = 0
     received = sorted(replies, key=lambda m: m.metadata.src_node_id)
     for message in received:
         node = message.metadata.src_node_id
-        bytes_up += size(message.content) if message.has_content() else 0
+        if message.has_content():
+            bytes_up += size(message.content)
+            digests[str(node)] = content_digest(message.content)
         try:
             state, reported = read_reply(message, sent.state.current, sent.parts, sent.round, adapter.rank)
             if adapter.transform == "exp_norm":
@@ -112,7 +118,7 @@ def take_in(
     )
     rejected |= {str(client): reason for client, reason in screened.items()}
     kept = {client: metrics[client] for client in metrics if client not in screened}
-    return Intake(tuple(updates), len(updates), len(received), kept, rejected, held, bytes_up)
+    return Intake(tuple(updates), len(updates), len(received), kept, rejected, held, bytes_up, digests=digests)
 
 
 def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Intake:

@@ -1,5 +1,6 @@
 """Adapter states, instructions and replies as Flower records, versioned."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,8 +8,10 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
+from bora_fl.paths import path_part
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 
@@ -57,7 +60,7 @@ class Instruction:
         """From a received message.
 
         Raises:
-            ValueError: If the message speaks another version of the schema.
+            ValueError: If the message speaks another version of the schema, or its run id is no name for a folder.
         """
         values = content.config_records.get(INSTRUCTION, ConfigRecord())
         if values.get("schema") != SCHEMA:
@@ -67,7 +70,7 @@ class Instruction:
             )
         return cls(
             round=int(values["round"]),  # type: ignore[arg-type]
-            run_id=str(values["run-id"]),
+            run_id=path_part(str(values["run-id"])),
             trains=frozenset(values["trains"]),  # type: ignore[arg-type]
             shares=frozenset(values["shares"]),  # type: ignore[arg-type]
             evaluate=bool(values["evaluate"]),
@@ -101,6 +104,15 @@ def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
         raise ValueError(f"expected one array {PACKED!r}, found {', '.join(map(repr, record)) or 'none'}"[:500])
     flat: dict[str, Tensor] = safetensors.torch.load(record[PACKED].data)
     return flat
+
+
+def content_digest(content: RecordDict) -> str:
+    """SHA-256 of a message's content, the same where it is sent and where it is received."""
+    result = hashlib.sha256()
+    for name in sorted(content):
+        proto = recorddict_to_proto(RecordDict({name: content[name]}))
+        result.update(proto.SerializeToString(deterministic=True))
+    return result.hexdigest()
 
 
 def shared(flat: Mapping[str, Tensor], parts: frozenset[str]) -> dict[str, Tensor]:
