@@ -116,7 +116,8 @@ def _layer_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = Layer(x, A, Sigma, B, weight, bias, seed, scaling, dropout_p, path)
     grads = _backward(dy, saved, layer, Needs(*needs))
-    dx, dA, dSigma, dB = (x.new_empty(0) if grad is None else grad for grad in grads)
+    # contiguous, as the fake implementation below tells the compiler
+    dx, dA, dSigma, dB = (x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
     return dx, dA, dSigma, dB
 
 

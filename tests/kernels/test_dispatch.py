@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from bora_fl.kernels import dispatch
+from bora_fl.adapters import BoraConfig
+from bora_fl.kernels import cpu, dispatch
 from bora_fl.kernels.dispatch import bora_linear, explain
 
 FACTORS = ("A", "Sigma", "B")
@@ -142,15 +144,50 @@ def test_compiles_into_one_graph_with_the_same_result() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_operator_passes_torchs_own_checks() -> None:
-    tensors = draw()
-    arguments = [tensors[name] for name in ("x", *FACTORS)]
-    # Not its check of compiled against eager gradients: that compares with a frozen weight's gradient, too.
-    torch.library.opcheck(
-        torch.ops.bora_fl.layer.default,
-        (*arguments, tensors["W"], None, torch.tensor(5), 0.5, 0.3, "cpu"),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo's and Inductor's own code
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_compiled_training_step_equals_the_eager_one(backend: str, num_blocks: int) -> None:
+    config = BoraConfig(r=3, num_blocks=num_blocks, target_modules=["0", "2"], init_weights=False)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 4)), config)
+    x = torch.randn(6, 8)
+    steps = []
+    for forward in (model, torch.compile(model, backend=backend)):
+        loss = forward(x).square().mean()
+        loss.backward()
+        steps.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    assert len(steps[0]) == 7
+    for eager, compiled in zip(*steps, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+SHAPES = {  # of every path through the CPU's products
+    "expanded": {},
+    "expanded, one block": {"b": 1, "T": 3},
+    "expanded, merged weight": {"T": 400},
+    "chunked": {"T": 150, "b": 2, "p": 200, "q": 200, "r": 300},
+    "chunked, merged weight": {"T": 450, "b": 2, "p": 200, "q": 200, "r": 100},
+}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("products", SHAPES)
+def test_both_operators_pass_torchs_own_checks(products: str, base: bool, dropout_p: float) -> None:
+    tensors = draw(**SHAPES[products])
+    x, A, Sigma, B = (tensors[name] for name in ("x", *FACTORS))
+    assert cpu.prefers_expanded(x, A, Sigma, B) == products.startswith("expanded")
+    assert cpu.prefers_merged(x, A, B, tensors["W"], None) == products.endswith("merged weight")
+    weight = tensors["W"] if base else None
+    rest = (weight, None, torch.tensor(5) if dropout_p else None, 0.5, dropout_p, "cpu")
+    torch.library.opcheck(torch.ops.bora_fl.layer.default, (x, A, Sigma, B, *rest))
+    _, saved = torch.ops.bora_fl.layer(x, A, Sigma, B, *rest)
+    inputs = [tensor.detach() for tensor in (tensors["dy"], saved, x, A, Sigma, B)]
+    for needs in ([True, True, True, True], [False, True, False, True], [False, False, True, False]):
+        torch.library.opcheck(torch.ops.bora_fl.layer_backward.default, (*inputs, *rest, needs))
 
 
 @pytest.mark.parametrize(

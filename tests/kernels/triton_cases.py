@@ -222,6 +222,21 @@ def test_bora_linear_takes_the_triton_path_eager_compiled_and_checkpointed(monke
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("case", [Case(9, 8, 8, 2, 4), Case(9, 8, 4, 1, 4, dropout_p=0.3, base=False)])
+def test_both_operators_pass_torchs_own_checks(case: Case) -> None:
+    given = tensors(case)
+    weight = given["W"] if case.base else None
+    seed = torch.tensor(5, device=DEVICE) if case.dropout_p else None
+    rest = (weight, None, seed, 0.5, case.dropout_p, "triton")
+    inputs = [given[name] for name in ("x", "A", "Sigma", "B")]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.bora_fl.layer.default, (*inputs, *rest), test_utils=checks)
+    _, u = torch.ops.bora_fl.layer(*inputs, *rest)
+    for needs in ([True, True, True, True], [False, False, True, False]):
+        arguments = (given["dy"], u, *inputs, *rest, needs)
+        torch.library.opcheck(torch.ops.bora_fl.layer_backward.default, arguments, test_utils=checks)
+
+
 def test_no_tokens_give_zero_gradients() -> None:
     case = Case(T=0, p=4, q=4, b=2, r=4)
     y, grads = run(case, tensors(case), Needs())
