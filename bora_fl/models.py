@@ -208,7 +208,9 @@ class FederatedModel:
                         f"adapter.target-modules = {adapter.target_modules!r}, "
                         f"adapter.num-blocks = {adapter.num_blocks}: {error}"
                     ) from error
-        self._modules: dict[str, Any] = {_plain(name): m for name, m in self.model.named_modules()}
+        # The module tree is walked here and never again: read and write are called for every client and round.
+        modules = {_plain(name): m for name, m in self.model.named_modules()}
+        self._layers: dict[str, Any] = {name: m for name, m in modules.items() if hasattr(m, "get_base_layer")}
         self._factors = self._factor_parameters()
         inside = {id(p) for parts in self._factors.values() for p in parts.values()}
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in inside}
@@ -227,12 +229,12 @@ class FederatedModel:
     def _factor_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         found: dict[str, dict[str, nn.Parameter]] = {}
         if self.adapter.method == "bora":
-            for name, module in self._modules.items():
+            for name, module in self._layers.items():
                 if "default" in getattr(module, "bora_adapter", {}):
                     adapter = module.bora_adapter["default"]
                     found[name] = {"A": adapter.A, "sigma": adapter.sigma, "B": adapter.B}
         elif self.adapter.method in {"lora", "dora"}:
-            for name, module in self._modules.items():
+            for name, module in self._layers.items():
                 if "default" in getattr(module, "lora_A", {}):
                     found[name] = {"A": module.lora_A["default"].weight, "B": module.lora_B["default"].weight}
         return found
@@ -244,9 +246,9 @@ class FederatedModel:
 
     def _read_layers(self) -> dict[str, BlockFactors]:
         if self.adapter.method == "bora":
-            from bora_fl.adapters.state import read_factors
+            from bora_fl.adapters.state import read_layers
 
-            return {_plain(name): factors for name, factors in read_factors(self.model).items()}
+            return read_layers({name: self._layers[name] for name in self._factors})
         layers = {}
         for name, parts in self._factors.items():
             A, B = (parts[key].detach().float().cpu().clone() for key in ("A", "B"))
@@ -269,10 +271,9 @@ class FederatedModel:
             for name, parameter in self._tensors.items():
                 parameter.copy_(state.tensors[name])
         if self.adapter.method == "bora":
-            from bora_fl.adapters.state import read_factors, write_factors
+            from bora_fl.adapters.state import write_layers
 
-            names = {_plain(name): name for name in read_factors(self.model)}
-            write_factors(self.model, {names[name]: factors for name, factors in state.layers.items()})
+            write_layers({name: self._layers[name] for name in self._factors}, state.layers)
             return
         with torch.no_grad():
             for name, parts in self._factors.items():
@@ -317,19 +318,35 @@ class FederatedModel:
             flat = {f"{version}/{name}": t for version, fold in enumerate(folds, 1) for name, t in fold.items()}
             save_file(flat, folder / "folds.safetensors")
 
-    def base_weight(self, layer: str) -> Tensor:
-        """The frozen weight under an adapted layer, as the layer stores it."""
-        weight: Tensor = self._modules[layer].get_base_layer().weight
-        return weight
-
     def add_to_base(self, layers: Mapping[str, BlockFactors]) -> None:
-        """Add each layer's delta_W to its frozen weight, one layer at a time."""
-        with torch.no_grad():
-            for name, factors in layers.items():
-                weight, delta = self.base_weight(name), factors.dense()
-                # Conv1D keeps its weight transposed
-                delta = delta.T if getattr(self._modules[name], "fan_in_fan_out", False) else delta
-                weight.add_(delta.to(weight))
+        """Add each layer's delta_W to its frozen weight, one layer at a time.
+
+        Raises:
+            ConfigError: If a frozen weight cannot be written, as under some quantizations.
+        """
+        from bora_fl.adapters.base_weight import add_to_base
+
+        for name, factors in layers.items():
+            try:
+                add_to_base(self._layers[name], factors.to(torch.promote_types(factors.B.dtype, torch.float32)).dense())
+            except TypeError as error:
+                raise ConfigError(
+                    f"the strategy changes the frozen weights, and in layer {name!r} {error}; or choose a strategy.name"
+                    " and strategy.residual that leave them alone"
+                ) from error
+
+    def save_base(self, layer: str) -> Tensor | nn.Module:
+        """A copy of the frozen weight under an adapted layer, for `restore_base`."""
+        from bora_fl.adapters.base_weight import save_base
+
+        return save_base(self._layers[layer])
+
+    def restore_base(self, saved: Mapping[str, Tensor | nn.Module]) -> None:
+        """Put frozen weights back, by layer, as `save_base` returned them."""
+        from bora_fl.adapters.base_weight import restore_base
+
+        for name, base in saved.items():
+            restore_base(self._layers[name], base)
 
 
 def _plain(name: str) -> str:

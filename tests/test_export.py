@@ -18,16 +18,38 @@ def central(model: torch.nn.Module, config) -> float:
     return evaluate(model, test, 64).loss
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedex"])
-def test_a_merged_model_needs_nothing_of_ours_and_predicts_as_the_run_did(strategy: str, tiny_config, tmp_path: Path):
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained GPT-2, whose weights lie transposed, and the tiny BERT's tokenizer."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2Model
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    marks = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=32, **marks)
+    GPT2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's, for LoRA on GPT-2
+@pytest.mark.parametrize("method", ["bora", "lora"])
+@pytest.mark.parametrize(("model", "strategy"), [("bert", "fedavg"), ("bert", "fedex"), ("gpt2", "fedex")])
+def test_a_merged_model_needs_nothing_of_ours_and_predicts_as_the_run_did(
+    model: str, strategy: str, method: str, tiny_config, tiny_gpt2: Path, tmp_path: Path
+):
     from transformers import AutoModelForSequenceClassification
 
-    folder = simulate(tiny_config | {"strategy.name": strategy}, 3)
+    tiny_config |= {"strategy.name": strategy, "adapter.method": method}
+    if model == "gpt2":
+        tiny_config |= {"model.name": str(tiny_gpt2), "adapter.target-modules": "c_attn,c_proj,c_fc"}
+    folder = simulate(tiny_config, 3)
     export_merged(folder, tmp_path / "merged")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert not hasattr(model, "peft_config")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged, "peft_config")
     last = read_rows(folder / "metrics.jsonl")[-1]
-    assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
+    assert central(merged, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
 
 
 def test_a_lora_export_predicts_as_the_run_did(tiny_config, tmp_path: Path):

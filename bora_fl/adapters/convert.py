@@ -17,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .base_weight import is_transposed
 from .config import BoraConfig
 from .state import named_layers, read_factors
 
@@ -70,7 +71,7 @@ def adapter_to_lora(
         target_modules=sorted(_shortest_targets(factors, others)),
         modules_to_save=config.modules_to_save,
         bias="lora_only" if config.bias == "bora_only" else config.bias,
-        fan_in_fan_out=any(layer.is_transposed() for layer in layers.values()),
+        fan_in_fan_out=any(is_transposed(layer) for layer in layers.values()),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

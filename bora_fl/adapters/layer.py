@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from bora_fl.blocks import BlockFactors
 from bora_fl.kernels.dispatch import bora_linear
 
+from .base_weight import add_to_base, as_stored, is_transposed
 from .config import BoraConfig
 from .sigma import init_sigma_, to_effective
 
@@ -129,8 +130,6 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     disable_adapters: bool
     merged: bool
     get_base_layer: Callable[[], nn.Module]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
@@ -176,11 +175,12 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
         It has the adapter's dtype and is computed in float32 at least.
         """
+        return as_stored(self, self._delta(adapter_name)).to(self.adapter(adapter_name).A.dtype)
+
+    def _delta(self, adapter_name: str) -> Tensor:
+        """Return the adapter's update `[m, n]` in float32 at least."""
         factors = self.adapter(adapter_name).factors()
-        wide = torch.promote_types(factors.A.dtype, torch.float32)
-        B, sigma, A = (part.to(wide) for part in (factors.B, factors.sigma, factors.A))
-        delta = BlockFactors(B=B, sigma=sigma, A=A, scaling=factors.scaling).dense()
-        return (delta.T if self.is_transposed() else delta).to(factors.A.dtype)
+        return factors.to(torch.promote_types(factors.A.dtype, torch.float32)).dense()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of the named (by default: the active) adapters to the base weight.
@@ -195,11 +195,10 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.bora_adapter:
                 continue
-            weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.set_base_weight(merged)
+            try:
+                add_to_base(self, self._delta(name), finite=safe_merge)
+            except ValueError as error:
+                raise ValueError(f"{error}. The adapter {name} seems to be broken") from error
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -208,9 +207,8 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            self.set_base_weight((weight - self.get_delta_weight(name)).to(weight.dtype))
+            add_to_base(self, -self._delta(self.merged_adapters[-1]))
+            self.merged_adapters.pop()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the active adapters' branches; other arguments go to the base layer."""
@@ -242,13 +240,9 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __repr__(self) -> str:
         return "bora." + super().__repr__()
 
-    def is_transposed(self) -> bool:
-        """Whether the base weight lies as `[n, m]`."""
-        return isinstance(self.get_base_layer(), Conv1D)
-
     def _base_tensors(self) -> tuple[Tensor, ...]:
         base = cast(nn.Linear, self.base_layer)
-        weight = base.weight.T if self.is_transposed() else base.weight
+        weight = base.weight.T if is_transposed(self) else base.weight
         return (weight,) if base.bias is None else (weight, base.bias)
 
     def _base_can_be_fused(self, x: Tensor) -> bool:

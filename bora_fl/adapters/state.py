@@ -43,10 +43,14 @@ def read_factors(model: nn.Module, adapter_name: str = "default") -> dict[str, B
     Raises:
         ValueError: The model has no such adapter.
     """
-    return {name: _copy(layer, adapter_name) for name, layer in _layers_by_name(model, adapter_name).items()}
+    return read_layers(_layers_by_name(model, adapter_name), adapter_name)
 
 
-@torch.no_grad()
+def read_layers(layers: Mapping[str, BoraLayer], adapter_name: str = "default") -> dict[str, BlockFactors]:
+    """Return a copy of the factors of layers that are at hand already, by the names they are given under."""
+    return {name: _copy(layer, adapter_name) for name, layer in layers.items()}
+
+
 def write_factors(model: nn.Module, factors: Mapping[str, BlockFactors], adapter_name: str = "default") -> None:
     """Write factors into the adapters in place, so that every layer's update becomes `factors[name].dense()`.
 
@@ -62,7 +66,14 @@ def write_factors(model: nn.Module, factors: Mapping[str, BlockFactors], adapter
         ValueError: Layers are missing or unknown, a shape differs, or a Sigma is outside its transform's range. The
             adapters are then as they were.
     """
-    layers = _layers_by_name(model, adapter_name)
+    write_layers(_layers_by_name(model, adapter_name), factors, adapter_name)
+
+
+@torch.no_grad()
+def write_layers(
+    layers: Mapping[str, BoraLayer], factors: Mapping[str, BlockFactors], adapter_name: str = "default"
+) -> None:
+    """Write factors into layers that are at hand already, as `write_factors` does."""
     missing, unknown = sorted(layers.keys() - factors.keys()), sorted(factors.keys() - layers.keys())
     if missing or unknown:
         raise ValueError(

@@ -35,7 +35,7 @@ class Site:
         _loads += 1
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
-        self._originals: dict[str, torch.Tensor] = {}
+        self._originals: dict[str, torch.Tensor | torch.nn.Module] = {}
 
     def data(self, partition: int, num_partitions: int) -> ClientData:
         """A client's training and evaluation examples."""
@@ -107,7 +107,7 @@ class Site:
             layers = unflatten_factors(fold, "")
             for name in layers:
                 if name not in self._originals:
-                    self._originals[name] = model.base_weight(name).detach().clone()
+                    self._originals[name] = model.save_base(name)
             try:
                 model.add_to_base(layers)
             except BaseException:
@@ -116,9 +116,7 @@ class Site:
             self._folded = (run_id, v)
 
     def _restore(self, model: FederatedModel) -> None:
-        with torch.no_grad():
-            for name, weight in self._originals.items():
-                model.base_weight(name).copy_(weight)
+        model.restore_base(self._originals)
         self._folded = ("", 0)
 
 

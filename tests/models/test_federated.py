@@ -1,0 +1,79 @@
+"""A base delta and an adapter say the same, on a model whose weights lie transposed."""
+
+import pytest
+import torch
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bora_fl.blocks import BlockFactors
+from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
+from bora_fl.models import FederatedModel
+from bora_fl.state import AdapterState
+
+SIZES = {"c_attn": (24, 8), "attn.c_proj": (8, 8), "c_fc": (32, 8), "mlp.c_proj": (8, 32)}  # [m, n] in GPT-2
+
+
+def gpt2(method: str, num_blocks: int, dtype: torch.dtype = torch.float64) -> FederatedModel:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(vocab_size=11, n_embd=8, n_layer=2, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    ).to(dtype)
+    adapter = AdapterSettings(
+        method=method, rank=2, num_blocks=num_blocks, alpha=4.0, target_modules="c_attn,c_proj,c_fc"
+    )
+    model = FederatedModel(base.eval(), adapter, ModelSettings(task="causal-lm"), seed=0)
+    model.model.eval()
+    return model
+
+
+def drawn(model: FederatedModel) -> AdapterState:
+    """The model's state with a B that is not zero."""
+    state, generator = model.read(), torch.Generator().manual_seed(1)
+    layers = {
+        name: BlockFactors(torch.randn(f.B.shape, generator=generator), f.sigma, f.A, f.scaling)
+        for name, f in state.layers.items()
+    }
+    return AdapterState(layers, state.tensors)
+
+
+def logits(model: FederatedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.model(input_ids=torch.arange(8).view(2, 4)).logits.double()
+
+
+@pytest.mark.parametrize(("method", "num_blocks"), [("bora", 1), ("bora", 4), ("lora", 1)])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_a_delta_in_the_weights_gives_the_logits_of_the_adapter(method: str, num_blocks: int) -> None:
+    model = gpt2(method, num_blocks)
+    assert {f.shape for f in model.read().layers.values()} == set(SIZES.values())
+    start, moved = model.read(), drawn(model)
+    before = logits(model)
+    model.write(moved)
+    adapted = logits(model)
+    model.write(start)
+    saved = {name: model.save_base(name) for name in moved.layers}
+    assert torch.equal(logits(model), before)
+    model.add_to_base(moved.layers)
+    difference = (adapted - before).abs().max()
+    assert difference > 0.1
+    assert (logits(model) - adapted).abs().max() < 1e-5 * difference  # the state travels in float32
+    model.restore_base(saved)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("method", "num_blocks"), [("bora", 4), ("lora", 1)])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_a_state_is_written_and_read_back(method: str, num_blocks: int) -> None:
+    model = gpt2(method, num_blocks, torch.float32)
+    moved = drawn(model)
+    model.write(moved)
+    for name, factors in model.read().layers.items():
+        torch.testing.assert_close(factors.dense(), moved.layers[name].dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_that_cannot_be_written_is_named() -> None:
+    model = gpt2("bora", 2)
+    name = next(iter(model.read().layers))
+    model._layers[name].quantization_backend = ForwardOnlyQuantizationBackend("awq")
+    with pytest.raises(ConfigError, match=rf"in layer '{name}' the base weight is quantized by awq.*strategy.name"):
+        model.add_to_base(drawn(model).layers)
