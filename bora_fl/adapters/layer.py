@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from bora_fl.kernels.dispatch import bora_linear
 
 from .base_weight import add_to_base, as_stored, is_transposed
 from .config import BoraConfig
+from .mixed_batch import add_branches
 from .sigma import init_sigma_, to_effective
 
 
@@ -210,10 +211,24 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             add_to_base(self, -self._delta(self.merged_adapters[-1]))
             self.merged_adapters.pop()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's output plus the active adapters' branches; other arguments go to the base layer."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus the active adapters' branches.
+
+        Args:
+            x: `[..., n]`.
+            args: For the base layer, as are all other keywords.
+            adapter_names: Instead of the active adapters, one name for each row of x; see `mixed_batch`.
+
+        Raises:
+            ValueError: There are other than one adapter name a row, or adapters are merged while there are names.
+        """
+        if adapter_names is not None:
+            self._check_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            base = self._call_base(x, *args, **kwargs)
+            return add_branches(base, x, cast("dict[str, BoraAdapter]", self.bora_adapter), adapter_names)
         adapters: list[BoraAdapter] = []
         if not (self.disable_adapters or self.merged):
             adapters = [self.adapter(name) for name in self.active_adapters if name in self.bora_adapter]
@@ -222,12 +237,27 @@ class BoraLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if fused and not _in_opacus(adapters[0]):
             result = adapters[0](x, *self._base_tensors())
             return result
-        result = self.base_layer(x, *args, **kwargs)
-        if adapters and self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
+        result = self._call_base(x, *args, **kwargs)
         for adapter in adapters:
             result = result + adapter(x).to(result.dtype)
         return result
+
+    def _call_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        backend = self.quantization_backend
+        return result if backend is None else cast(Tensor, backend.maybe_clone_base_result(result))
+
+    def _check_names(self, x: Tensor, names: Sequence[str]) -> None:
+        """Refuse what PEFT's LoRA refuses, in its words."""
+        if len(x) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT's `convert_to_lora` that the update is a weight difference."""

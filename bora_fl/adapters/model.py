@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -22,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import BoraConfig
 from .layer import BoraLayer
+from .mixed_batch import rows_with_adapters
 
 _MODULES_SHOWN = 5
 
@@ -43,6 +46,19 @@ class BoraModel(BaseTuner):  # type: ignore[misc]
     prefix: str = "bora_"
     tuner_layer_cls = BoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around every call of the model by PEFT: `adapter_names` gives each row of the batch an adapter of its own."""
+        names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets is for activated LoRA; BoRA has no such form, so leave it out.")
+        if names is None:
+            yield
+            return
+        known = {name for layer in self.modules() if isinstance(layer, BoraLayer) for name in layer.bora_adapter}
+        with rows_with_adapters(self.model, BoraLayer, known, names, beams if isinstance(beams, int) else 1):
+            yield
 
     def _prepare_model(self, peft_config: BoraConfig, model: nn.Module) -> None:
         """Check every target before the first module is replaced."""
