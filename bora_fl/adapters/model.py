@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -25,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from .config import BoraConfig
 from .layer import BoraLayer
 from .mixed_batch import rows_with_adapters
+from .state import read_factors, write_factors
+from .weighted import check_request, weighted_factors
 
 _MODULES_SHOWN = 5
 
@@ -59,6 +62,52 @@ class BoraModel(BaseTuner):  # type: ignore[misc]
         known = {name for layer in self.modules() if isinstance(layer, BoraLayer) for name in layer.bora_adapter}
         with rows_with_adapters(self.model, BoraLayer, known, names, beams if isinstance(beams, int) else 1):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "refactorize",
+        rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of others' updates.
+
+        Its Sigma is free (`sigma_transform="identity"`), since a sum leaves the range of `exp_norm`. It is not active.
+
+        Args:
+            adapters: The adapters to sum, of one `num_blocks`; ranks, scalings and layers may differ.
+            weights: One for each; negative ones subtract.
+            adapter_name: Of the new adapter. If there is one of this name, nothing happens, as in PEFT.
+            combination_type: `"refactorize"`, the closest factors of a rank, or `"cat"`, exact, ranks added up.
+            rank: With `"refactorize"`; by default the largest among a layer's adapters.
+
+        Raises:
+            ValueError: An argument is wrong, or an adapter trains modules beside its factors.
+        """
+        if adapter_name in self.peft_config:
+            return
+        check_request(self.peft_config, adapters, weights, combination_type)
+        by_adapter = {name: read_factors(self, name) for name in adapters}
+        factors = weighted_factors(by_adapter, dict(zip(adapters, weights, strict=True)), combination_type, rank)
+        ranks = {layer: found.rank for layer, found in factors.items()}
+        first: BoraConfig = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = replace(
+            first,
+            r=max(ranks.values()),
+            bora_alpha=max(ranks.values()),
+            use_rslora=False,
+            rank_pattern=ranks,
+            alpha_pattern=dict(ranks),
+            target_modules=sorted(ranks),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            sigma_transform="identity",
+            sigma_init="auto",
+        )
+        self.inject_adapter(self.model, adapter_name)
+        write_factors(self, factors, adapter_name)
 
     def _prepare_model(self, peft_config: BoraConfig, model: nn.Module) -> None:
         """Check every target before the first module is replaced."""
