@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl import config as configuration
 from bora_fl.config import AdapterSettings, ConfigError, Settings, describe, parse, suggest
+from bora_fl.config.run_config import _FOREIGN
 
 
 def test_the_app_declares_every_key_with_the_default_of_the_settings():
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     groups = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     declared = {f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()}
     assert declared == Settings().flat()
@@ -95,7 +95,7 @@ def test_a_key_of_another_tool_is_answered_by_its_meaning(key: str, meant: str):
 
 def test_every_suggestion_exists_and_no_key_of_ours_is_foreign():
     known = Settings().flat()
-    for name, meaning in configuration._ELSEWHERE.items():
+    for name, meaning in _FOREIGN.items():
         assert name not in known
         assert any(word in known for word in meaning.replace(",", "").split()) or meaning.startswith("--")
         assert suggest(name) == f"use {meaning}"

@@ -1,0 +1,36 @@
+"""One typed view of the run config, checked once.
+
+Flower hands ServerApp and ClientApps a flat mapping of ``group.key`` to bool, int, float or str. `parse` turns it into
+a frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines name the key, its value and the remedy.
+"""
+
+from bora_fl.config.run_config import describe, overrides, parse, suggest
+from bora_fl.config.settings import (
+    AdapterSettings,
+    ConfigError,
+    DataSettings,
+    ModelSettings,
+    PrivacySettings,
+    RunSettings,
+    Scalar,
+    Settings,
+    StrategySettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "AdapterSettings",
+    "ConfigError",
+    "DataSettings",
+    "ModelSettings",
+    "PrivacySettings",
+    "RunSettings",
+    "Scalar",
+    "Settings",
+    "StrategySettings",
+    "TrainSettings",
+    "describe",
+    "overrides",
+    "parse",
+    "suggest",
+]
