@@ -26,8 +26,8 @@ def update(scale=1.0):
 def test_clipping_is_joint_over_all_tensors():
     clipped, norm = clip(update(), 1.0)
     assert norm == 5.0
-    torch.testing.assert_close(clipped["a"], torch.tensor([0.6, 0.0]))
-    torch.testing.assert_close(clipped["b"], torch.tensor([[0.0, 0.8]]))
+    torch.testing.assert_close(clipped["a"], torch.tensor([0.6, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(clipped["b"], torch.tensor([[0.0, 0.8]], dtype=torch.float64))
 
 
 def test_a_small_update_is_left_as_it_is():
