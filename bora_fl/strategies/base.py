@@ -79,6 +79,7 @@ class FederatedStrategy(Strategy):
         self.state = ServerState.start(AdapterState())
         self.folds: Deltas = []
         self._held: dict[int, int] = {}
+        self._asked = 0
         self._train_config, self._evaluate_config = ConfigRecord(), ConfigRecord()
         self._privacy = ClientPrivacy.build(settings, self.aggregator.linear)
 
@@ -140,7 +141,7 @@ class FederatedStrategy(Strategy):
             intake = self.take_in(number, exchange(grid, messages, timeout))
         self._held |= intake.held
         # 3. Merge them.
-        merged = self.merge(number, intake, len(messages))
+        merged = self.merge(number, intake, self._asked)
         self._advance(merged.state)
         # 4. Evaluate the result.
         measured, rejected = self._evaluate_on_clients(grid, number)
@@ -188,6 +189,7 @@ class FederatedStrategy(Strategy):
         strategy = self.settings.strategy
         evaluate = strategy.evaluate_in_train and not self.settings.privacy.secure_aggregation
         nodes = self.nodes.sample(strategy.fraction_train, server_round, "train")
+        self._asked = len(nodes)
         return self._messages(nodes, "train", server_round, arrays, evaluate, config)
 
     def take_in(self, server_round: int, replies: Iterable[Message]) -> Intake:
@@ -298,10 +300,9 @@ class FederatedStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Take in and merge the replies to `configure_train`, for a loop that is not `run`."""
-        received = list(replies)
-        intake = self.take_in(server_round, received)
+        intake = self.take_in(server_round, replies)
         self._held |= intake.held
-        merged = self.merge(server_round, intake, len(received))
+        merged = self.merge(server_round, intake, self._asked)
         self._advance(merged.state)
         if not merged.changed:
             return None, None
