@@ -194,5 +194,6 @@ def test_a_malformed_reply_leaves_no_trace(healthy: dict[str, torch.Tensor], gar
 
 def test_a_good_reply_does_leave_one(healthy: dict[str, torch.Tensor]):
     state, report = run(lambda content: content)
-    assert not torch.equal(state["tensors/head.weight"], healthy["tensors/head.weight"])
+    head = "current/tensors/head.weight"
+    assert not torch.equal(state[head], healthy[head])
     assert report.rejected == 0
