@@ -1,8 +1,10 @@
 """The ``bora-fl`` command. What a command needs is imported when the command is called: help costs no library."""
 
+import contextlib
 import importlib
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from bora_fl.deployment.audit_log import audit_log
 
 if TYPE_CHECKING:
     from bora_fl.config import Scalar
+    from bora_fl.simulations.launch import Simulation
 
 # Commands with modules of their own: where they are, and the first line of their help.
 COMMANDS = {
@@ -78,6 +81,7 @@ cli.add_typer(certificates, name="certificates")
 cli.add_typer(audit_log, name="audit-log")
 console = Console()
 
+ConnectionArgument = Annotated[str | None, typer.Argument(help="SuperLink connection of Flower's config.toml")]
 ConfigOption = Annotated[
     list[str] | None,
     typer.Option("--run-config", "-c", help="key=value, may be given several times; `bora-fl config` lists the keys"),
@@ -161,17 +165,54 @@ def fetch(
 
 @cli.command()
 def run(
-    connection: Annotated[str | None, typer.Argument(help="SuperLink connection of Flower's config.toml")] = None,
+    connection: ConnectionArgument = None,
     simulate: Annotated[int, typer.Option(help="simulate this many clients on this machine instead")] = 0,
     cpus: Annotated[int, typer.Option(help="cores per simulated client")] = 1,
-    gpus: Annotated[float, typer.Option(help="share of a GPU per simulated client")] = 0.0,
+    gpus: Annotated[float, typer.Option(help="GPUs per simulated client, or a share of one")] = 0.0,
+    backend: Annotated[
+        str, typer.Option(help="processes, or ray (the default where RAY_ADDRESS names a cluster)", show_default=False)
+    ] = "",
     app: Annotated[Path, typer.Option(help="the Flower app")] = Path(),
+    attach: Annotated[int, typer.Option(help="follow this run to its end instead of starting one")] = 0,
+    on_interrupt: Annotated[
+        str, typer.Option(help="what Ctrl-C or SIGTERM does with a deployment's run: ask (in a terminal), leave, stop")
+    ] = "ask",
     run_config: ConfigOption = None,
 ) -> None:
-    """Run a federation with `flwr run`, follow it, and exit with a true exit code."""
-    from bora_fl.config import overrides
+    """Run a federation, follow it, and exit with a true exit code."""
+    from bora_fl.config import ConfigError, overrides
 
-    _launch(app, overrides(run_config), simulate, cpus, gpus, connection)
+    if on_interrupt not in ("ask", "leave", "stop"):
+        raise ConfigError(f"--on-interrupt {on_interrupt}: use one of ask, leave, stop")
+    if simulate:
+        if connection or attach:
+            raise ConfigError("--simulate runs on this machine; leave out the connection and --attach")
+        from bora_fl.simulations.launch import Simulation
+
+        _simulate(app, overrides(run_config), Simulation(simulate, cpus, gpus, backend))
+        return
+    from bora_fl.deployment import launch
+
+    ending = partial(_stops, connection or "", on_interrupt)
+    if attach:
+        outcome = launch.attach(str(attach), connection or "", stops=ending, show=_show)
+    elif connection:
+        outcome = launch.run(app.resolve(), overrides(run_config), connection, stops=ending, show=_show)
+    else:
+        raise ConfigError("name a SuperLink connection of Flower's config.toml, or give --simulate")
+    _show(f"completed; its log: {outcome.log}")
+
+
+@cli.command()
+def stop(
+    run_id: Annotated[int, typer.Argument(help="the run's id, which `bora-fl run` and `flwr ls` say")],
+    connection: ConnectionArgument = None,
+) -> None:
+    """Stop a run on a deployment; with run.resume=true it can go on after its last finished round."""
+    from bora_fl.deployment import launch
+
+    launch.stop(str(run_id), connection or "")
+    _show(f"run {run_id} is stopped")
 
 
 @cli.command()
@@ -191,7 +232,7 @@ def demo(
         while (fresh := output.with_name(f"{output.name}-{number}")).exists():
             number += 1
         output = fresh
-    _launch(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, 4, 1, 0.0, None)
+    _simulate(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, Simulation(4))
 
 
 @cli.command()
@@ -245,26 +286,31 @@ def _show(line: str) -> None:
     console.file.flush()  # a pipe would hold the progress back
 
 
-def _launch(
-    app: Path, run_config: "dict[str, Scalar]", simulate: int, cpus: int, gpus: float, connection: str | None
-) -> None:
-    from bora_fl.deployment.launch import Simulation
-    from bora_fl.deployment.launch import run as launch
+def _simulate(app: Path, run_config: "dict[str, Scalar]", simulation: "Simulation") -> None:
     from bora_fl.report import rounds_table
+    from bora_fl.simulations.launch import run as run_simulation
 
-    simulation = Simulation(simulate, cpus, gpus) if simulate else None
-    outcome = launch(
-        app.resolve(),
-        run_config,
-        simulation=simulation,
-        connection=connection,
-        show=_show,
-    )
-    if outcome.rows:
-        console.print(rounds_table(outcome.rows, "rounds"))
-        pictures = ("partition.png", "rounds.png")
-        for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
-            console.print(f"  {outcome.folder / name}", highlight=False, soft_wrap=True)
+    outcome = run_simulation(app.resolve(), run_config, simulation, show=_show)
+    console.print(rounds_table(outcome.rows, "rounds"))
+    pictures = ("partition.png", "rounds.png")
+    for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
+        console.print(f"  {outcome.folder}/{name}", highlight=False, soft_wrap=True)
+
+
+def _stops(connection: str, on_interrupt: str, run_id: str) -> bool:
+    """Whether to stop a deployment's run when its submitter is interrupted; says what happens to it."""
+    stops = on_interrupt == "stop"
+    with contextlib.suppress(KeyboardInterrupt, EOFError, SystemExit):
+        if on_interrupt == "ask" and sys.stdin.isatty() and isinstance(sys.exception(), KeyboardInterrupt):
+            stops = console.input(f"\nstop run {run_id}? [y/N] ").strip().lower() in ("y", "yes")
+    if stops:
+        _show(f"stopping run {run_id}")
+    else:
+        _show(
+            f"run {run_id} goes on. Follow it with `bora-fl run --attach {run_id} {connection}`, "
+            f"stop it with `bora-fl stop {run_id} {connection}`"
+        )
+    return stops
 
 
 if __name__ == "__main__":

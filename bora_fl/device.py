@@ -1,11 +1,12 @@
 """Where a process computes: its device, its share of a GPU, its threads, and whether bf16 pays there."""
 
 import logging
-import os
 from functools import cache
 
 import torch
 from torch import nn
+
+from bora_fl.granted import granted
 
 log = logging.getLogger(__name__)
 
@@ -15,12 +16,12 @@ OWN_CHOICE = torch.get_num_threads()
 
 @cache
 def pick_device() -> torch.device:
-    """CUDA if there is one, capped at the fraction that Flower's Ray backend granted; else MPS, else the CPU."""
+    """CUDA if there is one, capped at the share that a simulation granted; else MPS, else the CPU."""
     if torch.cuda.is_available():
-        granted = _granted("GPU")
-        if 0 < granted < 1:
-            torch.cuda.set_per_process_memory_fraction(granted)
-            log.info("using %.2f of the GPU's memory", granted)
+        share = granted("GPU")
+        if 0 < share < 1:
+            torch.cuda.set_per_process_memory_fraction(share)
+            log.info("using %.2f of the GPU's memory", share)
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
@@ -36,20 +37,11 @@ def settle(model: nn.Module) -> torch.device:
 
 
 def set_threads(threads: int) -> int:
-    """Set torch's threads: as told, else the cores that Ray granted this process, else torch's own choice."""
-    wanted = threads or int(_granted("CPU")) or OWN_CHOICE
+    """Set torch's threads: as told, else the cores that this process was granted, else torch's own choice."""
+    wanted = threads or int(granted("CPU")) or OWN_CHOICE
     if wanted != torch.get_num_threads():
         torch.set_num_threads(wanted)
     return torch.get_num_threads()
-
-
-def _granted(resource: str) -> float:
-    """What Ray granted this worker of a resource; 0 outside Ray."""
-    if "RAY_JOB_ID" not in os.environ and "RAY_RAYLET_PID" not in os.environ:
-        return 0.0
-    import ray
-
-    return float(ray.get_runtime_context().get_assigned_resources().get(resource, 0.0))
 
 
 @cache

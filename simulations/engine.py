@@ -1,7 +1,7 @@
 """A federation inside this process: the same ServerApp code and ClientApp handlers, no Ray, no network.
 
 Clients take turns, so one base model serves all of them, a run is the same bit for bit every time, and it starts in
-no time: right for comparisons, tests and small machines. Flower's own simulation (`flwr run`) scales further.
+no time: right for comparisons, tests and small machines. `parallel.WorkerGrid` spreads clients over worker processes.
 """
 
 import copy
@@ -9,7 +9,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,9 +18,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from bora_fl.config import Scalar, Settings, parse
-from bora_fl.server.checkpoint import save
-from bora_fl.server.run import Save, Server
 from bora_fl.wire.schema import REPLY
+
+if TYPE_CHECKING:  # with all that a server needs, which a simulation's first process starts without
+    from bora_fl.server.run import Save
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ class InProcessGrid(Grid):
         }
         self._replies: dict[str, Message] = {}
         self._sent = 0
-        # A Message reads its sender and run from here; Flower's own processes set it in the same way.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        identify()
 
     def set_run(self, run: Any) -> None:
         """There is one run only."""
@@ -106,14 +106,8 @@ class InProcessGrid(Grid):
 
     def _handle(self, message: Message) -> Message | None:
         node = message.metadata.dst_node_id
-        context = self._contexts[node]
         message.content = copy.deepcopy(message.content)  # a network would copy it: handlers may change what they get
-        try:
-            reply = self._app(message, context)
-        except Exception as error:  # a client's crash is an error reply, as over the wire
-            log.debug("%s", traceback.format_exc())
-            reason = f"{type(error).__name__}: {error}"
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        reply = handle(self._app, message, self._contexts[node])
         if self._tamper is None or message.metadata.message_type == "query":
             return reply
         return self._tamper(reply, node - 2)
@@ -133,6 +127,25 @@ def only_of(took_part: Mapping[int, frozenset[int]]) -> Tamper:
     return tamper
 
 
+def identify() -> None:
+    """Name this process to Flower: a Message reads its sender and run from here, as in Flower's own processes."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+def handle(app: ClientApp, message: Message, context: Context) -> Message:
+    """A ClientApp's reply to a message; its crash is an error reply, as over the wire."""
+    try:
+        return app(message, context)
+    except Exception as error:
+        log.debug("%s", traceback.format_exc())
+        return failure(message, f"{type(error).__name__}: {error}")
+
+
+def failure(message: Message, reason: str) -> Message:
+    """The reply of a ClientApp that has crashed."""
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
 def simulate(
     run_config: dict[str, Scalar] | Settings,
     num_nodes: int,
@@ -140,7 +153,7 @@ def simulate(
     node_configs: dict[int, dict[str, Scalar]] | None = None,
     tamper: Tamper | None = None,
     app: ClientApp | None = None,
-    save: Save = save,
+    save: "Save | None" = None,
 ) -> Path:
     """Run a whole federation in this process.
 
@@ -150,12 +163,15 @@ def simulate(
         node_configs: See `InProcessGrid`.
         tamper: See `InProcessGrid`.
         app: The ClientApp; the product's own by default.
-        save: How the server writes a checkpoint. For fault tests.
+        save: How the server writes a checkpoint; its own way by default. For fault tests.
 
     Returns:
         The output folder.
     """
     from bora_fl.client.app import app as own
+    from bora_fl.server.checkpoint import save as own_save
+    from bora_fl.server.run import Server
 
     settings = run_config if isinstance(run_config, Settings) else parse(run_config)
-    return Server(settings, save).run(InProcessGrid(app or own, num_nodes, settings.flat(), node_configs, tamper))
+    grid = InProcessGrid(app or own, num_nodes, settings.flat(), node_configs, tamper)
+    return Server(settings, save or own_save).run(grid)

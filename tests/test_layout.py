@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own level and those before it.
 LEVELS = [
-    {"kernels", "seeds", "paths"},
+    {"kernels", "seeds", "paths", "granted"},
     {"blocks", "adapters"},
     {"state", "config", "preload"},
     {"device", "data"},
@@ -42,6 +42,9 @@ FLOWER = {
     "bora_fl/server/app.py",
     "bora_fl/server/run.py",
     "simulations/engine.py",
+    "simulations/parallel.py",
+    "simulations/process.py",
+    "simulations/ray_backend.py",
     "simulations/attacks/clients.py",
     "simulations/faults/replies.py",
 }

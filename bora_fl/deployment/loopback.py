@@ -1,20 +1,17 @@
 """A whole deployment on this machine's loopback: every process that three organisations would run, with TLS and keys.
 
 One SuperLink with node authentication, a database and `--isolation process`, the SuperExec that starts ServerApps, and
-for each site a SuperNode and the SuperExec that starts ClientApps, each behind a secret of its own. Every service has a
-session of its own, so that killing it takes its descendants along, as a machine that fails does.
+for each site a SuperNode and the SuperExec that starts ClientApps, each behind a secret of its own. Killing a service
+takes its descendants along, as a machine that fails does.
 """
 
 import contextlib
-import os
-import signal
+import socket
 import ssl
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,100 +22,24 @@ from bora_fl.client.worker.stub import status
 from bora_fl.client.worker.worker_pb2 import StatusResponse
 from bora_fl.config import Scalar
 from bora_fl.deployment.certificates import make_server, make_site
-from bora_fl.deployment.launch import flower_environment, free_port, tool
+from bora_fl.deployment.launch import flower_environment
+from bora_fl.deployment.processes import Service, exit_on_sigterm, tool
 from bora_fl.report import read_rows
 
 CONNECTION = "loopback"
 OPERATOR = "operator"
 STARTUP_SECONDS = 60.0
-RESTART_SECONDS = 5.0
 
 
 class DeploymentError(RuntimeError):
     """A deployment that did not come up, with the end of the log that says why."""
 
 
-@dataclass
-class Service:
-    """One long-lived process with its descendants.
-
-    Attributes:
-        name: Names the log, ``<name>.log`` in the folder.
-        command: What is executed.
-        folder: Working directory.
-        environment: The whole environment.
-    """
-
-    name: str
-    command: list[str]
-    folder: Path
-    environment: Mapping[str, str]
-    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    _wanted: bool = False
-    _started: float = 0.0
-
-    @property
-    def log(self) -> Path:
-        """Standard output and error of every start."""
-        return self.folder / f"{self.name}.log"
-
-    @property
-    def pid(self) -> int | None:
-        """The process, if it is running."""
-        return self._process.pid if self._process and self._process.poll() is None else None
-
-    def start(self) -> None:
-        """Start it, or start it again."""
-        self._wanted, self._started = True, time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        """End it and its descendants as a power cut would."""
-        self._wanted = False
-        self.signal(signal.SIGKILL)
-        self._reap()
-
-    def stop(self) -> None:
-        """Ask it and its descendants to end; insist after five seconds."""
-        self.signal(signal.SIGTERM)
-        self._reap()
-        self.kill()
-
-    def tend(self) -> None:
-        """Start it again if it has ended by itself, as systemd would."""
-        if self._wanted and self.pid is None and time.monotonic() - self._started > RESTART_SECONDS:
-            self.start()
-
-    def wait(self, seconds: float) -> int | None:
-        """Its exit code, or None if it is still running after that long."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(seconds) if self._process else None
-        return None
-
-    def tail(self, lines: int = 15) -> str:
-        """The end of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.is_file() else ""
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to it and its descendants."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-
-    def _reap(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=5)
+def free_port() -> int:
+    """A loopback TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Site:
@@ -256,7 +177,8 @@ class Deployment:
         ]
 
     def __enter__(self) -> Self:
-        self._on_sigterm = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that SIGTERM ends them too
+        self._exit = contextlib.ExitStack()
+        self._exit.enter_context(exit_on_sigterm())
         try:
             self.superlink.start()
             self.write_connection()
@@ -278,7 +200,7 @@ class Deployment:
 
     def close(self) -> None:
         """End every process; what they wrote stays."""
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._exit.close()
         for service in reversed(self.services):
             service.stop()
 
@@ -332,10 +254,15 @@ class Deployment:
         overrides = [part for key, value in text.items() for part in ("-c", f"{key}={value}")]
         source = app or Path(bora_fl.__file__).resolve().parents[1]
         command = [tool("bora-fl"), "run", CONNECTION, "--app", str(source), *overrides]
-        home = {"FLWR_HOME": str(self.folder / OPERATOR)}
-        run = Service("run", command, self.folder, self.environment | home)
+        run = self.operator("run", command)
         run.start()
         return run
+
+    def operator(self, name: str, command: list[str]) -> Service:
+        """A command as the one who submits runs gives it."""
+        home = self.folder / OPERATOR
+        state = {"FLWR_HOME": str(home), "BORA_FL_STATE": str(home / "state")}
+        return Service(name, command, self.folder, self.environment | state)
 
     @property
     def output(self) -> Path:

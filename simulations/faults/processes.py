@@ -9,7 +9,8 @@ import psutil
 
 from bora_fl.client.worker.stub import WorkerError
 from bora_fl.config import Scalar
-from bora_fl.deployment.loopback import RESTART_SECONDS, Deployment, DeploymentError, Service, Site, finished
+from bora_fl.deployment.loopback import Deployment, DeploymentError, Site, finished
+from bora_fl.deployment.processes import RESTART_SECONDS, Service
 from bora_fl.simulations.faults.verdict import CONFIG, ROUND, Fault, Verdict, judge
 
 LIMIT = 1200.0  # seconds that anything may take

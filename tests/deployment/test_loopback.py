@@ -1,6 +1,8 @@
 """Three organisations on loopback: TLS, node authentication, SuperExec secrets. One deployment serves all tests."""
 
 import base64
+import os
+import signal
 import ssl
 import urllib.request
 from collections.abc import Iterator
@@ -12,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from bora_fl.deployment.certificates import SECRET, make_server, make_site
-from bora_fl.deployment.launch import free_port
-from bora_fl.deployment.loopback import CONNECTION, Deployment, DeploymentError, Service, Site, finished
+from bora_fl.deployment.loopback import CONNECTION, Deployment, DeploymentError, Site, finished, free_port
+from bora_fl.deployment.processes import Service, tool
 from bora_fl.simulations.engine import simulate
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(600)]
@@ -121,6 +123,26 @@ def test_a_securely_aggregated_fine_tune_is_the_plain_one(deployment: Deployment
     simulated = adapter(simulate(config | {"run.output-dir": str(tmp_path / "plain")}, 3))
     for name in simulated:
         torch.testing.assert_close(deployed[name], simulated[name], rtol=0, atol=5e-5)
+
+
+def test_a_run_outlives_its_follower_is_found_again_and_stopped(deployment: Deployment, tmp_path: Path):
+    run = deployment.submit(CONFIG | {"run.num-rounds": 50, "run.output-dir": str(tmp_path / "stopped")})
+    for line in run.follow():
+        if line.startswith("round 1/50"):
+            os.kill(run.pid or 0, signal.SIGINT)
+    assert run.wait(0) == 130
+    run_id = run.text().rpartition("--attach ")[2].split()[0]
+    assert '"running"' in deployment.flwr("ls", CONNECTION, "--run-id", run_id, "--format", "json")
+    command = [tool("bora-fl"), "run", CONNECTION, "--attach", run_id]
+    follower = deployment.operator("follower", command)
+    follower.start()
+    for line in follower.follow():
+        if line.startswith("round 1/50"):
+            stopper = deployment.operator("stopper", [tool("bora-fl"), "stop", run_id, CONNECTION])
+            stopper.start()
+    assert stopper.wait(60) == 0
+    assert follower.wait(0) == 1
+    assert "finished:stopped" in follower.text()
 
 
 def test_no_log_and_no_command_line_tells_a_secret(deployment: Deployment):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl.simulations.pool import run_all
+from bora_fl.simulations.pool import Died, Pool, run_all
 
 SLEEP = "__import__('time').sleep(0.3) or ''"
 
@@ -101,3 +101,21 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+PID = "str(__import__('os').getpid())"
+PLACE = "__import__('os').environ['BORA_FL_POOL_PLACE']"
+
+
+@pytest.mark.parametrize("preload", [None, ["json"]], ids=["spawned", "forked"])
+def test_workers_outlive_a_run_and_one_that_dies_is_replaced_in_its_place(preload: list[str] | None):
+    found: list[object] = []
+    places = [{"BORA_FL_POOL_PLACE": "first"}]
+    with Pool(eval, 1, environment={}, places=places, preload=preload) as pool:
+        for task in (PID, PID, "__import__('os')._exit(3)", PID, PLACE):
+            pool.run([task], lambda _, result: found.append(result))
+    assert found[0] == found[1] != found[3]
+    assert found[2] == Died("the worker process died (exit code 3)")
+    assert found[4] == "first"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(str(found[3])), 0)

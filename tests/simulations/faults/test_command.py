@@ -1,11 +1,7 @@
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from bora_fl.deployment import loopback
-from bora_fl.deployment.loopback import Service
 from bora_fl.simulations.faults import replies as reply_faults
 from bora_fl.simulations.faults.catalogue import FAULTS
 from bora_fl.simulations.faults.verdict import TOLERANCE
@@ -46,27 +42,3 @@ def test_every_fault_is_in_the_catalogue():
         *("huge-weight", "negative-weight", "old-round", "scaled-100"),
     }
     assert set(FAULTS) == wanted
-
-
-def test_a_killed_service_takes_its_descendants_along_and_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(loopback, "RESTART_SECONDS", 0.0)
-    service = Service("sleeper", ["sh", "-c", "sleep 60 & echo $!; wait"], tmp_path, {"PATH": "/usr/bin:/bin"})
-    service.start()
-    while not service.log.read_text().strip():
-        pass
-    child = psutil.Process(int(service.log.read_text()))
-    service.kill()
-    deadline = time.monotonic() + 10
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:  # a signal takes a moment to arrive
-        assert time.monotonic() < deadline
-    service.tend()
-    assert service.pid is None  # who was killed stays down
-    service.start()
-    psutil.Process(service.pid).kill()
-    assert service.wait(10) is not None
-    service.tend()
-    assert service.pid is not None  # who ended is started again
-    service.stop()
-    assert service.pid is None
