@@ -23,3 +23,8 @@ def granted(resource: str) -> float:
     import ray
 
     return float(ray.get_runtime_context().get_assigned_resources().get(resource, 0.0))
+
+
+def num_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,9 +16,8 @@ from typing import Any
 from bora_fl.config import ConfigError, Scalar, parse
 from bora_fl.deployment.launch import LaunchError, Outcome, Show, flower_environment, readable, reason
 from bora_fl.deployment.processes import Service, exit_on_sigterm
-from bora_fl.granted import grant
+from bora_fl.granted import grant, num_cores
 from bora_fl.report import read_rows
-from bora_fl.simulations.process import num_cores
 
 BACKENDS = ("processes", "ray")
 

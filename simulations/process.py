@@ -1,7 +1,6 @@
 """The process of a simulation: the ServerApp, and the clients' workers below it. Started by `launch`."""
 
 import json
-import os
 import sys
 from threading import Thread
 from typing import Any
@@ -10,6 +9,7 @@ from flwr.app import Context, RecordDict
 
 from bora_fl.config import Scalar
 from bora_fl.deployment.processes import end_with_parent, exit_on_sigterm
+from bora_fl.granted import num_cores
 from bora_fl.simulations.parallel import CLIENT, WorkerGrid, load, make_pool, places
 
 SERVER = "bora_fl.server.app:app"
@@ -49,11 +49,6 @@ def main(
         grid = WorkerGrid(clientapp, num_clients, run_config, pool)
         starting.join()
         server(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)))
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _num_gpus() -> int:
