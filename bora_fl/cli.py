@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import bora_fl
+from bora_fl.client.init import init
 from bora_fl.deployment.audit_log import audit_log
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ cli = typer.Typer(
 certificates = typer.Typer(no_args_is_help=True, help="Make the certificates and keys of a federation over TLS.")
 cli.add_typer(certificates, name="certificates")
 cli.add_typer(audit_log, name="audit-log")
+cli.add_typer(init, name="init")
 console = Console()
 
 ConnectionArgument = Annotated[str | None, typer.Argument(help="SuperLink connection of Flower's config.toml")]

@@ -1,39 +1,44 @@
 """The Flower ClientApp: handlers that only translate, and leave the work to the site's worker where there is one."""
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from bora_fl.client.identity import ClientIdentity
+from bora_fl.client.refusing import refuse
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import parse
-from bora_fl.wire.schema import REPLY, SCHEMA, refusal
+from bora_fl.wire.refusals import Code, refuse_as
+from bora_fl.wire.schema import refusal, roll_call
 
 if TYPE_CHECKING:
     from bora_fl.client.job import Kind
-
-log = logging.getLogger(__name__)
+    from bora_fl.config import Settings
 
 app = ClientApp()
 
 
 def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
-    """Reply with the handler's content, or with the reason why there is none: the server logs it and goes on."""
+    """Reply with the handler's content, or with a refusal. Nothing is raised: Flower would send the error's text."""
     try:
         content = handle()
-    except Exception as error:  # whatever went wrong at this site must reach the server in words
-        log.exception("the message could not be worked on at this site")
-        content = refusal(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        content = refusal(refuse(error))
     return Message(content, reply_to=message)
+
+
+def _settings(context: Context) -> "Settings":
+    with refuse_as(Code.RUN_CONFIG_INVALID):
+        return parse(context.run_config)
 
 
 def _work(kind: "Kind", content: RecordDict, context: Context) -> RecordDict:
     """Train or evaluate, at the site's worker if the node config names one, else in this process."""
-    worker = WorkerSettings.read(context.node_config)
+    with refuse_as(Code.NODE_CONFIG_INVALID):
+        worker = WorkerSettings.read(context.node_config)
     if worker is None:
         from bora_fl.client.job import perform
 
@@ -41,7 +46,7 @@ def _work(kind: "Kind", content: RecordDict, context: Context) -> RecordDict:
     from bora_fl.client.worker.stub import hand_over, log_progress
 
     log_progress()
-    return hand_over(worker, kind, content, context, parse(context.run_config).strategy.timeout)
+    return hand_over(worker, kind, content, context, _settings(context).strategy.timeout)
 
 
 @app.query()
@@ -50,8 +55,7 @@ def identify(message: Message, context: Context) -> Message:
 
     def handle() -> RecordDict:
         who = ClientIdentity.read(context.node_config, context.node_id)
-        reply = ConfigRecord({"schema": SCHEMA, "partition": who.partition, "num-partitions": who.num_partitions})
-        return RecordDict({REPLY: reply})
+        return roll_call(who.partition, who.num_partitions)
 
     return _answer(message, handle)
 
@@ -59,17 +63,18 @@ def identify(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the received adapter and reply with what the strategy shares."""
-    settings = parse(context.run_config)
+    try:
+        settings = _settings(context)
+    except Exception as error:
+        return Message(refusal(refuse(error)), reply_to=message)
     if not settings.privacy.secure_aggregation:
         return _answer(message, lambda: _work("train", message.content, context))
-    from bora_fl.client.secure_aggregation import answer
-
     try:
+        from bora_fl.client.secure_aggregation import answer
+
         content = answer(message, context, settings, lambda inner: _work("train", inner.content, context))
     except Exception as error:  # to the protocol, a site that cannot go on is one that has vanished
-        log.exception("the round failed at this site")
-        reason = f"{type(error).__name__}: {error}"
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, refuse(error).line()), reply_to=message)
     return Message(content, reply_to=message)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bora_fl.config import Scalar
+from bora_fl.wire.refusals import Code, Refused, refuse_as
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class ClientIdentity:
         """From a SuperNode's node config.
 
         Raises:
-            ValueError: If partition-id or num-partitions is missing.
+            Refused: If partition-id or num-partitions is missing, or one is no number.
         """
         if "partition-id" not in node_config or "num-partitions" not in node_config:
-            raise ValueError(
+            raise Refused(
+                Code.NODE_CONFIG_INVALID,
                 f"node {node_id} has no partition-id and num-partitions; start the SuperNode with "
-                '--node-config "partition-id=0 num-partitions=3"'
+                '--node-config "partition-id=0 num-partitions=3"',
             )
-        return cls(
-            int(node_config["partition-id"]), int(node_config["num-partitions"]), int(node_config.get("rank", 0))
-        )
+        with refuse_as(Code.NODE_CONFIG_INVALID):
+            return cls(
+                int(node_config["partition-id"]), int(node_config["num-partitions"]), int(node_config.get("rank", 0))
+            )

@@ -1,27 +1,33 @@
 """What a process that trains does with one message: in the ClientApp's own process, or in a site worker."""
 
-import logging
+import math
+import time
+from pathlib import Path
 from typing import Literal
 
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.round import MissingFoldsError, OnStep, evaluate_round, train_round
+from bora_fl.client.refusing import refuse
+from bora_fl.client.round import OnStep, evaluate_round, train_round
 from bora_fl.client.site import site
 from bora_fl.config import parse
 from bora_fl.paths import state_folder
 from bora_fl.privacy.audit_log import AUDIT_LOG, AuditLogError, append
+from bora_fl.privacy.policy import SitePolicy, find_policy, grant
 from bora_fl.wire.records import content_digest
+from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, refusal
 
-log = logging.getLogger(__name__)
-
 Kind = Literal["train", "evaluate"]
+_LOOK = 0.5  # seconds between two looks for whether anybody still waits for a reply that is held
 
 
-def perform(kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None = None) -> RecordDict:
-    """Train or evaluate as a message asks, and reply with the result, or with the reason why there is none.
+def perform(
+    kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None = None, policy_file: Path | None = None
+) -> RecordDict:
+    """Train or evaluate as a message asks and the site's policy grants.
 
     Args:
         kind: What the message asks for.
@@ -29,17 +35,25 @@ def perform(kind: Kind, content: RecordDict, context: Context, on_step: OnStep |
         context: The node's; `context.state`, what the client keeps between rounds, is changed in place.
         on_step: Called between steps with what is being done, steps done, and steps in all. What it raises beyond
             `Exception` ends the work and passes through.
+        policy_file: This process's own policy, which wins over that of the message's node config.
 
     Returns:
-        The reply's content; a refusal if anything went wrong at this site, or if the site's audit log has no place for
-        it, since nothing leaves unseen.
+        The reply's content: a release, or a refusal if anything went wrong at this site, or if the site's audit log has
+        no place for it, since nothing leaves unseen.
     """
-    reply = _perform(kind, content, context, on_step)
+    started, period = time.monotonic(), 0.0
+    try:
+        policy = find_policy(context.node_config, policy_file)
+        period = policy.reply_not_before if policy else 0.0
+        reply = _granted(kind, content, context, on_step, policy)
+    except Exception as error:  # whatever went wrong, the server is to be told that something did
+        reply = refusal(refuse(error))
     try:
         _record(kind, content, context, reply)
-    except AuditLogError:
-        log.exception("the reply stays here")
-        return refusal("this site's audit log cannot be written, so nothing leaves it; its own log says why")
+    except AuditLogError as error:
+        reply = refusal(refuse(Refused(Code.AUDIT_LOG_UNWRITABLE, str(error))))
+    if period:
+        _hold(started, period, on_step)
     return reply
 
 
@@ -60,16 +74,24 @@ def _record(kind: Kind, content: RecordDict, context: Context, reply: RecordDict
     )
 
 
-def _perform(kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None) -> RecordDict:
-    try:
-        who = ClientIdentity.read(context.node_config, context.node_id)
-        here = site(parse(context.run_config))
-        if kind == "train":
-            return train_round(here, content, who, context.state, on_step)
-        metrics = evaluate_round(here, content, who, context.state, on_step)
-        return RecordDict({METRICS: MetricRecord(dict(metrics))})
-    except MissingFoldsError as error:
-        return refusal(str(error), folds_held=error.held)
-    except Exception as error:  # whatever went wrong at this site must reach the server in words
-        log.exception("the round failed at this site")
-        return refusal(f"{type(error).__name__}: {error}")
+def _granted(
+    kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None, policy: SitePolicy | None
+) -> RecordDict:
+    """Do what the policy grants."""
+    with refuse_as(Code.RUN_CONFIG_INVALID):
+        asked = parse(context.run_config)
+    settings = grant(policy, asked, kind)
+    who = ClientIdentity.read(context.node_config, context.node_id)
+    here = site(settings)
+    if kind == "train":
+        return train_round(here, content, who, context.state, on_step, policy)
+    return evaluate_round(here, content, who, context.state, on_step)
+
+
+def _hold(started: float, period: float, on_step: OnStep | None) -> None:
+    """Wait until a whole number of periods has passed since the message came."""
+    due = started + period * math.ceil((time.monotonic() - started) / period)
+    while (left := due - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK))
+        if on_step:
+            on_step("hold the reply", 0, 1)

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from bora_fl.client.dpsgd import train_privately
 from bora_fl.client.losses import sample_losses
-from bora_fl.client.training import make_optimizer, num_steps
+from bora_fl.client.training import make_optimizer, num_steps, proximal_pull
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.models import FederatedModel
 from bora_fl.privacy.accounting import solve_noise
 from bora_fl.privacy.ledger import planned_rounds, site_ledger
+from bora_fl.privacy.policy import SitePolicy, require_small_delta
+from bora_fl.wire.refusals import Code, refuse_as
 
 
 def planned_steps(settings: Settings, num_examples: int) -> int:
@@ -40,6 +42,7 @@ def train_privately_for_a_round(
     factor: float,
     run_id: str,
     partition: int,
+    policy: SitePolicy | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, float | int]:
     """Train with DP-SGD for one round; the steps are on disk in the site's ledger before the first record is read.
@@ -47,23 +50,26 @@ def train_privately_for_a_round(
     Args:
         model: Holds the received state, with what trains chosen; is trained in place.
         data: The client's training examples, one record each.
-        settings: The run's settings.
+        settings: The run's settings, as the site grants them.
         factor: Share of the learning rate in this round.
         run_id: The run, under which the steps are booked.
-        partition: The client's partition; with the data's files it names the ledger.
+        partition: The client's partition; with the data's files it names the ledger where the site has no policy.
+        policy: The site's.
         on_step: Called with (step, steps) after each step; what it raises ends the training, and the steps stay booked.
 
     Returns:
-        What may leave the client: ε spent on this data set so far by all runs, the noise multiplier, the steps. The
-        loss is not among it: it is computed from the records without noise.
+        For the site's own log: ε spent on this data set so far by all runs, the noise multiplier, the steps. They
+        follow from the sampling rate, which tells the number of records.
 
     Raises:
         BudgetExceeded: If the steps do not fit into the budget; nothing is trained.
-        ValueError: If the ledger on disk cannot be read.
+        Refused: If the ledger on disk cannot be read, or δ is too large for so few records.
     """
+    require_small_delta(policy, settings, len(data))
     privacy, train = settings.privacy, settings.train
     device = settle(model.model)
-    ledger = site_ledger(settings, run_id, partition)
+    with refuse_as(Code.LEDGER_UNREADABLE):
+        ledger = site_ledger(settings, run_id, partition, policy=policy)
     noise = noise_multiplier(settings, len(data))
 
     def collate(indices: list[int]) -> dict[str, Tensor]:
@@ -77,12 +83,16 @@ def train_privately_for_a_round(
         return sample_losses(logits, labels)
 
     model.model.train()
+    optimizer = make_optimizer(model, train, factor)
+    if train.proximal_mu:
+        pull = proximal_pull(model.trained_parameters(), train.proximal_mu)
+        optimizer.register_step_pre_hook(lambda *_: pull())  # after the noise: it reads no record
     result = train_privately(
         model.model,
         losses,
         range(len(data)),
         collate,
-        make_optimizer(model, train, factor),
+        optimizer,
         clip_norm=privacy.clip_norm,
         noise_multiplier=noise,
         expected_batch_size=_expected_batch(settings, len(data)),

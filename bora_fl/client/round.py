@@ -1,8 +1,11 @@
 """A client's part of a round, free of Flower's transport: what was received in, what is replied out."""
 
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
@@ -10,18 +13,24 @@ from bora_fl.blocks import at_rank
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
-from bora_fl.client.training import learning_rate_factor, train
-from bora_fl.config import Settings
-from bora_fl.data import Encoded
+from bora_fl.client.training import TrainResult, learning_rate_factor, train
+from bora_fl.data import ClientData, Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.models import FederatedModel
+from bora_fl.privacy import overlap
+from bora_fl.privacy.ledger import ledger_folder
 from bora_fl.privacy.local import LocalPrivacy
+from bora_fl.privacy.policy import EVALUATION, PROTECTED, SitePolicy, released
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.records import Instruction, from_arrays, part_of, reply_content, state_of, to_arrays
+from bora_fl.wire.records import Instruction, from_arrays, part_of, state_of, to_arrays
+from bora_fl.wire.refusals import Code, Refused, refuse_as
+from bora_fl.wire.release import ClientRelease, EvaluationRelease, LocalRelease, PlainRelease, RecordRelease
 from bora_fl.wire.schema import FOLDS
 from bora_fl.wire.sparsity import sparsify
+
+log = logging.getLogger(__name__)
 
 LOCAL = "local-factors"
 
@@ -29,84 +38,164 @@ OnStep = Callable[[str, int, int], None]
 """Told what is being done, how many steps of it, out of how many; what it raises ends the round."""
 
 
-class MissingFoldsError(RuntimeError):
-    """This site lacks folds of the frozen weights.
-
-    Attributes:
-        held: The newest version up to which it holds all.
-    """
-
-    def __init__(self, held: int, wanted: int) -> None:
-        super().__init__(f"this site holds the folds up to version {held}, the round needs version {wanted}")
-        self.held = held
-
-
 def train_round(
-    site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, on_step: OnStep | None = None
+    site: Site,
+    content: RecordDict,
+    who: ClientIdentity,
+    memory: RecordDict,
+    on_step: OnStep | None = None,
+    policy: SitePolicy | None = None,
 ) -> RecordDict:
     """Receive, train, reply.
 
     Args:
-        site: This process's models and data.
+        site: This process's models and data, by the settings that the site grants.
         content: The server's message.
         who: The client.
         memory: What the client keeps between rounds (factors that never leave it).
         on_step: Called between steps.
+        policy: The site's.
 
     Returns:
         The reply's content.
 
     Raises:
-        MissingFoldsError: If frozen weights cannot be brought to the round's version.
-        ValueError: If the message cannot be understood.
+        Refused: If frozen weights cannot be brought to the round's version, the message cannot be understood, or the
+            round does not fit the site's policy or budget.
     """
-    instruction = Instruction.read(content)
-    sent = state_of(content)
+    instruction, sent = _read(content)
     model, received = _receive(site, content, instruction, sent, who, memory)
-    data = site.data(who.partition, who.num_partitions)
-    settings = site.settings
-    metrics: dict[str, float | int] = {"partition": who.partition, "rank": model.rank}
-    mode, sends = settings.privacy.mode, instruction.shares & instruction.trains
-    local = _book_locally(settings, instruction, who) if mode == "local" else None
-    if instruction.evaluate and len(data.evaluation) and mode not in ("record", "local"):
-        metrics |= _named(_evaluate(site, model, data.evaluation, on_step))
-    model.train_only(instruction.trains)
-    factor = learning_rate_factor(settings.train, instruction.round, settings.run.num_rounds)
-    started = time.perf_counter()
-    if mode == "record":
-        metrics |= train_privately_for_a_round(
-            model,
-            data.train,
-            settings,
-            factor=factor,
-            run_id=instruction.run_id,
-            partition=who.partition,
-            on_step=_stage("train", on_step),
-        )
-    else:
-        seed = derive(settings.run.seed, "batches", instruction.round, who.partition)
-        on_train_step = _stage("train", on_step)
-        result = train(model, data.train, settings.train, factor=factor, seed=seed, on_step=on_train_step)
-        metrics |= {"train-loss": result.loss, "steps": result.steps}
-    trained = model.read()
-    _remember(memory, trained, instruction)
-    metrics |= {"num-examples": len(data.train), "train-seconds": time.perf_counter() - started}
-    if local:
-        trained = local.protect(trained, received, sends)
-        metrics = {"partition": who.partition, "rank": model.rank} | local.metrics()
+    data = _data(site, who)
+    mode = site.settings.privacy.mode
+    if policy and mode in PROTECTED:
+        _warn_of_overlap(site, policy)
+    train_by = {"record": _train_by_record, "local": _train_locally}.get(mode, _train_openly)
+    release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
+    _remember(memory, release.state, instruction)
     if instruction.sparsity < 1:
-        trained = sparsify(trained, received, instruction.sparsity)
-    return reply_content(trained, sent, sends, instruction.round, metrics)
+        release = replace(release, state=sparsify(release.state, received, instruction.sparsity))
+    return release.content(sent, instruction.shares & instruction.trains, instruction.round)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What a round's training works on."""
+
+    site: Site
+    model: FederatedModel
+    data: ClientData
+    instruction: Instruction
+    who: ClientIdentity
+    received: AdapterState
+    on_step: OnStep | None
+    policy: SitePolicy | None
+
+    @property
+    def factor(self) -> float:
+        """The round's share of the learning rate."""
+        settings = self.site.settings
+        return learning_rate_factor(settings.train, self.instruction.round, settings.run.num_rounds)
+
+    def train(self) -> TrainResult:
+        """Train without noise."""
+        self.model.train_only(self.instruction.trains)
+        settings = self.site.settings
+        seed = derive(settings.run.seed, "batches", self.instruction.round, self.who.partition)
+        step = _stage("train", self.on_step)
+        return train(self.model, self.data.train, settings.train, factor=self.factor, seed=seed, on_step=step)
+
+
+def _train_openly(round: _Round) -> PlainRelease | ClientRelease:
+    """Under ``none`` and ``client``: exact, less the numbers that the site withholds."""
+    mode = round.site.settings.privacy.mode
+    allowed = released(round.policy, mode)
+    measured: dict[str, float | int] = {}
+    if round.instruction.evaluate and len(round.data.evaluation) and allowed >= EVALUATION:
+        found = _evaluate(round.site, round.model, round.data.evaluation, round.on_step)
+        measured |= {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_examples": found.examples}
+    started = time.perf_counter()
+    result = round.train()
+    measured |= {"train_loss": result.loss, "steps": result.steps, "num_examples": len(round.data.train)}
+    measured |= {"train_seconds": time.perf_counter() - started}
+    leaves: dict[str, Any] = {name: v for name, v in measured.items() if name.replace("_", "-") in allowed}
+    kind = PlainRelease if mode == "none" else ClientRelease
+    return kind(state=round.model.read(), partition=round.who.partition, rank=round.model.rank, **leaves)
+
+
+def _train_by_record(round: _Round) -> RecordRelease:
+    """Under ``record``: whatever goes wrong once records are read has one code, since the reason depends on them."""
+    settings = round.site.settings
+    round.model.train_only(round.instruction.trains)
+    with refuse_as(Code.TRAINING_FAILED, Code.BUDGET_EXCEEDED):
+        spent = train_privately_for_a_round(
+            round.model,
+            round.data.train,
+            settings,
+            factor=round.factor,
+            run_id=round.instruction.run_id,
+            partition=round.who.partition,
+            policy=round.policy,
+            on_step=_stage("train", round.on_step),
+        )
+    log.info("round %d: %s", round.instruction.round, spent)
+    return RecordRelease(
+        state=round.model.read(),
+        partition=round.who.partition,
+        rank=round.model.rank,
+        epsilon_per_record=settings.privacy.epsilon,
+    )
+
+
+def _train_locally(round: _Round) -> LocalRelease:
+    """Under ``local``: a training that diverges sends a noised zero: a refusal would tell of the data."""
+    booked = _book_locally(round)
+    with refuse_as(Code.TRAINING_FAILED):
+        try:
+            round.train()
+            trained = round.model.read()
+        except FloatingPointError as error:
+            log.warning("round %d: %s; the update counts as zero", round.instruction.round, error)
+            trained = round.received
+    return LocalRelease(
+        state=booked.protect(trained, round.received, round.instruction.shares & round.instruction.trains),
+        partition=round.who.partition,
+        rank=round.model.rank,
+        epsilon_per_client=booked.epsilon,
+        noise_multiplier=booked.noise_multiplier,
+    )
 
 
 def evaluate_round(
     site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, on_step: OnStep | None = None
-) -> dict[str, float | int]:
+) -> RecordDict:
     """Evaluate the received adapter on the client's held-out part; the counterpart of `train_round`."""
-    instruction = Instruction.read(content)
-    model, _ = _receive(site, content, instruction, state_of(content), who, memory)
-    data = site.data(who.partition, who.num_partitions)
-    return {"partition": who.partition} | _named(_evaluate(site, model, data.evaluation, on_step))
+    instruction, sent = _read(content)
+    model, _ = _receive(site, content, instruction, sent, who, memory)
+    found = _evaluate(site, model, _data(site, who).evaluation, on_step)
+    return EvaluationRelease(who.partition, found.loss, found.accuracy, found.examples).content()
+
+
+def _read(content: RecordDict) -> tuple[Instruction, AdapterState]:
+    with refuse_as(Code.MESSAGE_INVALID):
+        return Instruction.read(content), state_of(content)
+
+
+def _data(site: Site, who: ClientIdentity) -> ClientData:
+    with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
+        return site.data(who.partition, who.num_partitions)
+
+
+def _warn_of_overlap(site: Site, policy: SitePolicy) -> None:
+    with refuse_as(Code.LEDGER_UNREADABLE):
+        shares = overlap.note(ledger_folder(site.settings), policy.ledger, site.texts())
+    for other, share in shares.items():
+        log.warning(
+            "about %.1f %% of the records of data-set = %r are, or were, in the data set of the ledger %s too: what "
+            "they have spent there is not counted here; give both the same name",
+            100 * share,
+            policy.data_set,
+            other,
+        )
 
 
 def _receive(
@@ -122,7 +211,8 @@ def _receive(
         site.store_folds(instruction.run_id, from_arrays(content.array_records[FOLDS]))
     held = site.held_folds(instruction.run_id, instruction.fold_version)
     if held < instruction.fold_version:
-        raise MissingFoldsError(held, instruction.fold_version)
+        text = f"this site holds the folds up to version {held}, the round needs version {instruction.fold_version}"
+        raise Refused(Code.FOLDS_MISSING, text, folds_held=held)
     state = _recall(memory, sent, instruction)
     settings = site.settings.adapter
     rank = min(who.max_rank or settings.rank, settings.rank)
@@ -134,14 +224,17 @@ def _receive(
     return model, state
 
 
-def _book_locally(settings: Settings, instruction: Instruction, who: ClientIdentity) -> LocalPrivacy:
-    if 0 < who.max_rank < settings.adapter.rank and instruction.trains - instruction.shares:
+def _book_locally(round: _Round) -> LocalPrivacy:
+    settings, instruction = round.site.settings, round.instruction
+    if 0 < round.who.max_rank < settings.adapter.rank and instruction.trains - instruction.shares:
         # A reply of another rank holds every factor, and those that are kept here are not noised.
-        raise ValueError(
-            f"rank = {who.max_rank} in the node config with privacy.mode = 'local': this strategy keeps some factors "
-            f"on the client, and a reply of another rank would hold them; use the federation's, {settings.adapter.rank}"
+        raise Refused(
+            Code.RANK_MISMATCH,
+            f"rank = {round.who.max_rank} in the node config with privacy.mode = 'local': this strategy keeps some "
+            "factors on the client, and a reply of another rank would hold them; use the federation's, "
+            f"{settings.adapter.rank}",
         )
-    return LocalPrivacy.book(settings, instruction.run_id, who.partition)
+    return LocalPrivacy.book(settings, instruction.run_id, round.who.partition, round.policy)
 
 
 def _evaluate(site: Site, model: FederatedModel, data: Encoded, on_step: OnStep | None) -> Metrics:
@@ -158,10 +251,6 @@ def _evaluate(site: Site, model: FederatedModel, data: Encoded, on_step: OnStep 
 
 def _stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | None:
     return partial(on_step, name) if on_step else None
-
-
-def _named(metrics: Metrics) -> dict[str, float | int]:
-    return {"eval-loss": metrics.loss, "eval-accuracy": metrics.accuracy, "eval-examples": metrics.examples}
 
 
 def _remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:

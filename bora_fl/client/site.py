@@ -15,6 +15,7 @@ from bora_fl.device import set_threads
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
 from bora_fl.paths import cache_folder, path_part, write_atomically
 from bora_fl.state import unflatten_factors
+from bora_fl.wire.refusals import Code, refuse_as
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,11 @@ class Site:
     def __init__(self, settings: Settings) -> None:
         global _loads
         self.settings = settings
-        self._tokenizer: Any = load_tokenizer(settings.model)
-        raw = load_dataset(settings.data)
-        self._base: Any = load_base(settings.model, raw.label_names, settings.run.seed)
+        with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
+            raw = load_dataset(settings.data)
+        with refuse_as(Code.MODEL_UNAVAILABLE, Code.OUT_OF_MEMORY):
+            self._tokenizer: Any = load_tokenizer(settings.model)
+            self._base: Any = load_base(settings.model, raw.label_names, settings.run.seed)
         _loads += 1
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
@@ -43,6 +46,12 @@ class Site:
         return client_data(
             s.data, s.model, self._tokenizer, partition, s.data.num_partitions or num_partitions, s.run.seed
         )
+
+    def texts(self) -> list[str]:
+        """The text of each record of the training split, all partitions'."""
+        data = self.settings.data
+        with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
+            return list(load_dataset(data).train[data.text_column])
 
     def model(self, rank: int | None = None) -> FederatedModel:
         """The adapted model at a rank (the run's own by default); the base model is shared by all ranks."""

@@ -113,7 +113,9 @@ class TrainSettings(_Group):
     warmup_rounds: CountOrZero = Field(0, description="rounds of linear warm-up")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="momentum of sgd")
-    max_grad_norm: NonNegative = Field(1.0, description="global gradient clipping; 0 is off")
+    max_grad_norm: NonNegative = Field(
+        1.0, description="global gradient clipping; 0 is off; privacy.clip-norm is in its place under record"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast; auto is bf16 where it is fast")
     checkpointing: bool = Field(False, description="gradient checkpointing")
     proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
@@ -253,15 +255,16 @@ class Settings(_Group):
                 f"privacy.quantization-bits = {self.privacy.quantization_bits}: an entry needs 8 to 30; set 0 to have "
                 "as many as there is room for"
             )
-        if self.privacy.mode == "local" and self.strategy.weighting != "uniform":
+        if self.privacy.mode in ("record", "local") and self.strategy.weighting != "uniform":
             raise ValueError(
-                "strategy.weighting = 'examples' with privacy.mode = 'local': the server would learn how many examples "
-                "each client has, which no noise covers; set strategy.weighting to uniform"
+                f"strategy.weighting = 'examples' with privacy.mode = '{self.privacy.mode}': the server would learn "
+                "how many examples each client has, which no noise covers; set strategy.weighting to uniform"
             )
-        if self.privacy.mode == "local" and self.strategy.fraction_evaluate > 0:
+        if self.privacy.mode in ("record", "local") and self.strategy.fraction_evaluate > 0:
             raise ValueError(
-                f"strategy.fraction-evaluate = {self.strategy.fraction_evaluate} with privacy.mode = 'local': clients "
-                "would report accuracies without noise; set strategy.fraction-evaluate to 0"
+                f"strategy.fraction-evaluate = {self.strategy.fraction_evaluate} with privacy.mode = "
+                f"'{self.privacy.mode}': clients would report accuracies without noise; set strategy.fraction-evaluate "
+                "to 0"
             )
         if self.strategy.max_loss_increase > 0 and not self.data.test_split:
             raise ValueError(

@@ -1,8 +1,8 @@
 """What a site has spent on a data set: on disk before anything is trained, over rounds, runs, processes and restarts.
 
-A ledger is one JSON file per data set, named by a fingerprint of its records. `spend` writes first and returns after,
-so that a client that dies while training, or before its reply leaves, has spent its steps and cannot spend them again.
-ε composes over every run on the same records: a second run does not start from zero.
+A ledger is one JSON file per data set, named by the site's policy, or without one by a fingerprint of the data. `spend`
+writes first and returns after, so that a client that dies while training, or before its reply leaves, has spent its
+steps and cannot spend them again. ε composes over every run on the same records: a second run does not start from zero.
 
 Beside each ledger, in the state folder, stands its head: how many entries it had and their digest. A ledger that lacks
 some of them, such as an older copy that was put back, is refused. The ledger is written first, so that a crash between
@@ -15,6 +15,7 @@ budget the run asks for.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,10 @@ from bora_fl.config import Settings
 from bora_fl.data import source_fingerprint
 from bora_fl.paths import state_folder, write_atomically
 from bora_fl.privacy.accounting import Accountant, Budget, BudgetExceeded, Spent, Unit, epsilon, merge_history
+from bora_fl.privacy.policy import SitePolicy
 
 _VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Ledger:
@@ -60,7 +63,7 @@ class Ledger:
         Args:
             folder: Where the site keeps its ledgers. It must outlive the process.
             run_id: The run that spends.
-            dataset_fingerprint: See `fingerprint`.
+            dataset_fingerprint: Names the data set: see `fingerprint`, or the name that the site's policy gives it.
             budget: What the run may spend on the data set, earlier runs included.
             accountant: `"prv"` or `"rdp"`.
             unit: Whose presence the noise hides.
@@ -68,7 +71,7 @@ class Ledger:
         Raises:
             ValueError: If the arguments or the file on disk are not usable. An unreadable ledger is never started anew.
         """
-        if not (dataset_fingerprint and dataset_fingerprint.isalnum()):
+        if not _NAME.fullmatch(dataset_fingerprint):
             raise ValueError(f"dataset_fingerprint = {dataset_fingerprint!r}: use fingerprint(records)")
         Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         name = dataset_fingerprint if unit == "record" else f"{dataset_fingerprint}-{unit}"
@@ -195,14 +198,17 @@ def _digest(entries: list[tuple[str, Spent]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def site_ledger(settings: Settings, run_id: str, partition: int, unit: Unit = "record") -> Ledger:
+def site_ledger(
+    settings: Settings, run_id: str, partition: int, unit: Unit = "record", policy: SitePolicy | None = None
+) -> Ledger:
     """The ledger of the data that a site trains on, under a run's budget.
 
     Args:
-        settings: The run's settings.
+        settings: The run's settings, as the site grants them.
         run_id: The run, under which steps are booked.
-        partition: The client's partition; with the data's files it names the ledger.
+        partition: The client's partition; with the data's files it names the ledger where the site has no policy.
         unit: Whose presence the noise hides.
+        policy: The site's; it names the ledger.
 
     Raises:
         ValueError: If the ledger on disk cannot be read.
@@ -210,7 +216,7 @@ def site_ledger(settings: Settings, run_id: str, partition: int, unit: Unit = "r
     return Ledger.open(
         ledger_folder(settings),
         run_id=run_id,
-        dataset_fingerprint=source_fingerprint(settings.data, partition),
+        dataset_fingerprint=policy.ledger if policy else source_fingerprint(settings.data, partition),
         budget=Budget(settings.privacy.epsilon, settings.privacy.delta),
         accountant=settings.privacy.accountant,
         unit=unit,

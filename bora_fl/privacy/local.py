@@ -10,8 +10,10 @@ from bora_fl.config import Settings
 from bora_fl.privacy.accounting import solve_noise
 from bora_fl.privacy.gaussian import Randomness, from_coordinates, privatize, to_coordinates
 from bora_fl.privacy.ledger import planned_rounds, site_ledger
+from bora_fl.privacy.policy import SitePolicy
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.records import part_of
+from bora_fl.wire.refusals import Code, refuse_as
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,16 @@ class LocalPrivacy:
     frozen: frozenset[str] = frozenset()
 
     @classmethod
-    def book(cls, settings: Settings, run_id: str, partition: int) -> "LocalPrivacy":
+    def book(cls, settings: Settings, run_id: str, partition: int, policy: SitePolicy | None = None) -> "LocalPrivacy":
         """Book a reply in the site's ledger, on disk when this returns; the noise is solved once for all rounds.
 
         Raises:
             BudgetExceeded: If it does not fit into the budget.
-            ValueError: If the ledger on disk cannot be read.
+            Refused: If the ledger on disk cannot be read.
         """
         privacy = settings.privacy
-        ledger = site_ledger(settings, run_id, partition, "client")
+        with refuse_as(Code.LEDGER_UNREADABLE):
+            ledger = site_ledger(settings, run_id, partition, "client", policy)
         noise = privacy.noise_multiplier or solve_noise(
             privacy.epsilon, privacy.delta, 1.0, planned_rounds(settings), privacy.accountant
         )
@@ -71,11 +74,3 @@ class LocalPrivacy:
         noised = privatize(move, self.clip_norm, self.noise_multiplier, randomness)
         reached = {name: start[name] + change for name, change in noised.items()}
         return unflatten(after | from_coordinates(reached, self.sigma_transform))
-
-    def metrics(self) -> dict[str, float | int]:
-        """What may be said of it: neither losses, nor timings, nor how many examples there are."""
-        return {
-            "num-examples": 1,
-            "epsilon-per-client": self.epsilon,
-            "noise-multiplier": self.noise_multiplier,
-        }

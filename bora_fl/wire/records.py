@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bora_fl.paths import path_part
 from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 
 PACKED = "safetensors"
@@ -60,13 +61,15 @@ class Instruction:
         """From a received message.
 
         Raises:
-            ValueError: If the message speaks another version of the schema, or its run id is no name for a folder.
+            Refused: If the message speaks another version of the schema.
+            ValueError: If its run id is no name for a folder.
         """
         values = content.config_records.get(INSTRUCTION, ConfigRecord())
         if values.get("schema") != SCHEMA:
-            raise ValueError(
+            raise Refused(
+                Code.SCHEMA_MISMATCH,
                 f"the server speaks wire schema {values.get('schema')!r}, this site {SCHEMA}: "
-                "install the same bora-fl version on the server and on every site"
+                "install the same bora-fl version on the server and on every site",
             )
         return cls(
             round=int(values["round"]),  # type: ignore[arg-type]

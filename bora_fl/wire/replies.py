@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
 from bora_fl.wire.records import from_arrays, part_of
+from bora_fl.wire.refusals import explain
 from bora_fl.wire.schema import METRICS, REPLY, SCHEMA, STATE
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
@@ -40,7 +41,8 @@ def _reply_record(message: Message) -> ConfigRecord:
         raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
     if "refused" in reply:
         held = reply.get("folds-held")
-        raise RejectedReplyError(node, str(reply["refused"])[:500], held if isinstance(held, int) else None)
+        reason = explain(reply["refused"], reply.get("error-id"))
+        raise RejectedReplyError(node, reason, held if isinstance(held, int) else None)
     return reply
 
 

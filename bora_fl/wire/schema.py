@@ -2,18 +2,21 @@
 
 from flwr.app import ConfigRecord, RecordDict
 
+from bora_fl.wire.refusals import Refusal
+
 SCHEMA = 2
 STATE, FOLDS, INSTRUCTION, REPLY, METRICS = "state", "folds", "instruction", "reply", "metrics"
 
 
-def refusal(reason: str, *, folds_held: int | None = None) -> RecordDict:
-    """A reply of a site that could not do what it was asked.
+def refusal(refused: Refusal) -> RecordDict:
+    """A reply of a site that could not do what it was asked."""
+    reply = ConfigRecord({"schema": SCHEMA, "refused": str(refused.code), "error-id": refused.error_id})
+    if refused.folds_held is not None:
+        reply["folds-held"] = refused.folds_held
+    return RecordDict({REPLY: reply})
 
-    Args:
-        reason: In words, for the server's log and metrics.
-        folds_held: The newest fold version the site holds, if folds were what it lacked.
-    """
-    reply = ConfigRecord({"schema": SCHEMA, "refused": reason})
-    if folds_held is not None:
-        reply["folds-held"] = folds_held
+
+def roll_call(partition: int, num_partitions: int) -> RecordDict:
+    """A reply to the question which partition a node serves: what its node config says."""
+    reply = ConfigRecord({"schema": SCHEMA, "partition": partition, "num-partitions": num_partitions})
     return RecordDict({REPLY: reply})

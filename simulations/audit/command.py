@@ -11,6 +11,7 @@ from bora_fl.config import Scalar, overrides, parse
 # One client whose few records the canaries are half of, trained for long: what gives a lower bound its best chance.
 BASE: dict[str, Scalar] = {
     "privacy.mode": "record",
+    "strategy.weighting": "uniform",
     "model.max-length": 16,
     "data.partition": "iid",
     "data.max-train-examples": 256,

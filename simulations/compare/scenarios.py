@@ -140,7 +140,12 @@ def at_epsilon(row: Scenario, epsilon: str) -> Scenario:
         row,
         name=f"{row.name}-epsilon-{epsilon}",
         summary=f"{row.summary}; DP-SGD, epsilon {epsilon} per record",
-        overrides={**row.overrides, "privacy.mode": "record", "privacy.epsilon": value},
+        overrides={
+            **row.overrides,
+            "privacy.mode": "record",
+            "privacy.epsilon": value,
+            "strategy.weighting": "uniform",
+        },
     )
 
 

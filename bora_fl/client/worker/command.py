@@ -25,6 +25,9 @@ def worker(
     token_file: Annotated[
         Path | None, typer.Option(help="token of a tcp address; written, readable by its owner alone, if missing")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="the site's policy; wins over the node config's. `bora-fl init site` writes one")
+    ] = None,
     run_config: Annotated[
         list[str] | None,
         typer.Option("--run-config", "-c", help="key=value of the coming run: load its model before round 1"),
@@ -53,6 +56,10 @@ def worker(
     chosen = overrides(run_config)
     which = _partition(partition)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
+    if policy:
+        from bora_fl.privacy.policy import read_policy
+
+        read_policy(policy)  # a mistake ends here, not in round 1
     from bora_fl.client.worker.servicer import SiteWorker
     from bora_fl.client.worker.serving import serve
 
@@ -60,7 +67,7 @@ def worker(
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    serve(settings, SiteWorker(), stop=stop, grace=grace, warm_up=run)
+    serve(settings, SiteWorker(policy.absolute() if policy else None), stop=stop, grace=grace, warm_up=run)
 
 
 def default_socket() -> Path:

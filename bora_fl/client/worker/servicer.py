@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -75,9 +76,13 @@ class SiteWorker:
     """Serves `worker.proto`. All jobs run in one thread, which alone touches model, data and ledger.
 
     That thread imports the large libraries too, so that a restarted worker answers, and queues, within a second or two.
+
+    Args:
+        policy_file: The site's policy, which wins over that of a message's node config.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy_file: Path | None = None) -> None:
+        self._policy_file = policy_file
         self._jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="job")
         self._lock = threading.Lock()
         self._tickets: list[_Ticket] = []
@@ -100,10 +105,11 @@ class SiteWorker:
 
         def load() -> None:
             from bora_fl.client.site import site
+            from bora_fl.privacy.policy import find_policy, grant
 
             started = time.perf_counter()
             try:
-                here = site(settings)
+                here = site(grant(find_policy({}, self._policy_file), settings, "train"))
                 here.model()
                 if partition:
                     here.data(*partition)
@@ -216,7 +222,8 @@ class SiteWorker:
             raise CancelledError
         ticket.say("started")
         try:
-            return job.perform("train" if kind == "train" else "evaluate", content, node, ticket.on_step)
+            asked: job.Kind = "train" if kind == "train" else "evaluate"
+            return job.perform(asked, content, node, ticket.on_step, self._policy_file)
         finally:
             self._count_loads()
 

@@ -16,6 +16,7 @@ from bora_fl.client.worker.address import WorkerSettings, check_socket
 from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.service import TOKEN_HEADER, Stub
 from bora_fl.client.worker.worker_pb2 import Chunk, Job, StatusRequest, StatusResponse, WorkRequest
+from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.schema import SCHEMA
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,11 @@ CHANNEL = [
 ]
 
 
-class WorkerError(RuntimeError):
+class WorkerError(Refused):
     """The site's worker did not do what it was asked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(Code.WORKER_UNAVAILABLE, text)
 
 
 def hand_over(settings: WorkerSettings, kind: str, content: RecordDict, context: Context, timeout: float) -> RecordDict:
