@@ -107,7 +107,7 @@ def test_past_the_budget_the_site_refuses_and_the_server_is_told(private):
     tight = private | {"privacy.noise-multiplier": 1.0, "privacy.epsilon": epsilon([(1.0, 1.0, 2)], DELTA, "rdp")}
     rows = read_rows(simulate(tight | {"run.num-rounds": 3}, 3) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [3, 3, 0]
-    assert all("per client" in reason for reason in rows[2]["reasons"].values())
+    assert all("budget-exceeded" in reason for reason in rows[2]["reasons"].values())
 
 
 def test_a_second_run_goes_on_with_the_first_ones_ledger(private, tmp_path):
@@ -128,7 +128,7 @@ def test_record_and_client_ledgers_are_kept_apart(private, tmp_path):
 def test_a_reply_of_another_rank_would_hold_what_is_kept_and_is_refused(private):
     mixed = private | {"strategy.name": "fedsa", "adapter.sigma-transform": "identity"}
     rows = read_rows(simulate(mixed, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
-    assert "keeps some factors" in rows[0]["reasons"]["3"]
+    assert "rank-mismatch" in rows[0]["reasons"]["3"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from bora_fl.blocks import BlockFactors
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.records import PACKED, Instruction, from_arrays, reply_content, to_arrays
+from bora_fl.wire.refusals import Code, Refusal
 from bora_fl.wire.replies import RejectedReplyError, read_reply
-from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, STATE, refusal
+from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE, refusal
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})
 ROUND = 4
@@ -131,7 +132,7 @@ BAD = {
     "no arrays": (lambda: RecordDict({**good(), STATE: ArrayRecord()}), "unreadable arrays"),
     "pickled arrays": (lambda: _stored("numpy.ndarray"), "unreadable arrays"),
     "garbage bytes": (_garbage, "unreadable arrays"),
-    "a refusal": (lambda: refusal("out of disk"), "out of disk"),
+    "a refusal": (lambda: refusal(Refusal(Code.OUT_OF_MEMORY, "0123abcd")), "the site ran out of memory"),
 }
 
 
@@ -152,5 +153,17 @@ def test_an_error_reply_is_named_with_its_node(request_message: Message):
 
 def test_a_refusal_can_say_which_folds_are_held(request_message: Message):
     with pytest.raises(RejectedReplyError) as error:
-        read_reply(reply(request_message, refusal("folds", folds_held=2)), state(), ALL, ROUND, 3)
+        read_reply(reply(request_message, refusal(Refusal(Code.FOLDS_MISSING, folds_held=2))), state(), ALL, ROUND, 3)
     assert error.value.folds_held == 2
+
+
+@pytest.mark.parametrize("code", ["Anna Schmidt, F32.1", "internal-error\n", 7, [1, 2], True, b"data-unreadable"])
+def test_of_a_refusal_nothing_is_shown_that_is_not_of_the_closed_list(code, request_message: Message):
+    content = RecordDict({REPLY: ConfigRecord({"schema": SCHEMA, "refused": code, "error-id": "Anna Schmidt"})})
+    with pytest.raises(RejectedReplyError) as error:
+        read_reply(reply(request_message, content), state(), ALL, ROUND, 3)
+    assert error.value.reason == "a refusal with a code that is not known here"
+    content.config_records[REPLY]["refused"] = "data-unreadable"
+    with pytest.raises(RejectedReplyError) as error:
+        read_reply(reply(request_message, content), state(), ALL, ROUND, 3)
+    assert error.value.reason == f"data-unreadable: {Code.DATA_UNREADABLE.sentence} (error none in the site's log)"

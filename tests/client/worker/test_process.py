@@ -76,7 +76,9 @@ def test_a_federation_through_a_worker_equals_one_without(tiny_config, tmp_path:
     assert log.rstrip().endswith("stopped")
 
 
-def test_a_killed_worker_is_named_and_its_successor_knows_the_ledger(tiny_config, tmp_path: Path, site: WorkerSettings):
+def test_a_killed_worker_is_named_and_its_successor_knows_the_ledger(
+    tiny_config, tmp_path: Path, site: WorkerSettings, caplog: pytest.LogCaptureFixture
+):
     config = tiny_config | {
         "privacy.mode": "record",
         "privacy.noise-multiplier": 20.0,
@@ -84,6 +86,7 @@ def test_a_killed_worker_is_named_and_its_successor_knows_the_ledger(tiny_config
         "privacy.accountant": "rdp",
         "privacy.ledger-dir": str(tmp_path / "ledger"),
         "strategy.name": "ffa",
+        "strategy.weighting": "uniform",
         "run.num-rounds": 1,
     }
 
@@ -109,8 +112,10 @@ def test_a_killed_worker_is_named_and_its_successor_knows_the_ledger(tiny_config
             run("broken", 100_000)
         killer.join()
     # A reason is under its node, and node 2 serves partition 0.
-    assert f"2: WorkerError: the site worker at {site.address} ended while it worked on this" in str(failed.value)
-    assert f"3: WorkerError: the site worker at {site.address} cannot be reached" in str(failed.value)
+    assert "2: worker-unavailable" in str(failed.value)
+    assert "3: worker-unavailable" in str(failed.value)
+    assert f"the site worker at {site.address} ended while it worked on this" in caplog.text
+    assert f"the site worker at {site.address} cannot be reached" in caplog.text
     with worker(site):
         assert eventually(lambda: answers(site), STARTUP)
         after = run("after", 4)
