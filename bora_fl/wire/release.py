@@ -16,6 +16,7 @@ from bora_fl.wire.schema import METRICS
 
 NOTHING = "nothing"
 TRUSTED = "the server is trusted"
+NAMED = "the server is trusted, if the policy names it"
 PUBLIC = "no function of the records"
 
 
@@ -59,17 +60,21 @@ class PlainRelease(_Release):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRelease(_Release):
-    """``client``: the trained state, exact, for a trusted server; numbers only where the site's policy names them."""
+    """``client``: the trained state, exact, for a trusted server; numbers only where the site's policy names them.
+
+    Attributes:
+        num_examples: 1 where the policy does not name it.
+    """
 
     mode = "client"
     state: Annotated[AdapterState, TRUSTED]
-    num_examples: Annotated[int, TRUSTED] = 1
-    train_loss: Annotated[float | None, TRUSTED] = None
-    steps: Annotated[int | None, TRUSTED] = None
-    train_seconds: Annotated[float | None, TRUSTED] = None
-    eval_loss: Annotated[float | None, TRUSTED] = None
-    eval_accuracy: Annotated[float | None, TRUSTED] = None
-    eval_examples: Annotated[int | None, TRUSTED] = None
+    num_examples: Annotated[int, NAMED] = 1
+    train_loss: Annotated[float | None, NAMED] = None
+    steps: Annotated[int | None, NAMED] = None
+    train_seconds: Annotated[float | None, NAMED] = None
+    eval_loss: Annotated[float | None, NAMED] = None
+    eval_accuracy: Annotated[float | None, NAMED] = None
+    eval_examples: Annotated[int | None, NAMED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,186 @@
+"""Every field of every message that leaves a site, in every mode, against the table of docs/privacy.md."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from bora_fl.client.app import app
+from bora_fl.privacy.policy import Metric, Mode
+from bora_fl.simulations.engine import InProcessGrid, simulate
+from bora_fl.strategies.base import RunFailedError
+from bora_fl.wire.refusals import Code, Refusal
+from bora_fl.wire.release import NAMED, EvaluationRelease, Release
+from bora_fl.wire.schema import METRICS, REPLY, refusal
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
+MODES = get_args(Mode)
+ABSENT = "stays"
+
+
+def table() -> dict[tuple[str, str], dict[str, str]]:
+    section = PAGE.read_text().partition("## What leaves a site")[2].partition("\n## ")[0]
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"
+    ]
+    assert rows[0] == ["message", "field", *MODES]
+    found = {(row[0], row[1]): dict(zip(MODES, row[2:], strict=True)) for row in rows[2:]}
+    assert len(found) == len(rows) - 2
+    return found
+
+
+def listed(message: str, mode: str, named: bool) -> set[str]:
+    """The fields that the table lets leave."""
+    return {
+        field
+        for (kind, field), cells in table().items()
+        if kind == message and cells[mode] != ABSENT and (named or cells[mode] != NAMED or field == "num-examples")
+    }
+
+
+def fields_of(content: RecordDict) -> set[str]:
+    found = set(content.array_records)
+    for name, record in [*content.config_records.items(), *content.metric_records.items()]:
+        found |= {key if name in (REPLY, METRICS) else f"{name}/{key}" for key in record}
+    return found
+
+
+def protections(release: type) -> dict[str, str]:
+    hints = get_type_hints(release, include_extras=True)
+    return {name.replace("_", "-"): h.__metadata__[0] for name, h in hints.items() if hasattr(h, "__metadata__")}
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path: Path):
+    return tiny_config | {
+        "privacy.epsilon": 50.0,
+        "privacy.delta": 1e-2,
+        "privacy.accountant": "rdp",
+        "privacy.ledger-dir": str(tmp_path / "ledger"),
+        "strategy.weighting": "uniform",
+        "strategy.name": "ffa",
+        "run.num-rounds": 1,
+    }
+
+
+@pytest.fixture
+def sent(config, tmp_path: Path):
+    """Runs a federation and returns each message that left a site: (kind, content)."""
+
+    def run(mode: str, metrics: Iterable[str] | None = None, **changes) -> list[tuple[str, RecordDict]]:
+        seen = []
+
+        def watch(reply: Message, partition: int) -> Message:
+            assert reply.has_content()
+            seen.append((reply.metadata.message_type, reply.content))
+            return reply
+
+        nodes = {}
+        if metrics is not None:
+            policy = {"data-set": "tiny", "data-path": config["data.name"], "models": ["*"], "modes": MODES}
+            lines = [f"{k} = {json.dumps(v)}" for k, v in (policy | {"metrics": sorted(metrics)}).items()]
+            bounds = [f"[{m}]\nepsilon = 50.0\ndelta = 1e-2" for m in ("record", "local", "client")]
+            (tmp_path / "policy.toml").write_text("\n".join([*lines, *bounds]))
+            nodes = {p: {"policy": str(tmp_path / "policy.toml")} for p in range(3)}
+        changes = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+        simulate(config | {"privacy.mode": mode} | changes, 3, node_configs=nodes, tamper=watch)
+        return seen
+
+    return run
+
+
+def test_the_types_say_what_the_table_says():
+    releases = {release.mode: protections(release) for release in get_args(Release)}
+    assert set(releases) == set(MODES)
+    wire = {"schema", "round"}
+    for mode, fields in releases.items():
+        assert {
+            f: p
+            for (kind, f), cells in table().items()
+            if kind == "train" and f not in wire and (p := cells[mode]) != ABSENT
+        } == fields
+    assert protections(EvaluationRelease) == {
+        f: cells["none"] for (kind, f), cells in table().items() if kind == "evaluate"
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_train_reply_holds_what_the_table_lists(mode: str, named: bool, sent):
+    seen = sent(mode, get_args(Metric) if named else None)
+    assert [kind for kind, _ in seen] == ["train"] * 3
+    for _, content in seen:
+        assert fields_of(content) == listed("train", mode, named or mode == "none")
+        if mode in ("record", "local") or (mode == "client" and not named):
+            assert content.metric_records[METRICS]["num-examples"] == 1
+
+
+def test_an_evaluation_reply_holds_what_the_table_lists(sent):
+    exact = [content for kind, content in sent("none", strategy__fraction_evaluate=1.0) if kind == "evaluate"]
+    assert len(exact) == 3
+    assert all(fields_of(content) == listed("evaluate", "none", True) for content in exact)
+
+
+@pytest.mark.parametrize("mode", ["none", "record", "local"])
+def test_a_masked_reply_holds_what_the_table_lists(mode: str, sent):
+    seen = sent(mode, privacy__secure_aggregation=True)
+    fields = set().union(*(fields_of(content) for _, content in seen))
+    assert fields == listed("masked", mode, True)
+    for _, content in seen:
+        assert not content.array_records.get("fitres.parameters")
+        assert content.metric_records.get("fitres.num_examples", {"num_examples": 1})["num_examples"] == 1
+        assert not content.config_records.get("fitres.status", {"message": ""})["message"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_and_refusals_hold_what_the_table_lists(mode: str, config, tmp_path: Path):
+    broken = config | {"privacy.mode": mode, "data.name": str(tmp_path / "missing.csv")}
+    grid = InProcessGrid(app, 1, broken)
+    (query,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=2, message_type="query")])
+    assert fields_of(query.content) == listed("query", mode, True)
+    for kind in ("train", "evaluate"):
+        (refused,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=2, message_type=kind)])
+        assert fields_of(refused.content) == listed("refusal", mode, True) - {"folds-held"}
+        assert refused.content.config_records[REPLY]["refused"] in list(Code)
+    assert fields_of(refusal(Refusal(Code.FOLDS_MISSING, folds_held=2))) == listed("refusal", mode, True)
+
+
+def test_under_secure_aggregation_a_refusal_is_code_id_and_sentence(config, tmp_path: Path):
+    broken = config | {"privacy.secure-aggregation": True, "data.name": str(tmp_path / "missing.csv")}
+    grid = InProcessGrid(app, 1, broken)
+    for kind in ("train", "evaluate"):
+        (reply,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=2, message_type=kind)])
+        if kind == "evaluate":
+            assert reply.content.config_records[REPLY]["refused"] == Code.EVALUATION_WITHHELD
+            continue
+        code, error_id = reply.error.reason.partition(":")[0].split()
+        assert reply.error.reason == Refusal(Code(code), error_id).line()
+
+
+def test_no_handler_raises_whatever_it_is_sent(config):
+    """What a handler raises Flower sends as text."""
+    for run_config in ({}, {"no.such": 1}, {"privacy.secure-aggregation": "maybe"}, config):
+        context = Context(1, 2, {"partition-id": "x"}, RecordDict(), run_config)
+        for kind in ("train", "evaluate", "query"):
+            reply = app(Message(RecordDict(), dst_node_id=2, message_type=kind), context)
+            assert reply.content.config_records[REPLY]["refused"] in list(Code)
+
+
+def test_the_number_of_examples_does_not_change_a_private_reply(sent):
+    """Noise and spent ε follow from the sampling rate: with them, one record more or less could be read off."""
+    metrics = [dict(content.metric_records[METRICS]) for _, content in sent("record", data__partition="linear")]
+    assert len({json.dumps({k: v for k, v in m.items() if k != "partition"}) for m in metrics}) == 1
+
+
+def test_a_run_without_a_usable_reply_names_codes(config, tmp_path: Path):
+    from bora_fl.client import job
+
+    broken = config | {"privacy.mode": "none"}
+    with pytest.raises(
+        RunFailedError, match=r"node-config-invalid|policy-invalid: .*error [0-9a-f]{8} in the site's log"
+    ):
+        simulate(broken, 1, node_configs={0: {"policy": str(tmp_path / "missing.toml")}})
+    assert job.perform("train", RecordDict(), Context(1, 2, {}, RecordDict(), broken)).config_records[REPLY]["refused"]
