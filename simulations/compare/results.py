@@ -38,7 +38,7 @@ class Row:
         server_seconds: Of merging.
         clients: Replies that were merged.
         rejected: Rejected replies.
-        epsilon: The largest ε that a client has spent so far, by its ledger; None without privacy.
+        epsilon: The largest ε that a client reports: what its ledger holds it to; None without privacy.
         epsilon_median: The clients' median.
         epsilon_unit: Whose presence is hidden: record or client.
     """
@@ -90,7 +90,7 @@ class Summary:
         target: The accuracy to reach: the user's, else the baseline's mean at the end, measured as `difference` is.
         megabytes_to_target: Up and down until the first evaluation at or above it, over the seeds that got there.
         reached: How many seeds got there.
-        epsilon: The largest ε of any client in any seed, by the ledgers; None without privacy.
+        epsilon: The largest ε of any client in any seed; None without privacy.
         epsilon_unit: Whose presence is hidden.
     """
 
