@@ -28,5 +28,5 @@ def require_done(reply: RecordDict) -> RecordDict:
     """
     record = reply.config_records.get(REPLY, ConfigRecord())
     if "refused" in record:
-        raise Refused(Code(str(record["refused"])), error_id=str(record["error-id"]))
+        raise Refused(Code.of(record["refused"]) or Code.INTERNAL_ERROR, error_id=str(record["error-id"]))
     return reply

@@ -24,6 +24,11 @@ class Code(StrEnum):
         member.sentence = sentence
         return member
 
+    @classmethod
+    def of(cls, text: object) -> "Code | None":
+        """The member that a text is the code of."""
+        return next((code for code in cls if code == text), None)
+
     POLICY_INVALID = "policy-invalid", "the site's policy file is missing or cannot be used"
     POLICY_MODE = "policy-mode", "the site's policy does not allow this privacy.mode"
     POLICY_BUDGET = (
@@ -157,7 +162,8 @@ class Refusal:
 
 def explain(code: object, error_id: object) -> str:
     """What the server shows of a refusal: nothing that is not of the closed list, whatever was sent."""
-    if code not in list(Code):
+    known = Code.of(code)
+    if known is None:
         return "a refusal with a code that is not known here"
     shown = error_id if isinstance(error_id, str) and re.fullmatch("[0-9a-f]{8}", error_id) else "none"
-    return f"{code}: {Code(str(code)).sentence} (error {shown} in the site's log)"
+    return f"{known}: {known.sentence} (error {shown} in the site's log)"

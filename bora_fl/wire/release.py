@@ -124,7 +124,7 @@ class EvaluationRelease:
 
     def content(self) -> RecordDict:
         """As a reply's content."""
-        return RecordDict({METRICS: MetricRecord(_named(self))})
+        return RecordDict({METRICS: MetricRecord({**_named(self)})})
 
 
 def _named(release: "_Release | EvaluationRelease") -> dict[str, float | int]:

@@ -43,8 +43,8 @@ _NOTES = (
     "last merge.",
     "Merge error is ‖adapter + folds - mean of the clients' products‖ / ‖that mean‖, mean over rounds. Bytes are the "
     "arrays of training rounds. Seconds are wall clock, of runs that shared the machine: compare them loosely.",
-    "Epsilon is the largest that any client's ledger holds after the last round, over all seeds, and whose presence it "
-    "hides. Accuracies on held-out examples are computed without noise.",
+    "Epsilon is what each client's ledger holds it to, over all seeds, and whose presence it hides. "
+    "Accuracies on held-out examples are computed without noise.",
     "MB to target: bytes until the first evaluation at the target accuracy or above, over the seeds that got there.",
 )
 _STYLE = """

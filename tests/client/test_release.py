@@ -157,7 +157,7 @@ def test_under_secure_aggregation_a_refusal_is_code_id_and_sentence(config, tmp_
             assert reply.content.config_records[REPLY]["refused"] == Code.EVALUATION_WITHHELD
             continue
         code, error_id = reply.error.reason.partition(":")[0].split()
-        assert reply.error.reason == Refusal(Code(code), error_id).line()
+        assert reply.error.reason == Refusal(Code.of(code), error_id).line()
 
 
 def test_no_handler_raises_whatever_it_is_sent(config):
