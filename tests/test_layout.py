@@ -24,10 +24,12 @@ LEVELS = [
 ]
 FLOWER = {
     "bora_fl/wire/records.py",
+    "bora_fl/wire/release.py",
     "bora_fl/wire/replies.py",
     "bora_fl/wire/schema.py",
     "bora_fl/client/app.py",
     "bora_fl/client/job.py",
+    "bora_fl/client/refusing.py",
     "bora_fl/client/worker/pieces.py",
     "bora_fl/client/worker/servicer.py",
     "bora_fl/client/worker/stub.py",

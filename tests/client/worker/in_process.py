@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
@@ -21,7 +22,9 @@ class Training:
         self.at_once = self.most_at_once = 0
         self.order: list[int] = []
 
-    def __call__(self, kind: str, content: RecordDict, context: Context, on_step: Callable) -> RecordDict:
+    def __call__(
+        self, kind: str, content: RecordDict, context: Context, on_step: Callable, policy_file: Path | None
+    ) -> RecordDict:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         self.order.append(int(context.node_config["partition-id"]))
@@ -37,8 +40,8 @@ class Training:
 
 
 @contextmanager
-def serving(settings: WorkerSettings, grace: float = 0.0) -> Iterator[SiteWorker]:
-    worker, stop, errors = SiteWorker(), threading.Event(), []
+def serving(settings: WorkerSettings, grace: float = 0.0, policy_file: Path | None = None) -> Iterator[SiteWorker]:
+    worker, stop, errors = SiteWorker(policy_file), threading.Event(), []
 
     def run() -> None:
         try:

@@ -236,7 +236,7 @@ def test_an_adapter_of_80_mb_passes_both_ways(
     numbers = np.random.default_rng(0).standard_normal((10, 1 << 20))
     records = RecordDict({"state": ArrayRecord({str(k): Array(row) for k, row in enumerate(numbers)})})
 
-    def keep_and_return(kind, content, context, on_step):
+    def keep_and_return(kind, content, context, on_step, policy_file):
         context.state["local-factors"] = content.array_records["state"]
         return content
 
@@ -290,3 +290,19 @@ def test_a_worker_that_comes_back_in_time_is_used(unix: WorkerSettings, training
     reply = submit(callers, unix)
     with serving(unix, grace=10.0):
         assert reply.result(timeout=20)
+
+
+def test_a_worker_s_own_policy_goes_with_every_job(
+    unix: WorkerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    given = []
+
+    def note(kind, content, context, on_step, policy_file):
+        given.append(policy_file)
+        return content
+
+    monkeypatch.setattr(client_job, "perform", note)
+    with serving(unix, policy_file=tmp_path / "policy.toml"):
+        hand_over(unix, "train", content(), context(), 60.0)
+        hand_over(unix, "evaluate", content(), context(), 60.0)
+    assert given == [tmp_path / "policy.toml"] * 2
