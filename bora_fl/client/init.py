@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 
-from bora_fl.config import ConfigError
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 console = Console()
 init = typer.Typer(no_args_is_help=True, help="Write what a site needs before its first run.")
@@ -32,6 +32,7 @@ def site(
     into: Annotated[Path, typer.Option(help="the file to write")] = Path("policy.toml"),
 ) -> None:
     """Write the policy that decides what a run may ask of this site; `bora-fl worker --policy` takes it."""
+    from bora_fl.config import ConfigError
     from bora_fl.privacy.policy import read_policy
 
     chosen: dict[str, Any] = {"data-set": data_set, "data-path": data, "models": model}
@@ -68,7 +69,9 @@ def policy_text(chosen: dict[str, Any]) -> str:
     return "\n".join([*head, *_entries(SitePolicy, chosen)]) + "\n"
 
 
-def _entries(group: type[BaseModel], chosen: dict[str, Any]) -> Iterator[str]:
+def _entries(group: "type[BaseModel]", chosen: dict[str, Any]) -> Iterator[str]:
+    from pydantic import BaseModel
+
     tables = []
     for name, info in group.model_fields.items():
         key = name.replace("_", "-")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bora_fl.client.dpsgd import train_privately
 from bora_fl.client.losses import sample_losses
-from bora_fl.client.training import make_optimizer, num_steps, proximal_pull
+from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
@@ -83,16 +83,12 @@ def train_privately_for_a_round(
         return sample_losses(logits, labels)
 
     model.model.train()
-    optimizer = make_optimizer(model, train, factor)
-    if train.proximal_mu:
-        pull = proximal_pull(model.trained_parameters(), train.proximal_mu)
-        optimizer.register_step_pre_hook(lambda *_: pull())  # after the noise: it reads no record
     result = train_privately(
         model.model,
         losses,
         range(len(data)),
         collate,
-        optimizer,
+        make_optimizer(model, train, factor),
         clip_norm=privacy.clip_norm,
         noise_multiplier=noise,
         expected_batch_size=_expected_batch(settings, len(data)),

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,23 +64,6 @@ def num_steps(settings: TrainSettings, num_examples: int) -> int:
     return max(1, math.ceil(settings.local_epochs * num_examples / (settings.batch_size * settings.accumulation)))
 
 
-def proximal_pull(parameters: Sequence[Tensor], mu: float) -> Callable[[], None]:
-    """What adds the gradient of FedProx's term, ``mu/2 |w - w_received|²``, to the gradients.
-
-    Args:
-        parameters: As received, with gradients when it is called.
-        mu: 0 adds nothing.
-    """
-    anchors = [parameter.detach().clone() for parameter in parameters] if mu else []
-
-    def pull() -> None:
-        for parameter, anchor in zip(parameters, anchors, strict=False):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
-
-    return pull
-
-
 def train(
     model: FederatedModel,
     data: Encoded,
@@ -107,7 +90,7 @@ def train(
     device = settle(model.model)
     parameters = model.trained_parameters()
     optimizer = make_optimizer(model, settings, factor)
-    pull = proximal_pull(parameters, settings.proximal_mu)
+    anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     steps = num_steps(settings, len(data))
     batches = draw_batches(len(data), settings.batch_size, steps * settings.accumulation, np.random.default_rng(seed))
     torch.manual_seed(seed)
@@ -132,7 +115,9 @@ def train(
                 f"the loss became {loss} in step {step} of {steps}; lower train.learning-rate "
                 f"({settings.learning_rate}) or set train.max-grad-norm ({settings.max_grad_norm})"
             )
-        pull()
+        for parameter, anchor in zip(parameters, anchors, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal_mu)
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

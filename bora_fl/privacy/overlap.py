@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bora_fl.paths import write_atomically
+
 SIZE = 1 << 14
 KEY, SUFFIX = "sketch.key", ".sketch"
 
@@ -51,12 +53,12 @@ def note(folder: Path, name: str, records: Iterable[str]) -> dict[str, float]:
     Returns:
         Other ledger's name to the share of the records, as they are now, that its data set holds or has held.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     now = make_sketch(records, _key(folder / KEY))
     file = folder / f"{name}{SUFFIX}"
     ever = np.unique(np.concatenate([now, _read(file)]))[:SIZE] if file.exists() else now
     if not file.exists() or not np.array_equal(ever, _read(file)):
-        _write(file, ever.astype("<u8").tobytes())
+        write_atomically(file, ever.astype("<u8").tobytes(), mode=0o600)
     others = [other for other in sorted(folder.glob(f"*{SUFFIX}")) if other != file]
     shares = {other.name.removesuffix(SUFFIX): common_share(now, _read(other)) for other in others}
     return {other: share for other, share in shares.items() if share > 0}
@@ -64,13 +66,6 @@ def note(folder: Path, name: str, records: Iterable[str]) -> dict[str, float]:
 
 def _read(file: Path) -> Sketch:
     return np.frombuffer(file.read_bytes(), dtype="<u8").astype(np.uint64)
-
-
-def _write(file: Path, content: bytes) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    with open(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as new:
-        new.write(content)
-    part.replace(file)
 
 
 def _key(file: Path) -> bytes:

@@ -16,7 +16,8 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bora_fl import __version__
-from bora_fl.config import ConfigError, Positive, Scalar, Settings
+from bora_fl.config import ConfigError, Scalar, Settings
+from bora_fl.config.settings import Positive
 from bora_fl.wire.refusals import Code, Refused
 
 Mode = Literal["none", "record", "client", "local"]

@@ -222,28 +222,6 @@ def test_weights_and_evaluation_rounds_that_would_tell_of_the_records_are_refuse
             parse(private | {key: value})
 
 
-def test_the_proximal_term_pulls_under_record_privacy(private, tmp_path: Path):
-    """It was ignored. It reads no record, so it joins the noised gradient."""
-    import torch
-
-    from bora_fl.wire.records import from_arrays
-    from bora_fl.wire.schema import STATE
-
-    def moved(name: str, mu: float) -> float:
-        arrays = []
-
-        def watch(reply, partition: int):
-            arrays.append(from_arrays(reply.content.array_records[STATE]))
-            return reply
-
-        chosen = {"train.optimizer": "sgd", "train.learning-rate": 0.05, "train.proximal-mu": mu}
-        folders = {"run.output-dir": str(tmp_path / name), "privacy.ledger-dir": str(tmp_path / f"{name}-ledger")}
-        simulate(private | chosen | folders, 1, tamper=watch)
-        return float(torch.cat([t.flatten() for n, t in arrays[0].items() if n.endswith("/B")]).norm())
-
-    assert moved("pulled", 19.0) < 0.8 * moved("free", 0.0)  # B starts at zero; the pull of 0.95 a step undoes most
-
-
 def test_a_query_is_answered_with_the_node_config_alone(private):
     from flwr.app import Message
     from flwr.supercore.task_identity import TaskIdentity
