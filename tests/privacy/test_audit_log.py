@@ -240,6 +240,7 @@ def test_a_site_that_cannot_log_lets_nothing_out(tiny_config: dict[str, Any], tm
 
 def test_charges_are_logged(tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: Any):
     monkeypatch.setenv("BORA_FL_STATE", str(tmp_path / "state"))
-    simulate(tiny_config | {"privacy.mode": "record", "privacy.accountant": "rdp", "run.num-rounds": 1}, 3)
+    private = {"privacy.mode": "record", "privacy.accountant": "rdp", "strategy.weighting": "uniform"}
+    simulate(tiny_config | private | {"run.num-rounds": 1}, 3)
     for line in (tmp_path / "state" / "audit.jsonl").read_text().splitlines()[1:]:
         assert 0 < float(json.loads(line)["charge"]["epsilon-per-record"]) <= 8
