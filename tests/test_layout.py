@@ -14,7 +14,7 @@ LEVELS = [
     {"blocks", "adapters"},
     {"state", "config", "preload"},
     {"device", "data"},
-    {"wire", "privacy", "models", "evaluate"},
+    {"wire", "privacy", "models", "evaluate", "heads"},
     {"report"},
     {"client", "strategies"},
     {"server"},

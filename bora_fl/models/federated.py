@@ -178,6 +178,21 @@ class FederatedModel:
         """The head's parameters that train now."""
         return [p for name, p in self._tensors.items() if p.requires_grad and name in self._head]
 
+    def head_layer(self) -> tuple[str, str | None] | None:
+        """Names, in the state's ``tensors``, of weight and bias of the linear layer that makes the logits.
+
+        Returns:
+            The bias is None if the layer has none; None if the head is not part of the state, or there is no such head.
+        """
+        if self.task != "classification":
+            return None
+        classes = self.model.config.num_labels
+        rows = [n for n, p in self._tensors.items() if n in self._head and p.dim() == 2 and len(p) == classes]
+        if not rows:
+            return None
+        bias = f"{rows[-1].removesuffix('weight')}bias"
+        return rows[-1], bias if bias in self._tensors else None
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """All that trains now."""
         return self.factor_parameters() + self.other_parameters() + self.head_parameters()

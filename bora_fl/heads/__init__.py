@@ -1,0 +1,21 @@
+"""The closed-form classification head: solved from sums over all clients' examples, which no partition changes."""
+
+from bora_fl.heads.features import collect, head_metrics
+from bora_fl.heads.private import public_clip_norm, release, solve_private
+from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge
+from bora_fl.heads.sums import ClassSums
+
+__all__ = [
+    "ClassSums",
+    "Head",
+    "choose",
+    "collect",
+    "gcv_penalty",
+    "head_metrics",
+    "interpolate",
+    "lda",
+    "public_clip_norm",
+    "release",
+    "ridge",
+    "solve_private",
+]

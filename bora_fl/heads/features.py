@@ -1,0 +1,153 @@
+"""The features that a model's head reads: sums over them, and how several heads do on them, in one pass over the data.
+
+The features are the input of the last linear layer with one output for each class, whatever comes before it: a pooler,
+a dense layer, pooled token states, or a decoder's last token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bora_fl.data import Encoded
+from bora_fl.evaluate import Metrics, example_losses
+from bora_fl.heads.solve import Head
+from bora_fl.heads.sums import ClassSums
+
+Autocast = Callable[[], torch.autocast]
+
+
+def features(
+    model: nn.Module, data: Encoded, batch_size: int, num_classes: int, autocast: Autocast | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of all examples, batch by batch in order of length, without dropout.
+
+    Yields:
+        ``[N, d]`` float64 and ``[N]`` int64, on the CPU.
+
+    Raises:
+        ValueError: If the model's logits do not come from a linear layer with `num_classes` outputs.
+    """
+    device = next(model.parameters()).device
+    order = torch.as_tensor(data.lengths).argsort(descending=True, stable=True).numpy()
+    was_training = model.training
+    model.eval()
+    try:
+        with _last_linear(model, num_classes) as call:
+            for start in range(0, len(order), batch_size):
+                batch = {k: v.to(device) for k, v in data.batch(order[start : start + batch_size]).items()}
+                labels = batch.pop("labels")
+                with torch.inference_mode(), autocast() if autocast else torch.autocast(device.type, enabled=False):
+                    logits = model(**batch).logits
+                yield _inputs_of(call, logits, batch["input_ids"], model).double().cpu(), labels.cpu()
+                call.clear()
+    finally:
+        model.train(was_training)
+
+
+def collect(
+    model: nn.Module,
+    data: Encoded,
+    batch_size: int,
+    num_classes: int,
+    *,
+    clip_norm: float | None = None,
+    autocast: Autocast | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ClassSums:
+    """Sum a client's examples up.
+
+    Args:
+        model: Takes input_ids and attention_mask, returns an object with ``logits [N, C]``.
+        data: The client's training examples.
+        batch_size: Examples per forward pass.
+        num_classes: C.
+        clip_norm: Given, each feature vector is scaled by ``min(1, clip_norm / |x|) / clip_norm``, to a norm of at most
+            1, as `bora_fl.heads.private.release` needs it.
+        autocast: Makes the autocast context to run under.
+        progress: Called with (examples done, examples in all).
+
+    Raises:
+        ValueError: As `features` does, or if there are no examples.
+    """
+    total: ClassSums | None = None
+    done = 0
+    for x, labels in features(model, data, batch_size, num_classes, autocast):
+        part = ClassSums.of(x if clip_norm is None else clip(x, clip_norm), labels, num_classes)
+        total = part if total is None else total + part
+        done += len(labels)
+        if progress:
+            progress(done, len(data))
+    if total is None:
+        raise ValueError("the head's sums need at least one example")
+    return total
+
+
+def clip(x: Tensor, clip_norm: float) -> Tensor:
+    """Rows of norm at most 1: ``x · min(1, clip_norm / |x|) / clip_norm``; a row that is not finite becomes 0."""
+    norms = x.norm(dim=1, keepdim=True)
+    clipped = x / norms.clamp(min=clip_norm)
+    return torch.where(torch.isfinite(norms), clipped, torch.zeros_like(x))
+
+
+def head_metrics(
+    model: nn.Module,
+    data: Encoded,
+    batch_size: int,
+    heads: Mapping[str, Head],
+    *,
+    autocast: Autocast | None = None,
+) -> dict[str, Metrics]:
+    """Loss and accuracy of several heads on the same features, at the cost of one evaluation.
+
+    Args:
+        model: Gives the features; its own head is not asked.
+        data: Held-out examples; may be empty.
+        batch_size: Examples per forward pass.
+        heads: Name to head, all of one shape.
+        autocast: Makes the autocast context to run under.
+    """
+    totals = {name: torch.zeros(2, dtype=torch.float64) for name in heads}
+    num_classes = len(next(iter(heads.values())).weight)
+    for x, labels in features(model, data, batch_size, num_classes, autocast):
+        for name, head in heads.items():
+            losses, _, right = example_losses(head(x), labels)
+            totals[name] += torch.stack([losses.double().sum(), right.double().sum()])
+    n = len(data)
+    return {name: Metrics(float(t[0]) / max(n, 1), float(t[1]) / max(n, 1), n, n) for name, t in totals.items()}
+
+
+@contextmanager
+def _last_linear(model: nn.Module, num_classes: int) -> Iterator[dict[str, Tensor]]:
+    """Records input and output of the linear layer with that many outputs that was called last."""
+    call: dict[str, Tensor] = {}
+
+    def record(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        call.update(x=inputs[0].detach(), y=output.detach())
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield call
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _inputs_of(call: Mapping[str, Tensor], logits: Tensor, ids: Tensor, model: nn.Module) -> Tensor:
+    if "x" in call:
+        x, y = call["x"], call["y"]
+        if x.dim() == 3:  # a decoder's head is applied to every token, and the last one's logits are taken
+            pad = model.config.pad_token_id  # type: ignore[union-attr]
+            place = torch.arange(ids.shape[1], device=ids.device)
+            last = (place * (ids != pad)).argmax(1)
+            rows = torch.arange(len(ids), device=ids.device)
+            x, y = x[rows, last], y[rows, last]
+        if torch.equal(y, logits):
+            return x
+    raise ValueError(
+        f"the logits of {type(model).__name__} are not the output of a linear layer with {logits.shape[-1]} outputs: "
+        "it has no closed-form head"
+    )

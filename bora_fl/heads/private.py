@@ -1,0 +1,132 @@
+"""The closed-form head under record-level differential privacy: one Gaussian release for each client.
+
+A record's feature vector is clipped to a norm of C and divided by it, and the record adds
+
+    (e_y, x, T(x xᵀ)),    T: the upper triangle, off-diagonal entries times √2,
+    |e_y| = 1,  |x| ≤ 1,  |T(x xᵀ)| = |x|² ≤ 1
+
+to the client's sums. Noise of standard deviations σ/√f_1, σ/√f_2, σ/√f_3 with f_1 + f_2 + f_3 = 1 on the three parts
+is, after scaling each by √f_i, the Gaussian mechanism with noise multiplier σ on a vector of norm at most 1: adding or
+removing a record is hidden as by one step at sample rate 1, `Spent(σ, 1.0, 1)`.
+
+Solving repairs what the noise did, from what everybody knows of it: counts are floored, class means shrink towards the
+common mean (James and Stein, 1961), negative eigenvalues of Σ_w are set to 0, and λ is half the noise's spectral norm.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from bora_fl.data import Encoded
+from bora_fl.heads.features import features
+from bora_fl.heads.solve import Head
+from bora_fl.heads.sums import ClassSums
+from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise
+
+# Shares of the budget of counts, sums and Gram matrix.
+SHARES = (0.1, 0.6, 0.3)
+# λ over the spectral norm of the noise on Σ_w.
+PENALTY = 0.5
+# Quantile of the norms of public texts' features that C is.
+_QUANTILE = 0.95
+
+
+def release(sums: ClassSums, noise_multiplier: float, randomness: Randomness | None = None) -> ClassSums:
+    """Noise one client's sums before they leave.
+
+    Args:
+        sums: Of features that `collect` has clipped and scaled (its `clip_norm`) to a norm of at most 1.
+        noise_multiplier: σ, such as ``solve_noise(epsilon, delta, 1.0, 1)``.
+        randomness: Left out, the operating system's.
+
+    Returns:
+        The noised sums; whatever is computed from them is as private.
+    """
+    randomness = randomness or SystemRandomness()
+    counts, sums_std, gram_std = noise_stds(noise_multiplier)
+    rows, columns = torch.triu_indices(*sums.gram.shape)
+    weight = torch.where(rows == columns, 1.0, math.sqrt(2.0)).double()
+    triangle = add_noise(sums.gram[rows, columns] * weight, gram_std, randomness) / weight
+    gram = torch.empty_like(sums.gram)
+    gram[rows, columns] = gram[columns, rows] = triangle
+    return ClassSums(add_noise(sums.counts, counts, randomness), add_noise(sums.sums, sums_std, randomness), gram)
+
+
+def noise_stds(noise_multiplier: float, clients: int = 1) -> tuple[float, float, float]:
+    """Standard deviations of the noise on counts, sums and the triangle, in the sum of several clients' releases."""
+    stds = [noise_multiplier * math.sqrt(clients / share) for share in SHARES]
+    return stds[0], stds[1], stds[2]
+
+
+def solve_private(
+    sums: ClassSums, noise_multiplier: float, clients: int, clip_norm: float, *, bias: bool = True
+) -> Head:
+    """Solve the head from the sum of the clients' releases.
+
+    Args:
+        sums: The sum of `clients` releases, each with `noise_multiplier`.
+        noise_multiplier: σ.
+        clients: How many.
+        clip_norm: C; the head is for the features as they are, before clipping.
+        bias: False for a layer without bias, as in `lda`.
+
+    Raises:
+        ValueError: If the noise is 0; `lda` solves from sums without noise.
+    """
+    if not noise_multiplier > 0:
+        raise ValueError(f"noise_multiplier = {noise_multiplier}: it is above 0; solve sums without noise with lda")
+    counts_std, sums_std, gram_std = noise_stds(noise_multiplier, clients)
+    dim = sums.gram.shape[0]
+    counts = sums.counts.clamp(min=max(counts_std, 1.0))
+    n = float(counts.sum())
+    common = sums.sums.sum(0) / n
+    apart = sums.sums - counts[:, None] * common
+    kept = (1 - dim * sums_std**2 / apart.square().sum(1).clamp(min=1e-300)).clamp(min=0)
+    means = common + kept[:, None] * apart / counts[:, None]
+    values, vectors = torch.linalg.eigh((sums.gram - (means * counts[:, None]).T @ means) / n)
+    # Off-diagonal noise is gram_std / √2; a symmetric matrix of such entries has a spectral norm of 2 √d times that.
+    penalty = PENALTY * math.sqrt(2 * dim) * gram_std / n
+    inverse = (vectors / (values.clamp(min=0) + penalty)) @ vectors.T
+    weight = means @ inverse
+    constant = -0.5 * (weight * means).sum(1) + (counts / n).log()
+    if bias:
+        return Head(weight / clip_norm, constant)
+    values, vectors = torch.linalg.eigh(sums.gram / n)
+    one = common @ (vectors / (values.clamp(min=0) + penalty)) @ vectors.T
+    return Head((weight + constant[:, None] * one) / clip_norm, None)
+
+
+def public_clip_norm(model: nn.Module, tokenizer: Any, num_classes: int, max_length: int) -> float:
+    """C from public text alone: a high quantile of the norms of the features of sentences of Python's documentation.
+
+    Args:
+        model: The model whose head is to be solved.
+        tokenizer: Its tokenizer.
+        num_classes: C of the head.
+        max_length: Tokens a text is cut at.
+    """
+    norms = torch.cat([x.norm(dim=1) for x, _ in features(model, _public(tokenizer, max_length), 64, num_classes)])
+    return float(norms.quantile(_QUANTILE))
+
+
+def _public(tokenizer: Any, max_length: int) -> Encoded:
+    """256 sentences of the language reference that comes with Python."""
+    from pydoc_data.topics import topics
+
+    import numpy as np
+
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    sentences = [part for part in text.split(". ") if 30 < len(part) < 200][:256]
+    ids = [tokenizer(s, truncation=True, max_length=max_length, verbose=False)["input_ids"] for s in sentences]
+    lengths = np.array([len(i) for i in ids], dtype=np.int64)
+    return Encoded(
+        tokens=np.concatenate(ids).astype(np.int32),
+        begin=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        prompts=np.zeros_like(lengths),
+        classes=np.zeros_like(lengths),
+        pad_id=tokenizer.pad_token_id or 0,
+        max_length=max_length,
+    )

@@ -1,0 +1,154 @@
+"""Linear discriminant analysis and ridge regression from `ClassSums`, in float64.
+
+With `μ_c = S_c / n_c` and `Σ_w = (G − Σ_c n_c μ_c μ_cᵀ) / n`:
+
+    w_c = (Σ_w + λI)⁻¹ μ_c        b_c = −½ w_cᵀ μ_c + log(n_c / n)
+
+are the log posteriors, up to a term that all classes share, of Gaussian classes with one covariance. λ is chosen by
+generalized cross-validation (Golub, Heath, Wahba, 1979) of the ridge regression of one-hot targets, which has the same
+discriminant directions (Hastie, Tibshirani, Buja, 1994) and whose score is a function of the same sums:
+
+    GCV(λ) = RSS(λ) / (1 − df(λ) / n)²,    df(λ) = 1 + Σ_k e_k / (e_k + λ),    e: eigenvalues of the total covariance.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bora_fl.heads.sums import ClassSums
+
+# Logit of a class without examples: below any other, and finite in float16.
+MISSING = -1e4
+# λ over the mean eigenvalue of the total covariance.
+_GRID = torch.logspace(-4, 1, 26, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer: ``logits = x weightᵀ + bias``.
+
+    Attributes:
+        weight: ``[C, d]`` float64.
+        bias: ``[C]`` float64, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``[N, C]`` of features ``[N, d]``."""
+        logits = x.to(self.weight) @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+
+def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> Head:
+    """Solve the head.
+
+    Args:
+        sums: Over all examples.
+        penalty: λ, in the units of the features' variance; left out, `gcv_penalty`'s.
+        bias: False for a layer without bias: each class's constant is then carried by the linear function of the
+            features that is closest to 1 on the examples, ``vᵀx`` with ``v = (G / n + λI)⁻¹ x̄``.
+
+    Returns:
+        The head. A class without examples has weight 0 and a logit of -10,000.
+
+    Raises:
+        ValueError: If there are no examples, or `penalty` is not above 0.
+    """
+    n = _examples(sums)
+    penalty = gcv_penalty(sums) if penalty is None else penalty
+    if not penalty > 0:
+        raise ValueError(f"penalty = {penalty}: it is above 0")
+    present = sums.counts > 0
+    means = sums.sums / sums.counts.clamp(min=1e-300)[:, None]
+    means[~present] = 0
+    weight = _solve(sums.within_scatter() / n, penalty, means)
+    constant = -0.5 * (weight * means).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
+    constant[~present] = MISSING
+    if bias:
+        return Head(weight, constant)
+    one = _solve(sums.gram / n, penalty, sums.sums.sum(0)[None] / n)[0]
+    return Head(weight + constant[:, None] * one, None)
+
+
+def ridge(gram: Tensor, cross: Tensor, features: Tensor, targets: Tensor, examples: float, penalty: float) -> Head:
+    """Ridge regression with an intercept, from sums: regression and multi-label targets of 0 and 1.
+
+    Args:
+        gram: ``[d, d]``, Σ x xᵀ.
+        cross: ``[k, d]``, Σ y xᵀ.
+        features: ``[d]``, Σ x.
+        targets: ``[k]``, Σ y.
+        examples: How many.
+        penalty: λ: ``|y − Wx − b|² / n + λ |W|²`` is minimal.
+    """
+    x, y = features / examples, targets / examples
+    weight = _solve(gram / examples - torch.outer(x, x), penalty, cross / examples - torch.outer(y, x))
+    return Head(weight, y - weight @ x)
+
+
+def gcv_penalty(sums: ClassSums) -> float:
+    """λ by generalized cross-validation, from the sums alone.
+
+    Raises:
+        ValueError: If there are no examples.
+    """
+    n = _examples(sums)
+    mean, share = sums.sums.sum(0) / n, sums.counts / n
+    total = sums.gram / n - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(total)
+    values = values.clamp(min=0)
+    scale = max(float(values.mean()), 1e-12)
+    cross = (sums.sums / n - torch.outer(share, mean)) @ vectors
+    variance = float((share - share.square()).sum())
+    scores = []
+    for penalty in (_GRID * scale).tolist():
+        weight = cross / (values + penalty)
+        residual = variance - float((2 * weight * cross - values * weight.square()).sum())
+        freedom = 1 + float((values / (values + penalty)).sum())
+        scores.append(residual / (1 - freedom / n) ** 2 if freedom < n else math.inf)
+    best = min(range(len(scores)), key=scores.__getitem__)
+    return float(_GRID[best]) * scale if math.isfinite(scores[best]) else scale
+
+
+def interpolate(first: Head, second: Head, share: float) -> Head:
+    """``(1 − share) · first + share · second``."""
+    bias = None
+    if first.bias is not None and second.bias is not None:
+        bias = torch.lerp(first.bias, second.bias, share)
+    return Head(torch.lerp(first.weight, second.weight, share), bias)
+
+
+def choose(heads: Mapping[str, Head], loss: Callable[[str, Head], float]) -> tuple[str, Head]:
+    """The head of the smallest loss; of equal ones the first.
+
+    Args:
+        heads: Name to head, in order of preference.
+        loss: Held-out loss of a named head; one that is not finite never wins over one that is.
+
+    Raises:
+        ValueError: If there is no head.
+    """
+    if not heads:
+        raise ValueError("there is no head to choose from")
+    losses = {name: loss(name, head) for name, head in heads.items()}
+    name = min(losses, key=lambda n: losses[n] if math.isfinite(losses[n]) else math.inf)
+    return name, heads[name]
+
+
+def _examples(sums: ClassSums) -> float:
+    n = float(sums.counts.sum())
+    if not n > 0:
+        raise ValueError("a head is solved from at least one example")
+    return n
+
+
+def _solve(matrix: Tensor, penalty: float, rows: Tensor) -> Tensor:
+    """``rows (matrix + λI)⁻¹``."""
+    shifted = matrix + penalty * torch.eye(len(matrix), dtype=matrix.dtype)
+    solved: Tensor = torch.linalg.solve(shifted, rows.T).T
+    return solved

@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bora_fl.config import AdapterSettings, ModelSettings
+from bora_fl.data import Encoded
+from bora_fl.evaluate import evaluate
+from bora_fl.heads import ClassSums, Head, collect, head_metrics, lda, public_clip_norm
+from bora_fl.models import FederatedModel, load_base, load_tokenizer
+
+NAMES = ["a", "b", "c"]
+SIZES = {"vocab_size": 40, "num_labels": 3, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+SIZES |= {"num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DISTIL = {"vocab_size": 40, "num_labels": 3, "dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
+
+
+def examples(n: int = 30) -> Encoded:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, n)
+    return Encoded(
+        tokens=rng.integers(5, 20, lengths.sum()).astype(np.int32),
+        begin=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        prompts=np.zeros(n, np.int64),
+        classes=rng.integers(0, 3, n),
+        pad_id=0,
+        max_length=16,
+    )
+
+
+def models(tiny_model: Path):
+    torch.manual_seed(0)
+    for pooling in ("auto", "mean"):
+        yield pooling, load_base(ModelSettings(name=str(tiny_model), pooling=pooling), NAMES, 0)
+    yield "roberta", transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SIZES))
+    yield "distilbert", transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**DISTIL))
+    yield "llama", transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES))
+    settings = ModelSettings(name=str(tiny_model), pooling="mean")
+    yield (
+        "peft",
+        FederatedModel(load_base(settings, NAMES, 0), AdapterSettings(rank=2, num_blocks=4), settings, 0).model,
+    )
+
+
+def test_features_are_what_the_head_reads(tiny_model: Path):
+    data = examples()
+    for name, model in models(tiny_model):
+        model.train()
+        whole = collect(model, data, 7, 3)
+        assert model.training, name
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 3]
+        weight, bias = layers[-1].weight.detach(), layers[-1].bias
+        head = Head(weight.double(), None if bias is None else bias.detach().double())
+        loss = evaluate(model, data, 4).loss
+        # The head on the features gives the model's loss: they are the features it reads.
+        assert head_metrics(model, data, 8, {"own": head})["own"].loss == pytest.approx(loss, rel=1e-4), name
+        whole.check()
+        assert whole.counts.tolist() == np.bincount(data.classes, minlength=3).tolist()
+        alone = sum((collect(model, data.select(np.array([i])), 1, 3) for i in range(30)), ClassSums.zeros(3, 16))
+        torch.testing.assert_close(alone.sums, whole.sums, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(alone.gram, whole.gram, rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_clipped_features_have_a_norm_of_at_most_1(tiny_model: Path):
+    model = load_base(ModelSettings(name=str(tiny_model), pooling="mean"), NAMES, 0)
+    data = examples()
+    assert float(collect(model, data, 8, 3, clip_norm=1e-3).gram.trace()) == pytest.approx(30)
+    loose = collect(model, data, 8, 3, clip_norm=100.0)
+    torch.testing.assert_close(loose.sums * 100, collect(model, data, 8, 3).sums)
+
+
+def test_a_solved_head_is_written_into_the_state(tiny_model: Path):
+    settings = ModelSettings(name=str(tiny_model), pooling="mean")
+    model = FederatedModel(load_base(settings, NAMES, 0), AdapterSettings(rank=2, num_blocks=4), settings, 0)
+    weight, bias = model.head_layer()
+    assert (weight, bias) == ("classifier.weight", "classifier.bias")
+    data = examples()
+    head = lda(collect(model.model, data, 8, 3))
+    state = model.read()
+    state.tensors.update({weight: head.weight.float(), bias: head.bias.float()})
+    model.write(state)
+    expected = head_metrics(model.model, data, 8, {"solved": head})["solved"]
+    found = evaluate(model.model, data, 8)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    assert found.accuracy == expected.accuracy
+
+
+def test_the_head_layer_is_named_for_every_method(tiny_model: Path):
+    settings = ModelSettings(name=str(tiny_model))
+    full = FederatedModel(load_base(settings, ["a", "b"], 0), AdapterSettings(method="full"), settings, 0)
+    assert full.head_layer() == ("classifier.weight", "classifier.bias")
+    frozen = AdapterSettings(rank=2, num_blocks=4, train_head=False)
+    assert FederatedModel(load_base(settings, NAMES, 0), frozen, settings, 0).head_layer() is None
+
+
+def test_a_model_without_a_linear_head_is_refused(tiny_model: Path):
+    model = load_base(ModelSettings(name=str(tiny_model)), NAMES, 0)
+    model.classifier = torch.nn.Sequential(model.classifier, torch.nn.Softmax(1))
+    with pytest.raises(ValueError, match="no closed-form head"):
+        collect(model, examples(), 8, 3)
+
+
+def test_no_examples_have_no_sums(tiny_model: Path):
+    model = load_base(ModelSettings(name=str(tiny_model)), NAMES, 0)
+    nobody = examples().select(np.empty(0, np.int64))
+    with pytest.raises(ValueError, match="at least one example"):
+        collect(model, nobody, 8, 3)
+    head = Head(torch.zeros(3, 16).double(), None)
+    assert head_metrics(model, nobody, 8, {"zero": head})["zero"].examples == 0
+
+
+def test_the_public_clip_norm_needs_no_data(tiny_model: Path):
+    settings = ModelSettings(name=str(tiny_model), pooling="mean")
+    model, tokenizer = load_base(settings, NAMES, 0), load_tokenizer(settings)
+    norm = public_clip_norm(model, tokenizer, 3, 16)
+    assert 0 < norm < 100
+    assert norm == public_clip_norm(model, tokenizer, 3, 16)

@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+
+from bora_fl.heads import ClassSums, Head, choose, gcv_penalty, interpolate, lda, ridge
+from tests.heads.problems import problem, sums_of
+
+
+@pytest.mark.parametrize("shrinkage", [0.001, 0.2, 0.9])
+def test_lda_is_scikit_learns(shrinkage: float):
+    x, y = problem()
+    sums = sums_of(x, y)
+    # Shrinkage s is (1 − s)(Σ_w + λI) with λ = s/(1 − s) · tr Σ_w / d.
+    penalty = shrinkage / (1 - shrinkage) * float(sums.within_scatter().trace() / len(x) / 6)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(x.numpy(), y.numpy())
+    ours = lda(sums, penalty)
+    scale = 1 - shrinkage
+    torch.testing.assert_close(ours.weight / scale, torch.tensor(theirs.coef_), rtol=1e-8, atol=1e-10)
+    prior = torch.tensor(theirs.priors_).log()
+    intercept = torch.tensor(theirs.intercept_) - prior
+    torch.testing.assert_close((ours.bias - prior) / scale, intercept, rtol=1e-8, atol=1e-10)
+
+
+def test_ridge_is_scikit_learns_for_regression_and_for_several_labels():
+    x, y = problem()
+    for targets in (x @ torch.ones(6, 1, dtype=torch.float64) + y[:, None], torch.stack([y == 0, y > 0], 1).double()):
+        head = ridge(x.T @ x, targets.T @ x, x.sum(0), targets.sum(0), len(x), 0.3)
+        theirs = Ridge(alpha=0.3 * len(x)).fit(x.numpy(), targets.numpy())
+        torch.testing.assert_close(head(x), torch.tensor(theirs.predict(x.numpy())).view(len(x), -1))
+
+
+def test_a_rotation_of_the_features_rotates_the_head():
+    x, y = problem()
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    plain, turned = lda(sums_of(x, y)), lda(sums_of(x @ rotation, y))
+    torch.testing.assert_close(turned(x @ rotation), plain(x), rtol=1e-7, atol=1e-7)
+
+
+def test_the_penalty_is_that_of_leave_one_out_with_equal_leverages():
+    x, y = problem(60)
+    sums = sums_of(x, y)
+    targets = torch.nn.functional.one_hot(y, 3).double()
+    centred = x - x.mean(0)
+    scale = float((centred.T @ centred / 60).trace() / 6)
+    scores = {}
+    for penalty in (torch.logspace(-4, 1, 26, dtype=torch.float64) * scale).tolist():
+        hat = centred @ torch.linalg.solve(
+            centred.T @ centred + 60 * penalty * torch.eye(6, dtype=torch.float64), centred.T
+        )
+        hat = hat + 1 / 60
+        residual = (targets - hat @ targets).square().sum()
+        scores[penalty] = float(residual / (1 - hat.trace() / 60) ** 2)
+    assert gcv_penalty(sums) == pytest.approx(min(scores, key=scores.__getitem__), rel=1e-9)
+
+
+def test_a_class_without_examples_never_wins():
+    x, y = problem()
+    head = lda(sums_of(x, y, classes=5))
+    assert head(100 * x).argmax(1).max() < 3
+    torch.testing.assert_close(head(x)[:, :3], lda(sums_of(x, y))(x))
+    flat = lda(sums_of(x, y, classes=5), bias=False)
+    assert flat.bias is None
+    assert flat(x).argmax(1).max() < 3
+
+
+def test_without_bias_the_classes_stay_nearly_what_they_were():
+    x, y = problem()
+    with_bias, without = lda(sums_of(x + 5, y))(x + 5), lda(sums_of(x + 5, y), bias=False)(x + 5)
+    assert (with_bias.argmax(1) == without.argmax(1)).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(("n", "d", "classes"), [(1, 4, 1), (1, 4, 3), (5, 40, 3), (3, 1, 2), (30, 6, 1)])
+def test_odd_sizes_are_solved(n: int, d: int, classes: int):
+    x, y = problem(n, d, classes)
+    for bias in (True, False):
+        head = lda(sums_of(x, y, classes), bias=bias)
+        assert torch.isfinite(head(x)).all()
+    if n == 5:  # more features than examples
+        assert (lda(sums_of(x, y, classes))(x).argmax(1) == y).all()
+
+
+def test_what_cannot_be_solved_is_refused():
+    with pytest.raises(ValueError, match="at least one example"):
+        lda(ClassSums.zeros(3, 4))
+    with pytest.raises(ValueError, match="penalty = 0"):
+        lda(sums_of(*problem()), 0.0)
+
+
+def test_the_choice_is_by_loss_and_never_a_broken_head():
+    x, y = problem()
+    first, second = lda(sums_of(x, y)), lda(sums_of(x, (y + 1) % 3))
+    middle = interpolate(first, second, 0.25)
+    torch.testing.assert_close(middle(x), 0.75 * first(x) + 0.25 * second(x))
+    heads = {"broken": Head(first.weight * math.nan, None), "bad": second, "middle": middle, "good": first}
+
+    def loss(_: str, head: Head) -> float:
+        return float(torch.nn.functional.cross_entropy(head(x), y))
+
+    assert choose(heads, loss)[0] == "good"
+    assert choose({"a": first, "b": first}, loss)[0] == "a"
+    assert choose({"broken": heads["broken"]}, loss)[0] == "broken"
+    with pytest.raises(ValueError, match="no head"):
+        choose({}, loss)

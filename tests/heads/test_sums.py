@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+import torch
+
+from bora_fl.heads import ClassSums
+from tests.heads.problems import problem, sums_of
+
+
+def test_sums_do_not_depend_on_how_examples_are_split():
+    x, y = problem()
+    total = ClassSums.zeros(3, 6)
+    for part in torch.arange(len(x)).split([1, 250, 0, 149]):
+        total = total + sums_of(x[part], y[part])
+    whole = sums_of(x, y)
+    for name in ("counts", "sums", "gram"):
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=1e-13, atol=1e-10)
+
+
+def test_sums_are_those_of_a_loop():
+    x, y = problem(20)
+    whole = sums_of(x, y)
+    assert whole.counts.tolist() == [int((y == c).sum()) for c in range(3)]
+    torch.testing.assert_close(whole.sums, torch.stack([x[y == c].sum(0) for c in range(3)]))
+    torch.testing.assert_close(whole.gram, sum(torch.outer(row, row) for row in x))
+
+
+def test_the_wire_holds_a_triangle_and_gives_the_sums_back():
+    whole = sums_of(*problem())
+    tensors = whole.to_tensors()
+    assert {name: t.numel() for name, t in tensors.items()} == {"counts": 3, "sums": 18, "gram": 21}
+    back = ClassSums.from_tensors(tensors, 3, 6)
+    torch.testing.assert_close(back.gram, whole.gram, rtol=1e-6, atol=1e-3)
+    exact = ClassSums.from_tensors(whole.to_tensors(torch.float64), 3, 6)
+    assert torch.equal(exact.gram, whole.gram)
+    back.check()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 400])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_honest_sums_pass(n: int, scale: float):
+    x, y = problem(n)
+    ClassSums.from_tensors(sums_of(scale * x, y).to_tensors(), 3, 6).check()
+    ClassSums.zeros(3, 6).check()
+
+
+LIES = {
+    "negative count": lambda s: {"counts": s.counts - torch.tensor([1e6, 0, 0])},
+    "half an example": lambda s: {"counts": s.counts + 0.5},
+    "class without examples": lambda s: {"counts": s.counts * torch.tensor([0.0, 1, 1])},
+    "larger sums": lambda s: {"sums": 1.5 * s.sums},
+    "fewer examples": lambda s: {"counts": (s.counts / 2).round()},
+    "smaller gram": lambda s: {"gram": 0.8 * s.gram},
+    "negative gram": lambda s: {"gram": -s.gram},
+    "one entry": lambda s: {"gram": s.gram.index_put((torch.tensor([0, 1]), torch.tensor([1, 0])), s.gram.trace())},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_sums_of_no_examples_are_rejected(lie: str):
+    honest = sums_of(*problem())
+    with pytest.raises(ValueError, match="the head's"):
+        dataclasses.replace(honest, **LIES[lie](honest)).check()
+
+
+@pytest.mark.parametrize("bad", ["missing", "shape", "nan"])
+def test_tensors_of_another_form_are_rejected(bad: str):
+    tensors = sums_of(*problem()).to_tensors()
+    if bad == "missing":
+        del tensors["gram"]
+    elif bad == "shape":
+        tensors["gram"] = tensors["gram"][1:]
+    else:
+        tensors["sums"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the head's sums"):
+        ClassSums.from_tensors(tensors, 3, 6)
