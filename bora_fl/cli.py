@@ -242,14 +242,19 @@ def export(
     folder: Annotated[Path, typer.Argument(help="output folder of a run")],
     target: Annotated[Path, typer.Argument(help="folder to write")],
     form: Annotated[
-        str, typer.Option("--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r")
+        str,
+        typer.Option("--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r; sentence-transformers"),
     ] = "merged",
 ) -> None:
     """Write a finished run as a merged model or as a LoRA adapter."""
     from bora_fl import export as exporting
     from bora_fl.config import ConfigError
 
-    ways = {"merged": exporting.export_merged, "lora": exporting.export_lora}
+    ways = {
+        "merged": exporting.export_merged,
+        "lora": exporting.export_lora,
+        "sentence-transformers": exporting.export_sentence_transformers,
+    }
     if form not in ways:
         raise ConfigError(f"--as {form}: use one of {', '.join(ways)}")
     console.print(f"wrote {ways[form](folder, target)}", highlight=False)

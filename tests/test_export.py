@@ -6,7 +6,7 @@ import torch
 from bora_fl import data
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
-from bora_fl.export import export_lora, export_merged
+from bora_fl.export import export_lora, export_merged, export_sentence_transformers
 from bora_fl.models import load_base, load_tokenizer
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
@@ -50,6 +50,26 @@ def test_a_merged_model_needs_nothing_of_ours_and_predicts_as_the_run_did(
     assert not hasattr(merged, "peft_config")
     last = read_rows(folder / "metrics.jsonl")[-1]
     assert central(merged, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
+
+
+def test_a_model_with_pooling_is_exported_with_its_class_and_for_sentence_transformers(tiny_config, tmp_path: Path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    folder = simulate(tiny_config | {"model.pooling": "mean", "run.num-rounds": 1}, 3)
+    export_merged(folder, tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    last = read_rows(folder / "metrics.jsonl")[-1]
+    assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
+    export_sentence_transformers(folder, tmp_path / "sentences")
+    dense = load_file(tmp_path / "sentences" / "2_Dense" / "model.safetensors")
+    torch.testing.assert_close(dense["linear.weight"], model.classifier.weight.detach())
+
+
+def test_a_head_of_its_own_is_not_for_sentence_transformers(tiny_config, tmp_path: Path):
+    folder = simulate(tiny_config | {"run.num-rounds": 1}, 3)
+    with pytest.raises(ConfigError, match=r"model\.pooling = mean"):
+        export_sentence_transformers(folder, tmp_path / "sentences")
 
 
 def test_a_lora_export_predicts_as_the_run_did(tiny_config, tmp_path: Path):

@@ -1,7 +1,7 @@
 """Write a classifier with pooling so that it opens and predicts the same without this package.
 
-transformers has no class for it: `save_pooled` puts the class beside the weights, for ``trust_remote_code=True``, under a
-model type of its own, so that whoever opens it without that is told instead of getting a model with another head.
+transformers has no class for it: `save_pooled` puts the class beside the weights, for ``trust_remote_code=True``, under
+a model type of its own, so that whoever opens it without that is told instead of getting a model with another head.
 `save_sentence_transformers` needs no code: a sentence encoder whose last module is the head, so that
 ``SentenceTransformer(folder).encode(texts)`` gives the logits.
 """
@@ -65,7 +65,7 @@ def save_pooled(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def save_sentence_transformers(model: Any, tokenizer: Any, folder: Path, label_names: list[str]) -> None:
-    """Write a model with pooling as a sentence-transformers folder: its body, the pooling, and the head as a dense layer.
+    """Write a model with pooling as a sentence-transformers folder: body, pooling, and the head as a dense layer.
 
     Args:
         model: A model of a `bora_fl.models.pooling.pooled_class`, with nothing of PEFT in it.

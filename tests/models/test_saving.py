@@ -29,7 +29,7 @@ for folder in folders:
     except ValueError as error:
         assert "trust_remote_code" in str(error)
     model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     with torch.inference_mode():
         logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
     labels = [one["label"] for one in pipeline("text-classification", folder, trust_remote_code=True)(texts)]
