@@ -2,7 +2,7 @@
 
 from bora_fl.heads.features import collect, head_metrics
 from bora_fl.heads.private import public_clip_norm, release, solve_private
-from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge
+from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
 from bora_fl.heads.sums import ClassSums
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "public_clip_norm",
     "release",
     "ridge",
+    "scaled",
     "solve_private",
 ]

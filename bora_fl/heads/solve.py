@@ -22,6 +22,8 @@ from bora_fl.heads.sums import ClassSums
 
 # Logit of a class without examples: below any other, and finite in float16.
 MISSING = -1e4
+# Candidate scales of the logits, from the solved one down.
+SCALES = (1.0, 0.84, 0.71, 0.59, 0.5, 0.42, 0.35, 0.3, 0.25)
 # λ over the mean eigenvalue of the total covariance.
 _GRID = torch.logspace(-4, 1, 26, dtype=torch.float64)
 
@@ -113,6 +115,17 @@ def gcv_penalty(sums: ClassSums) -> float:
         scores.append(residual / (1 - freedom / n) ** 2 if freedom < n else math.inf)
     best = min(range(len(scores)), key=scores.__getitem__)
     return float(_GRID[best]) * scale if math.isfinite(scores[best]) else scale
+
+
+def scaled(head: Head, scales: tuple[float, ...] = SCALES) -> dict[str, Head]:
+    """The head with its logits scaled, by name, for `choose`: the classes that win stay, the loss does not.
+
+    Features with heavier tails than a Gaussian make discriminant analysis overconfident, and training from such a head
+    begins at a needlessly large loss.
+    """
+    return {
+        f"x{scale:g}": Head(head.weight * scale, None if head.bias is None else head.bias * scale) for scale in scales
+    }
 
 
 def interpolate(first: Head, second: Head, share: float) -> Head:

@@ -5,7 +5,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
-from bora_fl.heads import ClassSums, Head, choose, gcv_penalty, interpolate, lda, ridge
+from bora_fl.heads import ClassSums, Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
 from tests.heads.problems import problem, sums_of
 
 
@@ -87,6 +87,16 @@ def test_what_cannot_be_solved_is_refused():
         lda(ClassSums.zeros(3, 4))
     with pytest.raises(ValueError, match="penalty = 0"):
         lda(sums_of(*problem()), 0.0)
+
+
+def test_a_scale_keeps_the_classes_and_is_found_by_the_loss():
+    x, y = problem()
+    head = lda(sums_of(x, y))
+    loud = Head(2 * head.weight, 2 * head.bias)
+    heads = scaled(loud)
+    assert all(torch.equal(h(x).argmax(1), head(x).argmax(1)) for h in heads.values())
+    name, _ = choose(heads, lambda _, h: float(torch.nn.functional.cross_entropy(h(x), y)))
+    assert name in {"x0.59", "x0.5", "x0.42"}  # the true classes are Gaussian: their posteriors are calibrated
 
 
 def test_the_choice_is_by_loss_and_never_a_broken_head():
