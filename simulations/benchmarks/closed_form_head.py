@@ -1,4 +1,4 @@
-"""The head with no round of training: `python -m bora_fl.simulations.benchmarks.closed_form_head`.
+"""The head with no round of training: `bora-fl bench closed-form-head`.
 
 Rows: λ by generalized cross-validation, λ = .01 · tr(Σ_w) / d, and a release by each client under record-level
 differential privacy at every ε, with C from public text and λ from the noise. No choice looks at the test set. The sums
