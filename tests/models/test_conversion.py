@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bora_fl import models
 from bora_fl.config import ConfigError
+from bora_fl.models import base as models
 
 
 def test_a_damaged_conversion_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
