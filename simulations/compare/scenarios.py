@@ -145,6 +145,7 @@ def at_epsilon(row: Scenario, epsilon: str) -> Scenario:
             "privacy.mode": "record",
             "privacy.epsilon": value,
             "strategy.weighting": "uniform",
+            "strategy.fraction-evaluate": 0.0,  # sites release no accuracies
         },
     )
 
