@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,9 +139,13 @@ def rows(data: Features, arguments: argparse.Namespace) -> Iterator[dict[str, ob
         }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the rows as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bora-fl bench closed-form-head",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", default="embedded:sentiment4", help="a value of data.name with a split test")
     parser.add_argument("--model", default="embedded:minilm", help="a value of model.name")
     parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"])
@@ -154,13 +158,13 @@ def main() -> None:
     folder = cache_folder() / "features"
     parser.add_argument("--features", type=Path, default=folder, help="folder of computed features")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     set_threads(0)
-    data = read_features(arguments)
+    data = read_features(options)
     print(f"{len(data.train)} + {len(data.test)} examples, {data.classes} classes, C = {data.clip_norm:.2f}")
     print(f"{'head':<28}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'loss':>8}{'scaled':>8}{'s':>7}")
     results = []
-    for row in rows(data, arguments):
+    for row in rows(data, options):
         results.append(row)
         accuracies: list[float] = row["accuracies"]  # type: ignore[assignment]
         scale = row["loss at the held-out scale"]
@@ -169,11 +173,12 @@ def main() -> None:
             f"{row['loss']:>8.3f}{'-' if scale is None else f'{scale:.3f}':>8}{row['seconds']:>7.2f}",
             flush=True,
         )
-    if arguments.json:
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-        stored = {"options": options, "clip_norm": data.clip_norm, "rows": results}
-        arguments.json.write_text(json.dumps(stored, indent=2))
+    if options.json:
+        used = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        stored = {"options": used, "clip_norm": data.clip_norm, "rows": results}
+        options.json.write_text(json.dumps(stored, indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ from bora_fl.simulations.benchmarks import closed_form_head
 def test_the_command_measures_every_way_and_keeps_the_features(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    arguments = ["command", "--model", str(tiny_model), "--data", str(tiny_data), "--pooling", "mean", "--length", "16"]
+    arguments = ["--model", str(tiny_model), "--data", str(tiny_data), "--pooling", "mean", "--length", "16"]
     arguments += ["--clients", "3", "--seeds", "0", "1", "--epsilon", "50", "--features", str(tmp_path / "features")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(tmp_path / "rows.json")])
-    closed_form_head.main()
+    arguments += ["--json", str(tmp_path / "rows.json")]
+    assert closed_form_head.main(arguments) == 0
     first = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["head"] for row in first] == [
         "lambda by cross-validation",
@@ -24,7 +23,7 @@ def test_the_command_measures_every_way_and_keeps_the_features(
     assert first[0]["loss at the held-out scale"] <= first[0]["loss"] + 0.05
     assert "240 + 60 examples, 2 classes" in capsys.readouterr().out
     monkeypatch.setattr(closed_form_head, "load_base", None)  # the second time no model is loaded
-    closed_form_head.main()
+    closed_form_head.main(arguments)
     second = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["accuracies"] for row in second] == [row["accuracies"] for row in first]
 
