@@ -31,7 +31,7 @@ def load_run(folder: Path) -> FederatedModel:
     if checkpoint is None:
         raise ConfigError(f"run.output-dir = '{folder}': there is no whole checkpoint; run at least one round")
     base = load_base(settings.model, load_dataset(settings.data).label_names, settings.run.seed)
-    model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
+    model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed, keep_head=settings.solves_head)
     for fold in checkpoint.folds:
         model.add_to_base(unflatten_factors(fold, ""))
     model.write(checkpoint.state.current)

@@ -93,16 +93,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What happened in a round; one line of ``metrics.jsonl``.
+    """What happened in a round; one line of ``metrics.jsonl``. Round 0 is what training starts from.
 
     ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
     or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
+    ``head`` names the classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the
+    solved one with its logits scaled) or ``mean x0.5`` (of this and the trained one).
     """
 
     round: int
     loss: float | None = None
     accuracy: float | None = None
     evaluated: str = ""
+    head: str = ""
     train_loss: float | None = None
     client_loss: float | None = None
     client_accuracy: float | None = None
@@ -204,14 +207,20 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     return list(rows.values()), unreadable
 
 
+def training_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the rounds in which clients train: all but round 0."""
+    return [row for row in read_rows(path) if row["round"]]
+
+
 def round_line(row: dict[str, Any], num_rounds: int) -> str:
     """A round in one line."""
     spent = row.get("epsilon")
     privacy = f", epsilon {spent['largest']:.3g} per {spent['unit']}" if spent else ""
+    head = f", head {row['head']}" if row.get("head") else ""
     return (
         f"round {row['round']}/{num_rounds}: train loss {_number(row.get('train_loss'))}, "
         f"loss {_number(row.get('loss'))}, accuracy {_number(row.get('accuracy'))} "
-        f"({row.get('evaluated') or 'not evaluated'}), {row['clients']} clients, {row['rejected']} rejected"
+        f"({row.get('evaluated') or 'not evaluated'}){head}, {row['clients']} clients, {row['rejected']} rejected"
         f"{privacy}, {row['seconds']:.1f} s"
     )
 

@@ -8,7 +8,7 @@ from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
 from bora_fl.export import export_lora, export_merged, export_sentence_transformers
 from bora_fl.models import load_base, load_tokenizer
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 
 
@@ -48,7 +48,7 @@ def test_a_merged_model_needs_nothing_of_ours_and_predicts_as_the_run_did(
     export_merged(folder, tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert not hasattr(merged, "peft_config")
-    last = read_rows(folder / "metrics.jsonl")[-1]
+    last = training_rows(folder / "metrics.jsonl")[-1]
     assert central(merged, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
 
 
@@ -59,7 +59,7 @@ def test_a_model_with_pooling_is_exported_with_its_class_and_for_sentence_transf
     folder = simulate(tiny_config | {"model.pooling": "mean", "run.num-rounds": 1}, 3)
     export_merged(folder, tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", trust_remote_code=True)
-    last = read_rows(folder / "metrics.jsonl")[-1]
+    last = training_rows(folder / "metrics.jsonl")[-1]
     assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
     export_sentence_transformers(folder, tmp_path / "sentences")
     dense = load_file(tmp_path / "sentences" / "2_Dense" / "model.safetensors")
@@ -81,7 +81,7 @@ def test_a_lora_export_predicts_as_the_run_did(tiny_config, tmp_path: Path):
     settings = parse(tiny_config)
     base = load_base(settings.model, data.load_dataset(settings.data).label_names, 0)
     model = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
-    last = read_rows(folder / "metrics.jsonl")[-1]
+    last = training_rows(folder / "metrics.jsonl")[-1]
     assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
 
 

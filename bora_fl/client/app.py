@@ -15,8 +15,8 @@ from bora_fl.wire.refusals import Code, refuse_as
 from bora_fl.wire.schema import refusal, roll_call
 
 if TYPE_CHECKING:
-    from bora_fl.client.job import Kind
     from bora_fl.config import Settings
+    from bora_fl.wire.schema import Kind
 
 app = ClientApp()
 
@@ -36,7 +36,7 @@ def _settings(context: Context) -> "Settings":
 
 
 def _work(kind: "Kind", content: RecordDict, context: Context) -> RecordDict:
-    """Train or evaluate, at the site's worker if the node config names one, else in this process."""
+    """Do it at the site's worker if the node config names one, else in this process."""
     with refuse_as(Code.NODE_CONFIG_INVALID):
         worker = WorkerSettings.read(context.node_config)
     if worker is None:
@@ -58,6 +58,18 @@ def identify(message: Message, context: Context) -> Message:
         return roll_call(who.partition, who.num_partitions)
 
     return _answer(message, handle)
+
+
+@app.query("head_statistics")
+def head_statistics(message: Message, context: Context) -> Message:
+    """Sum up the features that the classification head reads."""
+    return _answer(message, lambda: _work("head-statistics", message.content, context))
+
+
+@app.query("head_losses")
+def head_losses(message: Message, context: Context) -> Message:
+    """Evaluate several heads on the client's held-out part."""
+    return _answer(message, lambda: _work("head-losses", message.content, context))
 
 
 @app.train()

@@ -3,11 +3,11 @@
 import math
 import time
 from pathlib import Path
-from typing import Literal
 
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
+from bora_fl.client import head
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.refusing import refuse
 from bora_fl.client.round import OnStep, evaluate_round, train_round
@@ -18,16 +18,15 @@ from bora_fl.privacy.audit_log import AUDIT_LOG, AuditLogError, append
 from bora_fl.privacy.policy import SitePolicy, find_policy, grant
 from bora_fl.wire.records import content_digest
 from bora_fl.wire.refusals import Code, Refused, refuse_as
-from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, refusal
+from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, Kind, refusal
 
-Kind = Literal["train", "evaluate"]
 _LOOK = 0.5  # seconds between two looks for whether anybody still waits for a reply that is held
 
 
 def perform(
     kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None = None, policy_file: Path | None = None
 ) -> RecordDict:
-    """Train or evaluate as a message asks and the site's policy grants.
+    """Do what a message asks, as far as the site's policy grants it.
 
     Args:
         kind: What the message asks for.
@@ -80,11 +79,15 @@ def _granted(
     """Do what the policy grants."""
     with refuse_as(Code.RUN_CONFIG_INVALID):
         asked = parse(context.run_config)
-    settings = grant(policy, asked, kind)
+    settings = grant(policy, asked, "evaluate" if kind == "head-losses" else kind)
     who = ClientIdentity.read(context.node_config, context.node_id)
     here = site(settings)
     if kind == "train":
         return train_round(here, content, who, context.state, on_step, policy)
+    if kind == "head-statistics":
+        return head.statistics(here, content, who, context.state, on_step, policy)
+    if kind == "head-losses":
+        return head.losses(here, content, who, context.state, on_step)
     return evaluate_round(here, content, who, context.state, on_step)
 
 

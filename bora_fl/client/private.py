@@ -12,8 +12,9 @@ from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
+from bora_fl.heads import release_noise
 from bora_fl.models import FederatedModel
-from bora_fl.privacy.accounting import solve_noise
+from bora_fl.privacy.accounting import Spent, solve_noise
 from bora_fl.privacy.ledger import planned_rounds, site_ledger
 from bora_fl.privacy.policy import SitePolicy, require_small_delta
 from bora_fl.wire.refusals import Code, refuse_as
@@ -31,7 +32,8 @@ def noise_multiplier(settings: Settings, num_examples: int) -> float:
         return privacy.noise_multiplier
     rate = _expected_batch(settings, num_examples) / num_examples
     steps = planned_steps(settings, num_examples)
-    return solve_noise(privacy.epsilon, privacy.delta, rate, steps, privacy.accountant)
+    head = (Spent(release_noise(settings), 1.0, 1),) if settings.solves_head else ()
+    return solve_noise(privacy.epsilon, privacy.delta, rate, steps, privacy.accountant, head)
 
 
 def train_privately_for_a_round(

@@ -169,10 +169,22 @@ def evaluate_round(
     site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, on_step: OnStep | None = None
 ) -> RecordDict:
     """Evaluate the received adapter on the client's held-out part; the counterpart of `train_round`."""
+    _, model, data = receive(site, content, who, memory)
+    found = _evaluate(site, model, data.evaluation, on_step)
+    return EvaluationRelease(who.partition, found.loss, found.accuracy, found.examples).content()
+
+
+def receive(
+    site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict
+) -> tuple[Instruction, FederatedModel, ClientData]:
+    """Bring the model to what a message carries, and read the client's data.
+
+    Raises:
+        Refused: If the message cannot be understood or the data cannot be read.
+    """
     instruction, sent = _read(content)
     model, _ = _receive(site, content, instruction, sent, who, memory)
-    found = _evaluate(site, model, _data(site, who).evaluation, on_step)
-    return EvaluationRelease(who.partition, found.loss, found.accuracy, found.examples).content()
+    return instruction, model, _data(site, who)
 
 
 def _read(content: RecordDict) -> tuple[Instruction, AdapterState]:

@@ -61,7 +61,9 @@ class Site:
         if self._model is None or self._model.rank != adapter.rank:
             if self._model is not None:
                 self._base, self._model = self._model.model.unload(), None
-            self._model = FederatedModel(self._base, adapter, self.settings.model, self.settings.run.seed)
+            self._model = FederatedModel(
+                self._base, adapter, self.settings.model, self.settings.run.seed, keep_head=self.settings.solves_head
+            )
             if self.settings.train.checkpointing:
                 self._model.model.gradient_checkpointing_enable()
                 self._model.model.enable_input_require_grads()
@@ -166,7 +168,8 @@ def base_loads() -> int:
 def site(settings: Settings) -> Site:
     """This process's site for a run's settings: made at the first call, and anew when model, adapter or data change."""
     global _current
-    key = (settings.model, settings.adapter, settings.data, settings.run.seed, settings.train.checkpointing)
+    made_of = (settings.model, settings.adapter, settings.data, settings.run.seed)
+    key = (*made_of, settings.train.checkpointing, settings.solves_head)
     with _lock:
         set_threads(settings.run.threads)
         if _current is None or _current[0] != key:

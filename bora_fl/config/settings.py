@@ -76,6 +76,22 @@ class AdapterSettings(_Group):
         return [name.strip() for name in text.split(",") if name.strip()]
 
 
+class HeadSettings(_Group):
+    """The classification head: solved from sums over all clients' examples, then trained with the adapter."""
+
+    init: Literal["auto", "closed-form", "random"] = Field(
+        "auto", description="closed-form: solved before round 1 from sums over all examples; auto: where that can be"
+    )
+    solve_again: Literal["end", "never"] = Field(
+        "end",
+        description="solve it again on the adapted features after the last merge, and keep what has the least "
+        "held-out loss: the trained head, the solved one, or their mean (privacy.mode = none)",
+    )
+    budget_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of privacy.epsilon that the sums are released with (privacy.mode = record)"
+    )
+
+
 class DataSettings(_Group):
     """The data set, and how it is split over clients."""
 
@@ -201,7 +217,7 @@ class PrivacySettings(_Group):
 class RunSettings(_Group):
     """The run."""
 
-    num_rounds: Count = Field(12, description="rounds in all")
+    num_rounds: CountOrZero = Field(12, description="rounds in all; 0 solves the head and trains nothing")
     seed: CountOrZero = Field(0, description="every other seed derives from (seed, round, client)")
     output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
     resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
@@ -217,14 +233,37 @@ class Settings(_Group):
 
     model: ModelSettings = ModelSettings()
     adapter: AdapterSettings = AdapterSettings()
+    head: HeadSettings = HeadSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     strategy: StrategySettings = StrategySettings()
     privacy: PrivacySettings = PrivacySettings()
     run: RunSettings = RunSettings()
 
+    @property
+    def solves_head(self) -> bool:
+        """Whether the classification head is solved before round 1."""
+        return self.head.init != "random" and not self._unsolvable()
+
+    def _unsolvable(self) -> str:
+        """Why there is no closed-form head, as the setting at fault and the reason; empty if there is one."""
+        if self.model.task != "classification":
+            return f"model.task = {self.model.task!r}: it has no classification head"
+        if self.privacy.mode in ("client", "local"):
+            return (
+                f"privacy.mode = {self.privacy.mode!r}: a client's sums as a whole cannot be hidden at a useful noise; "
+                "record hides every example in them"
+            )
+        if self.privacy.secure_aggregation:
+            return "privacy.secure-aggregation = true: the sums are not masked yet"
+        return ""
+
     @model_validator(mode="after")
     def _check_across_groups(self) -> Self:
+        if self.head.init == "closed-form" and (reason := self._unsolvable()):
+            raise ValueError(f"head.init = 'closed-form' with {reason}; set head.init to auto or random")
+        if self.run.num_rounds == 0 and not self.solves_head:
+            raise ValueError("run.num-rounds = 0: without a head to solve, nothing would be learned; set 1 or more")
         if self.model.pooling != "auto" and self.model.task != "classification":
             raise ValueError(
                 f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a classification "

@@ -24,7 +24,7 @@ from bora_fl.config import Scalar
 from bora_fl.deployment.certificates import make_server, make_site
 from bora_fl.deployment.launch import flower_environment
 from bora_fl.deployment.processes import Service, exit_on_sigterm, tool
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 
 CONNECTION = "loopback"
 OPERATOR = "operator"
@@ -271,7 +271,7 @@ class Deployment:
 
     def rounds(self) -> list[dict[str, object]]:
         """The finished rounds of the run in `output`."""
-        return read_rows(self.output / "metrics.jsonl")
+        return training_rows(self.output / "metrics.jsonl")
 
     def write_connection(self, name: str = OPERATOR, authority: Path | None = None) -> None:
         """Write a Flower home that knows the SuperLink, and whom to trust: its own authority by default."""

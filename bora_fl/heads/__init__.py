@@ -1,7 +1,7 @@
 """The closed-form classification head: solved from sums over all clients' examples, which no partition changes."""
 
 from bora_fl.heads.features import collect, head_metrics
-from bora_fl.heads.private import public_clip_norm, release, solve_private
+from bora_fl.heads.private import public_clip_norm, release, release_noise, solve_private
 from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
 from bora_fl.heads.sums import ClassSums
 
@@ -16,6 +16,7 @@ __all__ = [
     "lda",
     "public_clip_norm",
     "release",
+    "release_noise",
     "ridge",
     "scaled",
     "solve_private",

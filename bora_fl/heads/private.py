@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.heads.features import features
 from bora_fl.heads.solve import Head
 from bora_fl.heads.sums import ClassSums
+from bora_fl.privacy.accounting import solve_noise
 from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise
 
 # Shares of the budget of counts, sums and Gram matrix.
@@ -52,6 +54,13 @@ def release(sums: ClassSums, noise_multiplier: float, randomness: Randomness | N
     gram = torch.empty_like(sums.gram)
     gram[rows, columns] = gram[columns, rows] = triangle
     return ClassSums(add_noise(sums.counts, counts, randomness), add_noise(sums.sums, sums_std, randomness), gram)
+
+
+def release_noise(settings: Settings) -> float:
+    """σ of a client's release of sums under ``privacy.mode = record``: one step that spends the head's share of ε."""
+    privacy = settings.privacy
+    share = settings.head.budget_share if settings.run.num_rounds else 1.0
+    return solve_noise(share * privacy.epsilon, privacy.delta, 1.0, 1, privacy.accountant)
 
 
 def noise_stds(noise_multiplier: float, clients: int = 1) -> tuple[float, float, float]:

@@ -69,7 +69,9 @@ class FederatedModel:
         rank: The adapter's rank, which may be smaller than the federation's.
     """
 
-    def __init__(self, base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int) -> None:
+    def __init__(
+        self, base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int, *, keep_head: bool = False
+    ) -> None:
         self.adapter, self.task, self.rank = adapter, model.task, adapter.rank
         if adapter.method == "full":
             self.model: Any = base
@@ -91,9 +93,14 @@ class FederatedModel:
         self._factors = self._factor_parameters()
         inside = {id(p) for parts in self._factors.values() for p in parts.values()}
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in inside}
+        self._frozen: set[str] = set()
         if model.task == "classification" and not adapter.train_head and adapter.method != "full":
             for name in [n for n in trained if "modules_to_save" in n]:
-                trained.pop(name).requires_grad_(False)
+                trained[name].requires_grad_(False)
+                if keep_head:
+                    self._frozen.add(_plain(name))
+                else:
+                    del trained[name]
         self._tensors: dict[str, nn.Parameter] = {_plain(name): p for name, p in trained.items()}
         self._head = {_plain(name) for name in trained if self._in_head(name)}
         self.num_trained = sum(p.numel() for p in self.trained_parameters())
@@ -163,8 +170,8 @@ class FederatedModel:
         for parts in self._factors.values():
             for part, parameter in parts.items():
                 parameter.requires_grad_(part in trains)
-        for parameter in self._tensors.values():
-            parameter.requires_grad_("tensors" in trains)
+        for name, parameter in self._tensors.items():
+            parameter.requires_grad_("tensors" in trains and name not in self._frozen)
 
     def factor_parameters(self) -> list[nn.Parameter]:
         """The adapter factors that train now, layer by layer."""

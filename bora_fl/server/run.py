@@ -16,6 +16,7 @@ from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate
+from bora_fl.heads import public_clip_norm
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
 from bora_fl.paths import digest
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
@@ -26,6 +27,7 @@ from bora_fl.server.output_folder import held, refuse_another_run
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
+from bora_fl.strategies.head import HeadLayout
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
 
@@ -50,7 +52,9 @@ class Server(Observer):
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
         base = load_base(settings.model, raw.label_names, settings.run.seed)
-        self.model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
+        self.model = FederatedModel(
+            base, settings.adapter, settings.model, settings.run.seed, keep_head=settings.solves_head
+        )
         self.tokenizer = load_tokenizer(settings.model)
         self.test: Encoded | None = test_data(settings.data, settings.model, self.tokenizer)
         self.screening: Encoded | None = None
@@ -84,21 +88,39 @@ class Server(Observer):
     def _run(self, grid: Grid) -> Path:
         config = self.settings.flat()
         found = load_newest(self.folder / "checkpoints", config) if self.settings.run.resume else None
+        first_round = 0
         if found is None:
             refuse_another_run(self.folder)
             checkpoint = Checkpoint(0, uuid.uuid4().hex, ServerState.start(self.model.read()), [])
         else:
-            checkpoint = found
+            checkpoint, first_round = found, found.round + 1
             log.info("resuming after round %d from %s", checkpoint.round, self.folder)
             drop_rows_after(self.metrics_path, checkpoint.round)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self._run_id = checkpoint.run_id
-        strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self)
-        state = strategy.run(grid, checkpoint.state, checkpoint.folds, checkpoint.round + 1)
+        strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self, self._head_layout())
+        state = strategy.run(grid, checkpoint.state, checkpoint.folds, first_round)
         self._bring_to(state.current, strategy.folds)
         self.model.save(self.folder / "adapter", strategy.folds)
         rounds_picture(read_rows(self.metrics_path), self.folder / "rounds.png")
         return self.folder
+
+    def _head_layout(self) -> HeadLayout | None:
+        """Where the head stands in the adapter's state, if it is to be solved and is a linear layer."""
+        found = self.model.head_layer() if self.settings.solves_head else None
+        if found is None:
+            if self.settings.head.init == "closed-form":
+                raise ConfigError(
+                    f"head.init = 'closed-form' with model.name = {self.settings.model.name!r}: the adapter's state "
+                    "has no linear layer that makes the logits; set head.init to random"
+                )
+            return None
+        clip_norm = 0.0
+        if self.settings.privacy.mode == "record":
+            model = self.settings.model
+            classes = int(self.model.model.config.num_labels)
+            clip_norm = public_clip_norm(self.model.model, self.tokenizer, classes, model.max_length)
+        return HeadLayout(*found, clip_norm)
 
     def on_start(self, num_partitions: int) -> None:
         """Draw how the data is dealt to the clients, in ``partition.png``, unless the sites have data of their own."""

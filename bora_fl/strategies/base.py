@@ -3,50 +3,30 @@
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from bora_fl.config import Settings
-from bora_fl.privacy.accounting import EpsilonSummary, summarize
+from bora_fl.privacy.accounting import summarize
 from bora_fl.report import ClientMetrics, Evaluation, RoundReport, epsilon_of, mean_train_loss
 from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, build
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.exchange import exchange
-from bora_fl.strategies.intake import Intake, Sent, size, take_in, take_in_evaluations, take_in_securely
+from bora_fl.strategies.head import HeadLayout, Solved, solve
+from bora_fl.strategies.intake import Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, Recorder, RunFailedError
 from bora_fl.strategies.secure_aggregation import secure_mean
 from bora_fl.strategies.server_state import ServerState
-from bora_fl.wire.records import Instruction, from_arrays, to_arrays
+from bora_fl.wire.records import Instruction, from_arrays, size, to_arrays
 from bora_fl.wire.schema import FOLDS, INSTRUCTION, STATE
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a merge yields.
-
-    Attributes:
-        state: The next state; the one before if nothing was merged.
-        changed: Whether anything was merged.
-        report: The aggregator's report.
-        epsilon: ε that the run has spent per client, under client-level privacy.
-        seconds: Duration of the merge.
-        reason: Why nothing was merged, if that is a fault of the merge itself.
-    """
-
-    state: ServerState
-    changed: bool = False
-    report: dict[str, float] = field(default_factory=dict)
-    epsilon: EpsilonSummary | None = None
-    seconds: float = 0.0
-    reason: str = ""
 
 
 class FederatedStrategy(Strategy):
@@ -63,6 +43,8 @@ class FederatedStrategy(Strategy):
         aggregator: The method; by default the one that the settings describe.
         run_id: Names the run on the sites.
         observer: Is told of each round.
+        head: Where the classification head stands in the adapter's state; with it the head is solved as
+            ``head.init`` and ``head.solve-again`` say.
     """
 
     def __init__(
@@ -71,10 +53,12 @@ class FederatedStrategy(Strategy):
         aggregator: Aggregator | None = None,
         run_id: str = "",
         observer: Observer | None = None,
+        head: HeadLayout | None = None,
     ) -> None:
         self.settings, self.observer = settings, observer or Observer()
         self.run_id = run_id or uuid.uuid4().hex
         self.aggregator = aggregator or build(settings)
+        self.head = head if settings.solves_head else None
         self.nodes = Nodes(settings.strategy, settings.run.seed)
         self.state = ServerState.start(AdapterState())
         self.folds: Deltas = []
@@ -91,13 +75,13 @@ class FederatedStrategy(Strategy):
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def run(self, grid: Grid, state: ServerState, folds: Deltas, first_round: int) -> ServerState:
-        """Rounds ``first_round`` to ``run.num-rounds``.
+        """Rounds ``first_round`` to ``run.num-rounds``; round 0 solves the head and measures what training starts from.
 
         Args:
             grid: Flower's grid.
             state: Where to start: the initial adapter or a checkpoint's.
             folds: Every base delta so far.
-            first_round: 1, or one past the checkpoint's round.
+            first_round: 0, or one past the checkpoint's round.
 
         Returns:
             The final state.
@@ -115,15 +99,36 @@ class FederatedStrategy(Strategy):
             self.observer.on_start(self.nodes.num_partitions)
             usable = first_round > 1
             for number in range(first_round, self.settings.run.num_rounds + 1):
-                report = self.round(grid, number)
+                report = self.round(grid, number) if number else self.round_zero(grid)
                 usable |= report.clients > 0
-                if not usable:
+                if not usable and (number or not self.settings.run.num_rounds):
                     reasons = "; ".join(f"{who}: {why}" for who, why in report.reasons.items()) or "no reply in time"
                     raise RunFailedError(f"round {number}: not one usable reply ({reasons})")
                 self.observer.on_round(report, self.state, self.folds)
         except NodesMissingError as error:
             raise RunFailedError(str(error)) from error
         return self.state
+
+    def round_zero(self, grid: Grid) -> RoundReport:
+        """Solve the head, and measure what training starts from: the floor of every later round."""
+        started = time.perf_counter()
+        solved = self.solve_head(grid, 0)
+        self._advance(solved.state)
+        central = self.observer.evaluate(0, self.state, self.folds)
+        loss, accuracy = central or (None, None)
+        return RoundReport(
+            0,
+            loss,
+            accuracy,
+            "central" if central else "",
+            solved.name,
+            bytes_up=solved.bytes_up,
+            bytes_down=solved.bytes_down,
+            seconds=time.perf_counter() - started,
+            clients=solved.clients,
+            rejected=len(solved.rejected),
+            reasons=solved.rejected,
+        )
 
     def round(self, grid: Grid, number: int) -> RoundReport:
         """One round: its stages in order, and a report of what they returned."""
@@ -143,10 +148,15 @@ class FederatedStrategy(Strategy):
         # 3. Merge them.
         merged = self.merge(number, intake, self._asked)
         self._advance(merged.state)
-        # 4. Evaluate the result.
+        # 4. Solve the head again after the last merge.
+        last = number == self.settings.run.num_rounds
+        solved = self.solve_head(grid, number) if last and self._solves_again else Solved(self.state)
+        self._advance(solved.state)
+        # 5. Evaluate the result.
         measured, rejected = self._evaluate_on_clients(grid, number)
         central = self.observer.evaluate(number, self.state, self.folds)
-        # 5. Report.
+        # 6. Report.
+        rejected |= solved.rejected
         for who, why in (intake.rejected | rejected).items():
             log.warning("round %d: rejected the reply of %s: %s", number, who, why)
         reasons = left_out | intake.rejected | rejected
@@ -163,13 +173,14 @@ class FederatedStrategy(Strategy):
             loss,
             accuracy,
             evaluated,
+            solved.name,
             train_loss=mean_train_loss(intake.metrics.values()) if intake.metrics else intake.train_loss,
             client_loss=clients.loss if clients else None,
             client_accuracy=clients.accuracy if clients else None,
             client_accuracy_min=clients.worst if clients else None,
-            bytes_up=intake.bytes_up,
+            bytes_up=intake.bytes_up + solved.bytes_up,
             replies=intake.digests,
-            bytes_down=bytes_down,
+            bytes_down=bytes_down + solved.bytes_down,
             seconds=time.perf_counter() - started,
             server_seconds=merged.seconds,
             clients=intake.clients,
@@ -249,7 +260,7 @@ class FederatedStrategy(Strategy):
         instruction = Instruction(
             round=round,
             run_id=self.run_id,
-            trains=self.aggregator.trains(round),
+            trains=self.aggregator.trains(max(round, 1)),
             shares=self.aggregator.shares(),
             evaluate=evaluate,
             fold_version=self.state.fold_version,
@@ -271,6 +282,33 @@ class FederatedStrategy(Strategy):
     def _sent(self, server_round: int) -> Sent:
         parts = self.aggregator.trains(server_round) & self.aggregator.shares()
         return Sent(server_round, self.state, parts, self.nodes.partition)
+
+    @property
+    def _solves_again(self) -> bool:
+        settings = self.settings
+        wanted = settings.head.solve_again == "end" and settings.privacy.mode == "none"
+        return self.head is not None and wanted and "tensors" in self.aggregator.shares()
+
+    def solve_head(self, grid: Grid, server_round: int) -> Solved:
+        """Solve the classification head from the clients' sums, if the settings and the model have one to solve."""
+        if self.head is None:
+            return Solved(self.state)
+        left_out = self.nodes.discover(grid)
+        adapter = to_arrays(flatten(self.state.current))
+
+        def ask(kind: str, records: Mapping[str, ConfigRecord | ArrayRecord]) -> list[Message]:
+            nodes = self.nodes.sample(1.0, server_round, "head")
+            messages = self._messages(nodes, kind, server_round, adapter, False, ConfigRecord())
+            for message in messages:
+                message.content.update(records)
+            return messages
+
+        def answers(sent: list[Message]) -> list[Message]:
+            replies = exchange(grid, sent, self.settings.strategy.timeout)
+            return sorted(replies, key=lambda reply: self.nodes.partition(reply.metadata.src_node_id) or 0)
+
+        solved = solve(self.head, self.state, self.settings, server_round, ask, answers)
+        return replace(solved, rejected=left_out | solved.rejected)
 
     def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
         strategy, privacy = self.settings.strategy, self.settings.privacy
@@ -335,7 +373,8 @@ class FederatedStrategy(Strategy):
             timeout: Seconds to wait for a round's replies, in the place of ``strategy.timeout``.
             train_config: Sent with each train message as the record ``config``.
             evaluate_config: Sent with each evaluate message as the record ``config``.
-            evaluate_fn: Called with 0 and the initial arrays, and after each round with its number and the merged ones.
+            evaluate_fn: Called with 0 and the arrays that training starts from, and after each round with its number
+                and the merged ones.
 
         Returns:
             The merged adapter, and the metrics of each round. `observer` is told of each round too.
@@ -345,9 +384,8 @@ class FederatedStrategy(Strategy):
         self.settings = self.settings.model_copy(update={"strategy": strategy, "run": run})
         self._train_config, self._evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         recorder = self.observer = Recorder(self.observer, evaluate_fn)
-        recorder.evaluate_arrays(0, initial_arrays)
         try:
-            final = self.run(grid, ServerState.start(unflatten(from_arrays(initial_arrays))), [], 1)
+            final = self.run(grid, ServerState.start(unflatten(from_arrays(initial_arrays))), [], 0)
         finally:
             self.observer = recorder.observer
         recorder.result.arrays = to_arrays(flatten(final.current))

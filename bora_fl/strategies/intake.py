@@ -1,19 +1,20 @@
-"""A round's replies in, checked and screened updates out."""
+"""A round's replies in, checked and screened updates out, and what a merge of these yields."""
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from bora_fl.config import Settings
+from bora_fl.privacy.accounting import EpsilonSummary
 from bora_fl.report import ClientMetrics
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
 from bora_fl.strategies.server_state import ServerState
-from bora_fl.wire.records import content_digest
+from bora_fl.wire.records import content_digest, size
 from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, require_positive_sigma
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,27 @@ class Intake:
     bytes_up: int = 0
     train_loss: float | None = None
     digests: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge yields.
+
+    Attributes:
+        state: The next state; the one before if nothing was merged.
+        changed: Whether anything was merged.
+        report: The aggregator's report.
+        epsilon: ε that the run has spent per client, under client-level privacy.
+        seconds: Duration of the merge.
+        reason: Why nothing was merged, if that is a fault of the merge itself.
+    """
+
+    state: ServerState
+    changed: bool = False
+    report: dict[str, float] = field(default_factory=dict)
+    epsilon: EpsilonSummary | None = None
+    seconds: float = 0.0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,8 +183,3 @@ def take_in_evaluations(
         except RejectedReplyError as reply:
             rejected[str(node)] = reply.reason
     return found, rejected
-
-
-def size(content: RecordDict) -> int:
-    """Bytes of a message's arrays."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())

@@ -157,3 +157,8 @@ def reply_content(
             METRICS: MetricRecord(dict(metrics)),
         }
     )
+
+
+def size(content: RecordDict) -> int:
+    """Bytes of a message's arrays."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())

@@ -4,15 +4,17 @@ Each field is annotated with what protects it. docs/privacy.md holds the same as
 both with every message of whole runs. What leaves in the place of a result is in `bora_fl.wire.refusals`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
 from bora_fl.privacy.policy import Mode
 from bora_fl.state import AdapterState
-from bora_fl.wire.records import reply_content
-from bora_fl.wire.schema import METRICS
+from bora_fl.wire.records import reply_content, to_arrays
+from bora_fl.wire.schema import HEADS, METRICS, REPLY, SCHEMA
 
 NOTHING = "nothing"
 TRUSTED = "the server is trusted"
@@ -127,5 +129,45 @@ class EvaluationRelease:
         return RecordDict({METRICS: MetricRecord({**_named(self)})})
 
 
-def _named(release: "_Release | EvaluationRelease") -> dict[str, float | int]:
+@dataclass(frozen=True)
+class StatisticsRelease:
+    """Sums over the client's examples for the closed-form head (`bora_fl.heads`): ``none`` and ``record``.
+
+    Attributes:
+        sums: Counts, feature sums and Gram matrix; under ``record`` with the noise of one Gaussian release.
+        epsilon_per_record: Share of the budget that the release is charged with; None under ``none``.
+    """
+
+    sums: Annotated[Mapping[str, Tensor], "under record the noise on the sums, else nothing"]
+    partition: Annotated[int, PUBLIC]
+    epsilon_per_record: Annotated[float | None, PUBLIC] = None
+
+    def content(self, round: int) -> RecordDict:
+        """As a reply's content."""
+        metrics = {name: value for name, value in _named(self).items() if name != "sums" and value is not None}
+        reply = ConfigRecord({"schema": SCHEMA, "round": round})
+        return RecordDict({REPLY: reply, HEADS: to_arrays(self.sums), METRICS: MetricRecord({**metrics})})
+
+
+@dataclass(frozen=True)
+class HeadLossesRelease:
+    """Losses of several heads on the client's held-out part, exactly; ``none``, and ``client`` if allowed.
+
+    Attributes:
+        losses: Mean loss of each head, in the order in which they were sent.
+        eval_examples: Held-out examples.
+    """
+
+    losses: Annotated[tuple[float, ...], NOTHING]
+    partition: Annotated[int, PUBLIC]
+    eval_examples: Annotated[int, NOTHING]
+
+    def content(self) -> RecordDict:
+        """As a reply's content."""
+        metrics: dict[str, float | int] = {f"head-loss-{k}": loss for k, loss in enumerate(self.losses)}
+        metrics |= {"partition": self.partition, "eval-examples": self.eval_examples}
+        return RecordDict({METRICS: MetricRecord({**metrics})})
+
+
+def _named(release: "_Release | EvaluationRelease | StatisticsRelease") -> dict[str, float | int]:
     return {f.name.replace("_", "-"): getattr(release, f.name) for f in fields(release)}

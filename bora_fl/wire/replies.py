@@ -5,13 +5,13 @@ import re
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
 from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.refusals import explain
-from bora_fl.wire.schema import METRICS, REPLY, SCHEMA, STATE
+from bora_fl.wire.schema import HEADS, METRICS, REPLY, SCHEMA, STATE
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
 
@@ -72,10 +72,7 @@ def read_reply(
     metrics = _metrics(node, content.metric_records.get(METRICS, MetricRecord()))
     if STATE not in content.array_records:
         raise RejectedReplyError(node, "no adapter state in the reply")
-    try:
-        flat = from_arrays(content.array_records[STATE])
-    except Exception as error:  # whatever a broken payload makes the decoder raise, the run goes on
-        raise RejectedReplyError(node, f"unreadable arrays ({type(error).__name__}: {error})") from error
+    flat = _arrays(node, content.array_records[STATE])
     return _complete(node, flat, flatten(sent), parts, max_rank), metrics
 
 
@@ -112,6 +109,39 @@ def read_evaluation(message: Message) -> dict[str, float]:
     return metrics
 
 
+def read_statistics(message: Message, round: int) -> dict[str, Tensor]:
+    """The tensors of a reply with sums for the head; what they must be is `bora_fl.heads`' to check.
+
+    Raises:
+        RejectedReplyError: For an error reply, a refusal, a stale round, or arrays that cannot be read.
+    """
+    node = message.metadata.src_node_id
+    reply = _reply_record(message)
+    if reply.get("round") != round:
+        raise RejectedReplyError(node, f"reply of round {reply.get('round')!r} in round {round}")
+    if HEADS not in message.content.array_records:
+        raise RejectedReplyError(node, "no sums for the head in the reply")
+    return _arrays(node, message.content.array_records[HEADS])
+
+
+def read_head_losses(message: Message, count: int) -> tuple[list[float], float]:
+    """The losses of the heads that were sent, and the number of held-out examples they are means over.
+
+    Raises:
+        RejectedReplyError: For an error reply, a refusal, or metrics that are not `count` losses of at least 0.
+    """
+    node = message.metadata.src_node_id
+    if message.has_error() or METRICS not in message.content.metric_records:
+        _reply_record(message)  # says why
+        raise RejectedReplyError(node, "no losses of heads")
+    metrics = _finite(node, message.content.metric_records[METRICS])
+    losses = [metrics.get(f"head-loss-{k}", -1.0) for k in range(count)]
+    examples = metrics.get("eval-examples", -1.0)
+    if min(losses) < 0 or not 0 <= examples <= MOST_EXAMPLES:
+        raise RejectedReplyError(node, f"expected {count} losses and a number of examples, each of at least 0")
+    return losses, examples
+
+
 def read_roll_call(message: Message) -> tuple[int, int]:
     """The partition that a node says it serves, and out of how many.
 
@@ -124,6 +154,13 @@ def read_roll_call(message: Message) -> tuple[int, int]:
     if not isinstance(partition, int) or not isinstance(count, int) or not 0 <= partition < count:
         raise RejectedReplyError(node, f"partition {partition!r} of {count!r} is not a partition")
     return partition, count
+
+
+def _arrays(node: int, record: ArrayRecord) -> dict[str, Tensor]:
+    try:
+        return from_arrays(record)
+    except Exception as error:  # whatever a broken payload makes the decoder raise, the run goes on
+        raise RejectedReplyError(node, f"unreadable arrays ({type(error).__name__}: {error})") from error
 
 
 def _finite(node: int, record: MetricRecord) -> dict[str, float]:

@@ -1,11 +1,18 @@
 """Names and version of the wire, apart from tensors: what a process that only passes messages on can import."""
 
+from typing import Literal, get_args
+
 from flwr.app import ConfigRecord, RecordDict
 
 from bora_fl.wire.refusals import Refusal
 
 SCHEMA = 2
-STATE, FOLDS, INSTRUCTION, REPLY, METRICS = "state", "folds", "instruction", "reply", "metrics"
+Kind = Literal["train", "evaluate", "head-statistics", "head-losses"]
+"""What a message may ask a site to work on."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+STATE, FOLDS, INSTRUCTION, REPLY, METRICS, HEADS = "state", "folds", "instruction", "reply", "metrics", "heads"
+HEAD = "head"
+"""The record of a message that says which sums the head is to be solved from."""
 
 
 def refusal(refused: Refusal) -> RecordDict:

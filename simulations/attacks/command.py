@@ -33,6 +33,7 @@ BASE: dict[str, Scalar] = {
     "train.head-learning-rate": 2e-2,
     "train.schedule": "constant",
     "strategy.evaluate-in-train": False,
+    "head.init": "random",  # attacked is what clients train
     "run.num-rounds": 5,
     "run.evaluate-every": 5,
     "run.threads": 1,

@@ -120,12 +120,12 @@ class CompareRun(grid.Run):
         return {}
 
     def progress(self) -> float:
-        """Its rounds so far."""
-        return self._rounds() / self.settings.run.num_rounds
+        """Its rounds so far, round 0 among them."""
+        return self._rounds() / (1 + self.settings.run.num_rounds)
 
     def stands(self, result: grid.Result) -> bool:
         """Whether every round is in ``metrics.jsonl``."""
-        return self._rounds() == self.settings.run.num_rounds
+        return self._rounds() == 1 + self.settings.run.num_rounds
 
     def _rounds(self) -> int:
         return len(read_rows(self.folder / "metrics.jsonl"))

@@ -53,7 +53,7 @@ class Scenario:
             steps = max(1, round(base.train.local_steps * self.drift))
             rounds = max(1, round(base.run.num_rounds * base.train.local_steps / steps))
             # As many evaluations as elsewhere, as far as there are rounds for them.
-            every = max(1, round(base.run.evaluate_every * rounds / base.run.num_rounds))
+            every = max(1, round(base.run.evaluate_every * rounds / max(base.run.num_rounds, 1)))
             flat |= {"train.local-steps": steps, "run.num-rounds": rounds, "run.evaluate-every": every}
         return parse(flat)
 

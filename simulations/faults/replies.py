@@ -74,7 +74,7 @@ def inject_reply(corrupt: Corrupt, more: Mapping[str, Scalar] | None = None) -> 
 
         config = CONFIG | dict(more or {}) | {"run.output-dir": str(folder / "output")}
         done = simulate(config, SITES, tamper=tamper)
-        row = read_rows(done / "metrics.jsonl")[ROUND - 1]
+        row = next(row for row in read_rows(done / "metrics.jsonl") if row["round"] == ROUND)
         reasons: dict[str, Any] = row["reasons"]
         outcome = "rejected: " + "; ".join(map(str, reasons.values())) if reasons else "merged unnoticed"
         verdict = judge(done, config, outcome, None, 0)

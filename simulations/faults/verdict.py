@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bora_fl.config import Scalar
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import only_of, simulate
 
 SITES = 3
@@ -27,6 +27,7 @@ CONFIG: dict[str, Scalar] = {
     "model.max-length": 32,
     "train.local-steps": 3,
     "train.batch-size": 8,
+    "head.init": "random",  # so that a reference needs no more than who took part in which round
     "run.num-rounds": 3,
     "run.evaluate-every": 3,
     "run.threads": 1,
@@ -77,7 +78,7 @@ def judge(folder: Path, config: Mapping[str, Scalar], outcome: str, seconds: flo
         seconds: See `Verdict.seconds_to_recover`.
         lost: Rounds trained again; rounds without the faulty site are added.
     """
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = training_rows(folder / "metrics.jsonl")
     took_part = tuple((int(row["round"]), frozenset(int(client) for client in row["per_client"])) for row in rows)
     ours = _adapter(folder)
     theirs = _reference(took_part, tuple(sorted((k, v) for k, v in config.items() if not k.startswith("run.o"))))

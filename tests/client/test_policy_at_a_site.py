@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from bora_fl.client import job
 from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.accounting import epsilon
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.base import RunFailedError
 from bora_fl.wire.schema import REPLY
@@ -140,7 +140,7 @@ def test_replies_and_refusals_leave_on_the_site_s_schedule(private, policy):
 
 def test_the_numbers_that_the_site_withholds_do_not_leave_under_none(tiny_config, policy):
     nodes = policy(modes=["none"], metrics=["train-loss"])
-    row = read_rows(simulate(tiny_config | {"run.num-rounds": 1}, 1, node_configs=nodes) / "metrics.jsonl")[0]
+    row = training_rows(simulate(tiny_config | {"run.num-rounds": 1}, 1, node_configs=nodes) / "metrics.jsonl")[0]
     assert set(row["per_client"]["0"]) == {"partition", "rank", "num-examples", "train-loss"}
     assert row["per_client"]["0"]["num-examples"] == 1
 
@@ -199,7 +199,7 @@ def test_a_training_that_diverges_under_local_privacy_sends_noise(
 
     monkeypatch.setattr("bora_fl.client.round.train", diverge)
     config = private | {"privacy.mode": "local", "privacy.ledger-dir": str(tmp_path / "ledger")}
-    row = read_rows(simulate(config, 3) / "metrics.jsonl")[0]
+    row = training_rows(simulate(config, 3) / "metrics.jsonl")[0]
     assert (row["clients"], row["rejected"]) == (3, 0)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from bora_fl.privacy.accounting import epsilon
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 
 
@@ -23,7 +23,7 @@ def private(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ffa", "fedsvd", "fed-sb", "cyclic"])
 def test_a_private_run_stays_within_its_budget_and_says_so(strategy: str, private):
-    rows = read_rows(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
     assert all(row["rejected"] == 0 for row in rows)
     assert [row["epsilon"]["largest"] for row in rows] == [8.0] * 3  # what is spent tells the number of records
     assert rows[-1]["epsilon"]["unit"] == "record"
@@ -35,7 +35,7 @@ def test_a_private_run_stays_within_its_budget_and_says_so(strategy: str, privat
 
 
 def test_what_is_computed_from_the_records_without_noise_stays_at_the_site(private):
-    rows = read_rows(simulate(private, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private, 3) / "metrics.jsonl")
     sent = set(rows[0]["per_client"]["0"])
     assert sent == {"partition", "rank", "num-examples", "epsilon-per-record"}
     assert {m["num-examples"] for m in rows[0]["per_client"].values()} == {1}

@@ -9,7 +9,7 @@ import torch
 from bora_fl.blocks import BlockFactors
 from bora_fl.client.site import Site
 from bora_fl.config import parse
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import flatten_factors
 from bora_fl.wire.records import Instruction
@@ -115,7 +115,7 @@ def test_a_site_with_a_damaged_fold_is_back_a_round_later(tiny_config: dict[str,
             sites._current = None  # the next message meets a new process
         return message
 
-    rows = read_rows(simulate(config, 3, tamper=spoil) / "metrics.jsonl")
+    rows = training_rows(simulate(config, 3, tamper=spoil) / "metrics.jsonl")
     assert spoiled
     assert [row["clients"] for row in rows].count(3) >= 3
     assert rows[-1]["clients"] == 3

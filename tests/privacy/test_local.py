@@ -8,7 +8,7 @@ from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.accounting import BudgetExceeded, epsilon
 from bora_fl.privacy.gaussian import SeededRandomness
 from bora_fl.privacy.local import LocalPrivacy
-from bora_fl.report import read_rows, round_line
+from bora_fl.report import round_line, training_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.observer import RunFailedError
@@ -82,7 +82,7 @@ def test_the_sigma_of_plain_lora_is_no_parameter_and_takes_no_noise():
 
 @pytest.mark.parametrize("strategy", sorted(PRESETS))
 def test_every_strategy_takes_noised_updates_and_the_run_uses_up_its_budget(strategy: str, private):
-    rows = read_rows(simulate(private | {"strategy.name": strategy, "run.num-rounds": 2}, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private | {"strategy.name": strategy, "run.num-rounds": 2}, 3) / "metrics.jsonl")
     assert all(row["rejected"] == 0 and row["clients"] == 3 for row in rows)
     assert 49 < rows[-1]["epsilon"]["largest"] <= 50.0
     assert rows[-1]["epsilon"]["unit"] == "client"
@@ -90,14 +90,14 @@ def test_every_strategy_takes_noised_updates_and_the_run_uses_up_its_budget(stra
 
 
 def test_one_reply_is_one_step_at_rate_one(private):
-    rows = read_rows(simulate(private | {"privacy.noise-multiplier": 2.0}, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private | {"privacy.noise-multiplier": 2.0}, 3) / "metrics.jsonl")
     for row in rows:
         expected = epsilon([(2.0, 1.0, row["round"])], DELTA, "rdp")
         assert {m["epsilon-per-client"] for m in row["per_client"].values()} == {expected}
 
 
 def test_nothing_but_the_noised_update_tells_of_the_data(private):
-    row = read_rows(simulate(private, 3) / "metrics.jsonl")[0]
+    row = training_rows(simulate(private, 3) / "metrics.jsonl")[0]
     for metrics in row["per_client"].values():
         assert set(metrics) == {"partition", "rank", "num-examples", "epsilon-per-client", "noise-multiplier"}
         assert metrics["num-examples"] == 1
@@ -105,7 +105,7 @@ def test_nothing_but_the_noised_update_tells_of_the_data(private):
 
 def test_past_the_budget_the_site_refuses_and_the_server_is_told(private):
     tight = private | {"privacy.noise-multiplier": 1.0, "privacy.epsilon": epsilon([(1.0, 1.0, 2)], DELTA, "rdp")}
-    rows = read_rows(simulate(tight | {"run.num-rounds": 3}, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(tight | {"run.num-rounds": 3}, 3) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [3, 3, 0]
     assert all("budget-exceeded" in reason for reason in rows[2]["reasons"].values())
 
@@ -127,7 +127,7 @@ def test_record_and_client_ledgers_are_kept_apart(private, tmp_path):
 
 def test_a_reply_of_another_rank_would_hold_what_is_kept_and_is_refused(private):
     mixed = private | {"strategy.name": "fedsa", "adapter.sigma-transform": "identity"}
-    rows = read_rows(simulate(mixed, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
+    rows = training_rows(simulate(mixed, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
     assert "rank-mismatch" in rows[0]["reasons"]["3"]
 
 

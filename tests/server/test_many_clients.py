@@ -2,7 +2,7 @@
 
 import psutil
 
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 
 
@@ -22,7 +22,7 @@ def test_memory_stays_flat_over_rounds_and_clients(tiny_config):
         "run.num-rounds": 24,
         "run.evaluate-every": 24,
     }
-    rows = read_rows(simulate(config, 100, tamper=watch) / "metrics.jsonl")
+    rows = training_rows(simulate(config, 100, tamper=watch) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [10] * 24
     assert len({client for row in rows for client in row["per_client"]}) > 85
     warm, end = resident[59], max(resident[-20:])  # after six rounds and at the end

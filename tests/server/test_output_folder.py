@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bora_fl.config import ConfigError
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.server.output_folder import held, refuse_another_run
 from bora_fl.simulations.engine import simulate
 
@@ -50,7 +50,7 @@ def test_two_runs_do_not_write_to_one_folder(tiny_config: dict[str, Any]):
 
     folder = simulate(tiny_config, 3, tamper=start_another)
     assert refused
-    assert [row["round"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["round"] for row in training_rows(folder / "metrics.jsonl")] == [1, 2, 3]
     simulate(tiny_config | {"run.resume": True}, 3)  # the folder is free again
 
 

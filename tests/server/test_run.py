@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bora_fl import models
 from bora_fl.config import ConfigError
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, ClientUpdate
@@ -37,7 +37,7 @@ def test_a_run_learns_and_writes_what_it_promises(strategy: str, tiny_config):
     config = tiny_config | {"strategy.name": strategy, "run.num-rounds": 6, "train.local-steps": 60}
     config["train.learning-rate"] = 0.01
     folder = simulate(config, 3)
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = training_rows(folder / "metrics.jsonl")
     assert [row["round"] for row in rows] == list(range(1, 7))
     keys = {"loss", "accuracy", "train_loss", "bytes_up", "bytes_down", "seconds", "clients", "rejected"}
     assert all(keys <= row.keys() for row in rows)
@@ -62,7 +62,7 @@ def test_the_adapter_opens_in_peft_and_predicts_as_the_run_did(tiny_config):
     base = models.load_base(settings.model, load_dataset(settings.data).label_names, seed=99)
     model = PeftModel.from_pretrained(base, str(folder / "adapter"))
     test = test_data(settings.data, settings.model, models.load_tokenizer(settings.model))
-    metrics, last = evaluate(model, test, 64), read_rows(folder / "metrics.jsonl")[-1]
+    metrics, last = evaluate(model, test, 64), training_rows(folder / "metrics.jsonl")[-1]
     assert (metrics.loss, metrics.accuracy) == (pytest.approx(last["loss"], abs=1e-5), pytest.approx(last["accuracy"]))
 
 
@@ -87,9 +87,9 @@ def test_a_killed_run_resumes_to_the_same_adapter(strategy: str, tiny_config, tm
 
     with pytest.raises(Killed):
         simulate(config, 3, tamper=kill)
-    assert [row["round"] for row in read_rows(tmp_path / "killed" / "metrics.jsonl")] == [1]
+    assert [row["round"] for row in training_rows(tmp_path / "killed" / "metrics.jsonl")] == [1]
     folder = simulate(config | {"run.resume": True}, 3)
-    assert [row["round"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["round"] for row in training_rows(folder / "metrics.jsonl")] == [1, 2, 3]
     assert equal(adapter(folder), whole)
 
 
@@ -159,7 +159,7 @@ def test_a_bad_client_changes_nothing_for_the_others(spoil, tiny_config, tmp_pat
     config["run.output-dir"] = str(tmp_path / "without")
     without = simulate(config, 3, tamper=lambda m, partition: None if partition == 1 else m)
     assert equal(adapter(bad), adapter(without))
-    row = read_rows(bad / "metrics.jsonl")[0]
+    row = training_rows(bad / "metrics.jsonl")[0]
     assert row["clients"] == 2
     if spoil(simulated_reply()) is not None:
         assert row["rejected"] == 1
@@ -197,7 +197,7 @@ def test_one_process_loads_the_model_and_the_data_once_for_all_its_clients(tiny_
 def test_clients_of_different_ranks_train_together(tiny_config):
     config = tiny_config | {"strategy.name": "refactor", "adapter.rank": 4}
     folder = simulate(config, 3, node_configs={1: {"rank": 2}})
-    row = read_rows(folder / "metrics.jsonl")[-1]
+    row = training_rows(folder / "metrics.jsonl")[-1]
     assert [row["per_client"][c]["rank"] for c in "012"] == [4, 2, 4]
     assert row["rejected"] == 0
 
@@ -205,7 +205,7 @@ def test_clients_of_different_ranks_train_together(tiny_config):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_adapters_federate(method: str, tiny_config):
     folder = simulate(tiny_config | {"adapter.method": method, "strategy.name": "fedavg"}, 3)
-    assert read_rows(folder / "metrics.jsonl")[-1]["rejected"] == 0
+    assert training_rows(folder / "metrics.jsonl")[-1]["rejected"] == 0
     assert any((folder / "adapter").glob("*.safetensors"))
 
 
@@ -252,7 +252,7 @@ def test_a_client_whose_model_is_worse_on_held_out_examples_is_set_aside(tiny_co
         return message
 
     spoiled = simulate(config, 3, tamper=spoil)
-    row = read_rows(spoiled / "metrics.jsonl")[0]
+    row = training_rows(spoiled / "metrics.jsonl")[0]
     assert (row["clients"], row["rejected"]) == (2, 1)
     assert "strategy.max-loss-increase" in row["reasons"]["1"]
     without = config | {"run.output-dir": str(tmp_path / "without")}
@@ -263,7 +263,7 @@ def test_a_client_whose_model_is_worse_on_held_out_examples_is_set_aside(tiny_co
 def test_a_sigma_that_training_cannot_reach_is_no_obstacle_to_screening(tiny_config):
     config = tiny_config | {"strategy.max-loss-increase": 5.0, "strategy.screening-examples": 20, "run.num-rounds": 1}
     folder = simulate(config, 3, tamper=lambda m, partition: times(1.5, "sigma")(m) if partition == 1 else m)
-    assert read_rows(folder / "metrics.jsonl")[0]["clients"] == 3
+    assert training_rows(folder / "metrics.jsonl")[0]["clients"] == 3
 
 
 def test_a_merge_that_is_not_finite_changes_nothing(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -276,12 +276,12 @@ def test_a_merge_that_is_not_finite_changes_nothing(tiny_config, tmp_path: Path,
 
     monkeypatch.setattr(Aggregator, "aggregate", overflow)
     folder = simulate(tiny_config | {"run.num-rounds": 1}, 3)
-    assert "not finite" in read_rows(folder / "metrics.jsonl")[0]["reasons"]["merge"]
+    assert "not finite" in training_rows(folder / "metrics.jsonl")[0]["reasons"]["merge"]
     assert all(bool(tensor.isfinite().all()) for tensor in adapter(folder).values())
 
 
 def test_sites_with_data_of_their_own_train_on_all_of_it(tiny_config):
     folder = simulate(tiny_config | {"data.partition": "local", "run.num-rounds": 1}, 3)
-    clients = read_rows(folder / "metrics.jsonl")[0]["per_client"]
+    clients = training_rows(folder / "metrics.jsonl")[0]["per_client"]
     assert [clients[c]["num-examples"] + clients[c]["eval-examples"] for c in "012"] == [240] * 3
     assert not (folder / "partition.png").exists()

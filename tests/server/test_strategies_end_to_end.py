@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from bora_fl.config import parse
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.server.run import Server
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.presets import PRESETS
@@ -15,7 +15,7 @@ from bora_fl.strategies.presets import PRESETS
 def test_a_strategy_runs_and_its_adapter_is_whole(strategy: str, tiny_config):
     config = tiny_config | {"strategy.name": strategy, "train.local-steps": 2, "run.evaluate-every": 3}
     folder = simulate(config, 3)
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = training_rows(folder / "metrics.jsonl")
     assert [row["rejected"] for row in rows] == [0, 0, 0]
     assert all(torch.isfinite(t).all() for t in load_file(folder / "adapter" / "adapter_model.safetensors").values())
     folds = folder / "adapter" / "folds.safetensors"
@@ -25,28 +25,28 @@ def test_a_strategy_runs_and_its_adapter_is_whole(strategy: str, tiny_config):
 @pytest.mark.parametrize("options", [{"strategy.residual": "fold"}, {"strategy.residual": "carry"}])
 def test_the_residual_can_be_kept(options, tiny_config):
     config = tiny_config | {"strategy.name": "refactor", "train.local-steps": 2, "strategy.residual-rank": 2} | options
-    rows = read_rows(simulate(config, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(config, 3) / "metrics.jsonl")
     assert [row["rejected"] for row in rows] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_a_server_optimizer_composes(optimizer: str, tiny_config):
     options = {"strategy.server-optimizer": optimizer, "strategy.server-learning-rate": 0.01}
-    rows = read_rows(simulate(tiny_config | {"train.local-steps": 2} | options, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(tiny_config | {"train.local-steps": 2} | options, 3) / "metrics.jsonl")
     assert len(rows) == 3
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum", "norm-clip"])
 def test_a_robust_rule_composes(rule: str, tiny_config):
     options = {"strategy.robust": rule, "run.num-rounds": 1, "train.local-steps": 1}
-    rows = read_rows(simulate(tiny_config | options, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(tiny_config | options, 3) / "metrics.jsonl")
     assert rows[0]["strategy"]["clients"] >= 1
 
 
 def test_a_merged_adapter_of_lower_rank_is_evaluated_and_saved_at_the_adapter_s(tiny_config):
     options = {"strategy.name": "florist", "strategy.threshold": 0.01, "train.local-steps": 2}
     folder = simulate(tiny_config | options, 3)
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = training_rows(folder / "metrics.jsonl")
     assert rows[-1]["strategy"]["rank"] == 1
     assert rows[-1]["evaluated"] == "central"
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -57,7 +57,7 @@ def test_a_merged_adapter_of_lower_rank_is_evaluated_and_saved_at_the_adapter_s(
 def test_one_block_takes_clients_of_several_ranks(strategy: str, tiny_config):
     options = {"strategy.name": strategy, "strategy.threshold": 0.01, "train.local-steps": 1, "run.num-rounds": 2}
     options |= {"adapter.num-blocks": 1, "adapter.sigma-transform": "exp_norm"}
-    rows = read_rows(simulate(tiny_config | options, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
+    rows = training_rows(simulate(tiny_config | options, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
     assert [row["rejected"] for row in rows] == [0, 0]
     assert [rows[-1]["per_client"][client]["rank"] for client in "012"] == [2, 1, 2]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_two_ray_nodes_give_the_adapter_of_one_process(cluster: str, tiny_config
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     nodes = subprocess.run([sys.executable, "-c", ASK, cluster], capture_output=True, text=True, check=True)
     assert nodes.stdout.split()[-1] == "2"
-    assert [row["clients"] for row in read_rows(folder / "metrics.jsonl")] == [3, 3, 3]
+    assert [row["clients"] for row in training_rows(folder / "metrics.jsonl")] == [3, 3, 3]
     adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (single, folder)]
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-5, atol=1e-6)
@@ -75,7 +75,7 @@ def test_a_ray_of_its_own_obeys_no_stranger_and_ends_with_its_launcher(tiny_conf
     with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
         try:
             deadline = time.monotonic() + 300
-            while not read_rows(folder / "metrics.jsonl"):
+            while not training_rows(folder / "metrics.jsonl"):
                 assert time.monotonic() < deadline
                 assert launcher.poll() is None
                 time.sleep(0.2)

@@ -11,7 +11,7 @@ from scipy.special import ndtr
 from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.accounting import BudgetExceeded
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, ClientUpdate, flatten
 from bora_fl.strategies.aggregation import Aggregator
@@ -79,7 +79,7 @@ def spend(privacy: ClientPrivacy, state: ServerState, rounds: int) -> tuple[Serv
 
 @pytest.mark.parametrize("strategy", ["fedavg", "refactor", "ffa"])
 def test_a_run_uses_up_its_budget_and_no_more(strategy: str, private):
-    rows = read_rows(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private | {"strategy.name": strategy}, 3) / "metrics.jsonl")
     spent = [row["epsilon"]["largest"] for row in rows]
     assert spent == sorted(spent)
     assert 49 < spent[-1] <= 50.0
@@ -154,7 +154,7 @@ def test_an_update_of_smaller_rank_counts_as_zero(transform: str, rank: int, fle
 @pytest.mark.parametrize("strategy", ["refactor", "fedavg"])
 def test_a_client_of_smaller_rank_is_told_why_and_the_run_goes_on(strategy: str, private):
     mixed = private | {"adapter.sigma-transform": "identity", "strategy.name": strategy}
-    rows = read_rows(simulate(mixed, 3, node_configs={2: {"rank": 1}}) / "metrics.jsonl")
+    rows = training_rows(simulate(mixed, 3, node_configs={2: {"rank": 1}}) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [2, 2, 2]
     assert "use the federation's rank" in rows[0]["reasons"]["4"]
     assert rows[-1]["epsilon"]["largest"] <= 50.0
@@ -174,7 +174,7 @@ def test_a_round_counts_whatever_the_replies_hold(private):
         answers.append(partition)
         return broken(reply) if 3 < len(answers) <= 6 else reply
 
-    rows = read_rows(simulate(private | {"run.num-rounds": 2}, 3, tamper=break_the_second_round) / "metrics.jsonl")
+    rows = training_rows(simulate(private | {"run.num-rounds": 2}, 3, tamper=break_the_second_round) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [3, 0]
     assert rows[0]["epsilon"]["largest"] < rows[1]["epsilon"]["largest"] <= 50.0
 
@@ -184,7 +184,7 @@ def test_what_a_round_has_spent_stays_spent_if_its_merge_fails(private, monkeypa
         return replace(state, current=AdapterState(state.current.layers, {"w": torch.tensor([math.nan])})), {}
 
     monkeypatch.setattr(Aggregator, "aggregate", fail)
-    rows = read_rows(simulate(private, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private, 3) / "metrics.jsonl")
     spent = [row["epsilon"]["largest"] for row in rows]
     assert spent[0] < spent[1] < spent[2]
 
@@ -194,7 +194,7 @@ def test_what_a_round_has_spent_stays_spent_if_its_merge_fails(private, monkeypa
 
 def test_adaptive_clipping_starts_with_three_clients_and_moves_the_clip_norm(private):
     chosen = private | {"privacy.adaptive-clipping": True, "strategy.name": "fedavg"}
-    rows = read_rows(simulate(chosen, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(chosen, 3) / "metrics.jsonl")
     assert 49 < rows[-1]["epsilon"]["largest"] <= 50.0
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from bora_fl.client.secure_aggregation import answer
 from bora_fl.config import ConfigError, PrivacySettings, Settings, StrategySettings, parse
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.state import unflatten
 from bora_fl.strategies.aggregation import build
@@ -158,7 +158,7 @@ def test_the_server_sees_no_weight_no_metric_and_nothing_but_masks(plain, secure
             seen.append(reply.content)
         return reply
 
-    rows = read_rows(simulate(secure, 3, tamper=watch) / "metrics.jsonl")
+    rows = training_rows(simulate(secure, 3, tamper=watch) / "metrics.jsonl")
     assert len(seen) == 3 * 2
     for content in seen:
         assert {name: dict(record) for name, record in content.metric_records.items()} == {
@@ -171,7 +171,7 @@ def test_the_server_sees_no_weight_no_metric_and_nothing_but_masks(plain, secure
         assert entries.min() >= 0
         share, _ = np.histogram(entries, bins=4, range=(0, 2**32))
         np.testing.assert_allclose(share / len(entries), 0.25, atol=0.12)
-    in_clear = read_rows(simulate(plain, 3) / "metrics.jsonl")
+    in_clear = training_rows(simulate(plain, 3) / "metrics.jsonl")
     for row, reference in zip(rows, in_clear, strict=True):
         assert row["per_client"] == {}
         assert row["clients"] == 3
@@ -191,7 +191,7 @@ def test_a_client_that_vanishes_in_any_stage_is_left_out_or_counted_and_the_mean
         return reply
 
     folder = simulate(secure | chosen, 4, tamper=lose)
-    row = read_rows(folder / "metrics.jsonl")[0]
+    row = training_rows(folder / "metrics.jsonl")[0]
     assert order[stage] == 1
     assert row["clients"] == (4 if stage == "unmask" else 3)
     assert row["reasons"] == ({} if stage == "unmask" else {"3": "no reply in time"})
@@ -210,7 +210,7 @@ def test_clients_lost_in_different_stages_do_not_spoil_the_sum(plain, secure):
         8,
         tamper=lambda reply, partition: None if lost.get(partition) == stage_of(reply) else reply,
     )
-    assert read_rows(folder / "metrics.jsonl")[0]["clients"] == 4
+    assert training_rows(folder / "metrics.jsonl")[0]["clients"] == 4
     plainly = simulate(plain | chosen, 8, tamper=lambda reply, partition: None if partition in lost else reply)
     assert_close(trained(folder), trained(plainly))
 
@@ -225,7 +225,7 @@ def test_below_the_threshold_nothing_is_unmasked_and_the_adapter_stays(secure):
 
 def test_a_site_that_cannot_train_says_why_and_the_others_go_on(secure):
     crowded = secure | {"data.partition": "linear", "privacy.max-examples": 80}
-    row = read_rows(simulate(crowded, 4) / "metrics.jsonl")[0]
+    row = training_rows(simulate(crowded, 4) / "metrics.jsonl")[0]
     assert row["clients"] == 3
     assert "weight-out-of-range" in row["reasons"]["5"]
 
@@ -237,7 +237,7 @@ def test_an_update_that_would_be_cut_is_refused_by_its_site(secure):
 
 def test_a_client_of_another_rank_takes_no_part(secure):
     mixed = secure | {"adapter.sigma-transform": "identity", "data.partition": "iid"}
-    row = read_rows(simulate(mixed, 4, node_configs={2: {"rank": 1}}) / "metrics.jsonl")[0]
+    row = training_rows(simulate(mixed, 4, node_configs={2: {"rank": 1}}) / "metrics.jsonl")[0]
     assert row["clients"] == 3
     assert "federation's rank" in row["reasons"]["4"]
 
@@ -253,7 +253,7 @@ def test_it_goes_with_noise_on_the_client(mode: str, secure, tmp_path):
         "strategy.weighting": "uniform",
         "strategy.name": "ffa",
     }
-    rows = read_rows(simulate(private, 3) / "metrics.jsonl")
+    rows = training_rows(simulate(private, 3) / "metrics.jsonl")
     assert [row["clients"] for row in rows] == [3, 3]
     assert all(row["train_loss"] is None and row["epsilon"] is None for row in rows)
     assert len(list((tmp_path / "ledger").glob("*.json"))) == 3

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -22,7 +22,7 @@ from bora_fl import __version__
 from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.worker_pb2 import Chunk, Job, StatusRequest, StatusResponse, WorkRequest, WorkResponse
 from bora_fl.config import Settings
-from bora_fl.wire.schema import INSTRUCTION, REPLY, SCHEMA
+from bora_fl.wire.schema import INSTRUCTION, KINDS, REPLY, SCHEMA, Kind
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +181,9 @@ class SiteWorker:
                 f"{job.version or 'unknown'} with {job.schema}: install the run's version at this site and restart "
                 "`bora-fl worker`",
             )
-        if job.kind not in ("train", "evaluate"):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"kind {job.kind!r} is neither train nor evaluate")
+        if job.kind not in KINDS:
+            known = ", ".join(KINDS)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"kind {job.kind!r} is none of {known}")
         try:
             node = context_from_proto(ProtoContext.FromString(job.context))
             for request in requests:
@@ -222,8 +223,7 @@ class SiteWorker:
             raise CancelledError
         ticket.say("started")
         try:
-            asked: job.Kind = "train" if kind == "train" else "evaluate"
-            return job.perform(asked, content, node, ticket.on_step, self._policy_file)
+            return job.perform(cast(Kind, kind), content, node, ticket.on_step, self._policy_file)
         finally:
             self._count_loads()
 

@@ -41,7 +41,7 @@ def hand_over(settings: WorkerSettings, kind: str, content: RecordDict, context:
 
     Args:
         settings: How the worker is reached.
-        kind: ``train`` or ``evaluate``.
+        kind: One of `bora_fl.wire.schema.KINDS`.
         content: The message's content.
         context: The node's; its state is replaced by what the worker returns.
         timeout: Seconds after which nobody waits for the reply.

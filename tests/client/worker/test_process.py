@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import WorkerError, status
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.observer import RunFailedError
 from tests.client.worker.in_process import eventually
@@ -92,7 +92,7 @@ def test_a_killed_worker_is_named_and_its_successor_knows_the_ledger(
 
     def run(name: str, steps: int) -> dict:
         chosen = config | {"run.output-dir": str(tmp_path / name), "train.local-steps": steps}
-        return read_rows(simulate(chosen, 3, node_configs=nodes(site, wait=1.0)) / "metrics.jsonl")[-1]
+        return training_rows(simulate(chosen, 3, node_configs=nodes(site, wait=1.0)) / "metrics.jsonl")[-1]
 
     def booked() -> list[list[int]]:
         ledgers = [json.loads(file.read_text()) for file in (tmp_path / "ledger").glob("*.json")]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import bora_fl.client.site
 from bora_fl.client import training
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.simulations import grid
 from bora_fl.simulations.compare import report, results
 from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant, plan
@@ -65,7 +65,7 @@ def go(found: Plan, root: Path) -> str:
 
 def kill_in(run: CompareRun, over: threading.Event) -> None:
     """Kill the worker once the run has a round behind it."""
-    while not read_rows(run.folder / "metrics.jsonl"):
+    while not training_rows(run.folder / "metrics.jsonl"):
         if over.wait(0.005):
             return
     for child in multiprocessing.active_children():
@@ -77,7 +77,7 @@ def outcomes(found: Plan) -> list[tuple[CompareRun, grid.Outcome]]:
 
 
 def measured(run: CompareRun) -> list[dict]:
-    rows = read_rows(run.folder / "metrics.jsonl")
+    rows = training_rows(run.folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
@@ -112,7 +112,7 @@ def test_a_killed_worker_loses_one_run_and_the_next_command_makes_up_for_it(inte
     after = [(run.folder / grid.FINISHED).stat().st_mtime_ns for run in found.runs]
     assert after[:3] == before
     for run in found.runs:
-        assert [row["round"] for row in read_rows(run.folder / "metrics.jsonl")] == [1, 2]
+        assert [row["round"] for row in training_rows(run.folder / "metrics.jsonl")] == [1, 2]
         assert not (run.folder / "checkpoints").exists()
     _check_results(found, root)
 
@@ -184,7 +184,7 @@ def test_common_random_numbers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
         config = tiny | {"strategy.name": strategy, "run.seed": seed, "strategy.fraction-train": 0.6}
         config |= {"run.output-dir": str(tmp_path / f"{strategy}-{seed}"), "strategy.fraction-evaluate": 0.0}
         config |= {"data.partition": "dirichlet", "data.alpha": 1.0}
-        rows = read_rows(simulate(config, 4) / "metrics.jsonl")
+        rows = training_rows(simulate(config, 4) / "metrics.jsonl")
         losses = {client: metrics["train-loss"] for client, metrics in rows[0]["per_client"].items()}
         return [sorted(row["per_client"]) for row in rows], list(drawn), losses
 

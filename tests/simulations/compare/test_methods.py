@@ -3,7 +3,7 @@ import pytest
 from bora_fl.config import parse
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, load_base
-from bora_fl.report import read_rows
+from bora_fl.report import training_rows
 from bora_fl.server.checkpoint import load_newest
 from bora_fl.simulations.compare.plan import METHODS
 from bora_fl.simulations.engine import simulate
@@ -20,7 +20,7 @@ def test_every_adapter_method_federates(method: str, tiny_config):
     start = model.read().tensors
 
     folder = simulate(config, 3)
-    (row,) = read_rows(folder / "metrics.jsonl")
+    (row,) = training_rows(folder / "metrics.jsonl")
     assert (row["clients"], row["rejected"]) == (3, 0)
     assert row["bytes_up"] >= 3 * 4 * model.num_trained
     found = load_newest(folder / "checkpoints", settings.flat())

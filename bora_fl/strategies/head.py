@@ -1,0 +1,219 @@
+"""The server's part of the closed-form head: replies to sums, sums to heads, and which head is kept."""
+
+import functools
+import logging
+import operator
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from torch import Tensor
+
+from bora_fl.config import Settings
+from bora_fl.heads import ClassSums, Head, choose, interpolate, lda, release_noise, scaled, solve_private
+from bora_fl.state import AdapterState
+from bora_fl.strategies.server_state import ServerState
+from bora_fl.wire.records import size, to_arrays
+from bora_fl.wire.replies import RejectedReplyError, read_head_losses, read_statistics
+from bora_fl.wire.schema import HEAD, HEADS
+
+log = logging.getLogger(__name__)
+
+STATISTICS, LOSSES = "query.head_statistics", "query.head_losses"
+"""Message types."""
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Where the head stands in the adapter's state.
+
+    Attributes:
+        weight: Name of the tensor ``[C, d]``.
+        bias: Name of the tensor ``[C]``; None for a layer without bias.
+        clip_norm: C of the features' norms under record-level privacy, made from public text; 0 without.
+    """
+
+    weight: str
+    bias: str | None
+    clip_norm: float = 0.0
+
+    def of(self, state: AdapterState) -> Head:
+        """The head that a state holds."""
+        bias = None if self.bias is None else state.tensors[self.bias].double()
+        return Head(state.tensors[self.weight].double(), bias)
+
+    def put(self, state: ServerState, head: Head) -> ServerState:
+        """A server state with this head in its adapter."""
+        tensors = dict(state.current.tensors)
+        tensors[self.weight] = head.weight.to(tensors[self.weight].dtype)
+        if self.bias is not None and head.bias is not None:
+            tensors[self.bias] = head.bias.to(tensors[self.bias].dtype)
+        return replace(state, current=AdapterState(state.current.layers, tensors))
+
+    def request(self, state: AdapterState) -> ConfigRecord:
+        """What a client needs to know of the sums."""
+        return ConfigRecord({"num-classes": len(state.tensors[self.weight]), "clip-norm": self.clip_norm})
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What solving the head yields.
+
+    Attributes:
+        state: With the head that is kept.
+        name: Which of the candidates it is; empty if none could be solved.
+        clients: How many clients' sums it is solved from.
+        rejected: Node to the reason why its reply does not count.
+        bytes_up: Size of the replies.
+        bytes_down: Size of the messages.
+    """
+
+    state: ServerState
+    name: str = ""
+    clients: int = 0
+    rejected: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+Ask = Callable[[str, Mapping[str, ConfigRecord | ArrayRecord]], list[Message]]
+"""Makes a message of a type to every node, with the adapter and more records."""
+
+
+def solve(
+    layout: HeadLayout,
+    state: ServerState,
+    settings: Settings,
+    round: int,
+    ask: Ask,
+    exchange: Callable[[list[Message]], list[Message]],
+) -> Solved:
+    """Solve the head from the clients' sums, and keep the best of the candidates by their held-out loss.
+
+    A site may refuse, and the head is then solved from the others' sums; with no sums at all it stays as it is.
+
+    Args:
+        layout: Where the head is.
+        state: What the clients are sent.
+        settings: The run's.
+        round: 0 before training, else the round whose merge has ended.
+        ask: Makes the messages.
+        exchange: Sends them, and returns the replies in an order that does not depend on node ids.
+    """
+    exact = settings.privacy.mode == "none"
+    sent = ask(STATISTICS, {HEAD: layout.request(state.current)})
+    replies = exchange(sent)
+    shape, ratio = state.current.tensors[layout.weight].shape, settings.strategy.max_weight_ratio
+    sums, clients, rejected = total(replies, shape, round, max_ratio=ratio if exact else 0.0, exact=exact)
+    up, down = _bytes(replies), _bytes(sent)
+    if sums is None:
+        log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
+        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
+    heads = candidates(layout, state.current, sums, clients, settings, trained=round > 0)
+    name = next(iter(heads))
+    if len(heads) > 1:
+        sent = ask(LOSSES, {HEADS: to_arrays(_flat(heads))})
+        replies = exchange(sent)
+        name, unmeasured = best(heads, replies)
+        rejected, up, down = rejected | unmeasured, up + _bytes(replies), down + _bytes(sent)
+    log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
+    return Solved(layout.put(state, heads[name]), name, clients, rejected, up, down)
+
+
+def total(
+    replies: Iterable[Message], shape: Sequence[int], round: int, *, max_ratio: float = 0.0, exact: bool = True
+) -> tuple[ClassSums | None, int, dict[str, str]]:
+    """Add up the clients' sums, in the order of the replies.
+
+    Args:
+        replies: Replies to `STATISTICS`.
+        shape: ``[C, d]``.
+        round: The round they must belong to.
+        max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off.
+        exact: Whether the sums are without noise, so that sums which no examples can have are rejected.
+
+    Returns:
+        The total, of how many clients, and node to the reason why its reply is rejected.
+    """
+    found, rejected = dict[int, ClassSums](), dict[str, str]()
+    for message in replies:
+        node = message.metadata.src_node_id
+        try:
+            sums = ClassSums.from_tensors(read_statistics(message, round), shape[0], shape[1])
+            if exact:
+                sums.check()
+        except RejectedReplyError as reply:
+            rejected[str(node)] = reply.reason
+        except ValueError as error:
+            rejected[str(node)] = str(error)
+        else:
+            found[node] = sums
+    examples = {node: float(sums.counts.sum()) for node, sums in found.items()}
+    median = statistics.median_low(examples.values()) if examples else 0.0
+    for node, count in examples.items():
+        if 0 < max_ratio * median < count:
+            rejected[str(node)] = (
+                f"it claims {count:g} examples, above strategy.max-weight-ratio = {max_ratio:g} times the median "
+                f"client's {median:g}"
+            )
+            del found[node]
+    return functools.reduce(operator.add, found.values()) if found else None, len(found), rejected
+
+
+def candidates(
+    layout: HeadLayout, state: AdapterState, sums: ClassSums, clients: int, settings: Settings, *, trained: bool
+) -> dict[str, Head]:
+    """The heads to choose from, by name, in order of preference.
+
+    Under record-level privacy there is one, since nothing may be measured to choose by; otherwise the solved head at
+    several scales of its logits and, once the head was trained, the trained one and its mean with each of these.
+
+    Args:
+        layout: Where the head is.
+        state: Holds the head that clients trained.
+        sums: Over all clients.
+        clients: How many.
+        settings: The run's.
+        trained: Whether the state's head was trained.
+    """
+    bias = layout.bias is not None
+    if settings.privacy.mode == "record":
+        return {"solved": solve_private(sums, release_noise(settings), clients, layout.clip_norm, bias=bias)}
+    solved = scaled(lda(sums, bias=bias))
+    if not trained:
+        return solved
+    own = layout.of(state)
+    return {"trained": own, **solved, **{f"mean {name}": interpolate(own, head, 0.5) for name, head in solved.items()}}
+
+
+def best(heads: Mapping[str, Head], replies: Iterable[Message]) -> tuple[str, dict[str, str]]:
+    """The name of the head with the least loss over all clients' held-out examples; of equal ones the first.
+
+    Args:
+        heads: What was sent, in order.
+        replies: Replies to `LOSSES`.
+
+    Returns:
+        The name, and node to the reason why its reply is rejected.
+    """
+    sums, rejected = [0.0] * len(heads), dict[str, str]()
+    for message in replies:
+        try:
+            losses, examples = read_head_losses(message, len(heads))
+        except RejectedReplyError as reply:
+            rejected[str(reply.node_id)] = reply.reason
+            continue
+        sums = [held + examples * loss for held, loss in zip(sums, losses, strict=True)]
+    by_name = dict(zip(heads, sums, strict=True))
+    return choose(heads, lambda name, _: by_name[name])[0], rejected
+
+
+def _flat(heads: Mapping[str, Head]) -> dict[str, Tensor]:
+    """The heads as named tensors ``<position>/weight`` and ``<position>/bias``."""
+    flat = {f"{k}/weight": head.weight.float() for k, head in enumerate(heads.values())}
+    return flat | {f"{k}/bias": head.bias.float() for k, head in enumerate(heads.values()) if head.bias is not None}
+
+
+def _bytes(messages: Iterable[Message]) -> int:
+    return sum(size(message.content) for message in messages if message.has_content())
