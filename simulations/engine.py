@@ -108,7 +108,7 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         message.content = copy.deepcopy(message.content)  # a network would copy it: handlers may change what they get
         reply = handle(self._app, message, self._contexts[node])
-        if self._tamper is None or message.metadata.message_type.startswith("query"):
+        if self._tamper is None or message.metadata.message_type == "query":
             return reply
         return self._tamper(reply, node - 2)
 

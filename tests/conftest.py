@@ -69,7 +69,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, bool | int | float | str]:
-    """A run config of three short rounds over the three domains."""
+    """A run config of three short rounds over the three domains, from a random head."""
     return {
         "model.name": str(tiny_model),
         "model.max-length": 16,
@@ -77,6 +77,7 @@ def tiny_config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, 
         "adapter.num-blocks": 4,
         "adapter.alpha": 4.0,
         "data.name": str(tiny_data),
+        "head.init": "random",
         "train.local-steps": 4,
         "train.batch-size": 8,
         "train.learning-rate": 0.02,

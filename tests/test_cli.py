@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import bora_fl
-from bora_fl.cli import COMMANDS, cli
+from bora_fl.cli import COMMANDS, cli, console
 from bora_fl.config import ConfigError, Settings
 from bora_fl.simulations.benchmarks.command import BENCHMARKS
 
@@ -15,6 +15,7 @@ HEAVY = ("torch", "flwr", "pydantic", "transformers", "peft", "numpy", "scipy", 
 
 
 def call(*arguments: str) -> tuple[int, str]:
+    console.width = 200  # it takes its width from the environment that it was made in
     result = CliRunner().invoke(cli, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
     if isinstance(result.exception, ConfigError):
         raise result.exception
@@ -33,7 +34,7 @@ def test_a_command_is_what_the_list_of_commands_says(command: str):
 
 def test_help_lists_every_command_and_imports_no_library():
     code = (
-        "import sys; from bora_fl.cli import main\n"
+        "import sys; from bora_fl.cli import console, main\n"
         "try: main()\n"
         f"finally: print('imported', [name for name in {HEAVY!r} if name in sys.modules])"
     )

@@ -91,7 +91,7 @@ def losses(
             heads,
             autocast=lambda: autocast(device, train.precision),
         )
-    return HeadLossesRelease(tuple(found[name].loss for name in heads), who.partition, len(data.evaluation)).content()
+    return HeadLossesRelease([found[name].loss for name in heads], who.partition, len(data.evaluation)).content()
 
 
 def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -98,8 +98,8 @@ def solve_private(
     # Off-diagonal noise is gram_std / √2; a symmetric matrix of such entries has a spectral norm of 2 √d times that.
     penalty = PENALTY * math.sqrt(2 * dim) * gram_std / n
     inverse = (vectors / (values.clamp(min=0) + penalty)) @ vectors.T
-    weight = means @ inverse
-    constant = -0.5 * (weight * means).sum(1) + (counts / n).log()
+    weight = (means - common) @ inverse
+    constant = -0.5 * (weight * (means + common)).sum(1) + (counts / n).log()
     if bias:
         return Head(weight / clip_norm, constant)
     values, vectors = torch.linalg.eigh(sums.gram / n)

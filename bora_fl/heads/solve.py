@@ -1,10 +1,12 @@
 """Linear discriminant analysis and ridge regression from `ClassSums`, in float64.
 
-With `μ_c = S_c / n_c` and `Σ_w = (G − Σ_c n_c μ_c μ_cᵀ) / n`:
+With `μ_c = S_c / n_c`, their common mean `m = Σ_c S_c / n` and `Σ_w = (G − Σ_c n_c μ_c μ_cᵀ) / n`:
 
-    w_c = (Σ_w + λI)⁻¹ μ_c        b_c = −½ w_cᵀ μ_c + log(n_c / n)
+    w_c = (Σ_w + λI)⁻¹ (μ_c − m)        b_c = −½ w_cᵀ (μ_c + m) + log(n_c / n)
 
-are the log posteriors, up to a term that all classes share, of Gaussian classes with one covariance. λ is chosen by
+are the log posteriors, up to a term that all classes share, of Gaussian classes with one covariance. With μ_c in the
+place of μ_c − m that term would be `mᵀ (Σ_w + λI)⁻¹ x`, which is large enough to drown the classes in float32 where
+features vary little around their mean. λ is chosen by
 generalized cross-validation (Golub, Heath, Wahba, 1979) of the ridge regression of one-hot targets, which has the same
 discriminant directions (Hastie, Tibshirani, Buja, 1994) and whose score is a function of the same sums:
 
@@ -67,13 +69,13 @@ def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> 
         raise ValueError(f"penalty = {penalty}: it is above 0")
     present = sums.counts > 0
     means = sums.sums / sums.counts.clamp(min=1e-300)[:, None]
-    means[~present] = 0
-    weight = _solve(sums.within_scatter() / n, penalty, means)
-    constant = -0.5 * (weight * means).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
+    common = sums.sums.sum(0) / n
+    weight = _solve(sums.within_scatter() / n, penalty, torch.where(present[:, None], means - common, 0.0))
+    constant = -0.5 * (weight * (means + common)).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
     constant[~present] = MISSING
     if bias:
         return Head(weight, constant)
-    one = _solve(sums.gram / n, penalty, sums.sums.sum(0)[None] / n)[0]
+    one = _solve(sums.gram / n, penalty, common[None])[0]
     return Head(weight + constant[:, None] * one, None)
 
 

@@ -7,12 +7,12 @@ arXiv:2312.07358), and whoever can add can aggregate them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# Rounding of the sums in float32, relative to the trace of G.
+# Rounding of what is sent in float32, relative to the trace of the total scatter.
 _ROUNDING = 1e-5
 
 
@@ -53,9 +53,21 @@ class ClassSums:
         return ClassSums(self.counts + other.counts, self.sums + other.sums, self.gram + other.gram)
 
     def to_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """What is sent: ``counts [C]`` in float64, ``sums [C, d]`` and ``gram [d (d + 1) / 2]``, its upper triangle."""
+        """What is sent: ``counts [C]`` and ``sums [C, d]`` in float64, and ``gram [d (d + 1) / 2]``.
+
+        The last is the upper triangle of ``G − Σx Σxᵀ / n``, which holds as many digits of the features' variance as
+        `dtype` has, however far from 0 they lie.
+        """
         rows, columns = torch.triu_indices(*self.gram.shape)
-        return {"counts": self.counts, "sums": self.sums.to(dtype), "gram": self.gram[rows, columns].to(dtype)}
+        return {
+            "counts": self.counts,
+            "sums": self.sums,
+            "gram": (self.gram - self._mean_gram())[rows, columns].to(dtype),
+        }
+
+    def _mean_gram(self) -> Tensor:
+        total = self.sums.sum(0)
+        return torch.outer(total, total) / self.counts.sum().clamp(min=1)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], num_classes: int, dim: int) -> "ClassSums":
@@ -73,7 +85,8 @@ class ClassSums:
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         rows, columns = torch.triu_indices(dim, dim)
         gram[rows, columns] = gram[columns, rows] = tensors["gram"].double()
-        return cls(tensors["counts"].double(), tensors["sums"].double(), gram)
+        found_sums = cls(tensors["counts"].double(), tensors["sums"].double(), gram)
+        return replace(found_sums, gram=gram + found_sums._mean_gram())
 
     def check(self) -> None:
         """Check that some examples have these sums; for sums without noise.
@@ -89,7 +102,7 @@ class ClassSums:
         if (self.sums[self.counts == 0] != 0).any():
             raise ValueError("the head's sums tell of features of a class that has no examples")
         scatter = self.within_scatter()
-        trace = float(self.gram.trace())
+        trace = float((self.gram - self._mean_gram()).trace())
         shifted = scatter + _ROUNDING * max(trace, 1e-300) * torch.eye(len(scatter), dtype=torch.float64)
         if trace < 0 or int(torch.linalg.cholesky_ex(shifted).info) != 0:
             raise ValueError("the head's sums are those of no examples: the scatter within classes has a negative side")

@@ -179,10 +179,10 @@ def grant(policy: SitePolicy | None, settings: Settings, request: Request) -> Se
     privacy = settings.privacy
     if request == "evaluate" and (privacy.secure_aggregation or not released(policy, privacy.mode) >= EVALUATION):
         raise Refused(Code.EVALUATION_WITHHELD)
+    if request == "head-statistics" and not (settings.solves_head and (policy is None or policy.head_statistics)):
+        raise Refused(Code.STATISTICS_WITHHELD)
     if policy is None:
         return settings
-    if request == "head-statistics" and not policy.head_statistics:
-        raise Refused(Code.STATISTICS_WITHHELD)
     if privacy.mode not in policy.modes:
         raise Refused(Code.POLICY_MODE, f"privacy.mode = {privacy.mode!r}, the policy allows {', '.join(policy.modes)}")
     if policy.secure_aggregation and not privacy.secure_aggregation:

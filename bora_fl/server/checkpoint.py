@@ -54,7 +54,7 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     format: int = Field(ge=1)
-    round: int = Field(ge=1)
+    round: int = Field(ge=0)
     run_id: str
     fold_version: int = Field(ge=0)
     num_folds: int = Field(ge=0)

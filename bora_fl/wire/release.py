@@ -6,7 +6,7 @@ both with every message of whole runs. What leaves in the place of a result is i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -134,19 +134,19 @@ class StatisticsRelease:
     """Sums over the client's examples for the closed-form head (`bora_fl.heads`): ``none`` and ``record``.
 
     Attributes:
-        sums: Counts, feature sums and Gram matrix; under ``record`` with the noise of one Gaussian release.
+        heads: Counts, feature sums and Gram matrix; under ``record`` with the noise of one Gaussian release.
         epsilon_per_record: Share of the budget that the release is charged with; None under ``none``.
     """
 
-    sums: Annotated[Mapping[str, Tensor], "under record the noise on the sums, else nothing"]
+    heads: Annotated[Mapping[str, Tensor], "nothing; under record, the noise on the sums"]
     partition: Annotated[int, PUBLIC]
     epsilon_per_record: Annotated[float | None, PUBLIC] = None
 
     def content(self, round: int) -> RecordDict:
         """As a reply's content."""
-        metrics = {name: value for name, value in _named(self).items() if name != "sums" and value is not None}
+        metrics = {name: value for name, value in _named(self).items() if name != "heads" and value is not None}
         reply = ConfigRecord({"schema": SCHEMA, "round": round})
-        return RecordDict({REPLY: reply, HEADS: to_arrays(self.sums), METRICS: MetricRecord({**metrics})})
+        return RecordDict({REPLY: reply, HEADS: to_arrays(self.heads), METRICS: MetricRecord({**metrics})})
 
 
 @dataclass(frozen=True)
@@ -154,20 +154,18 @@ class HeadLossesRelease:
     """Losses of several heads on the client's held-out part, exactly; ``none``, and ``client`` if allowed.
 
     Attributes:
-        losses: Mean loss of each head, in the order in which they were sent.
+        head_losses: Mean loss of each head, in the order in which they were sent.
         eval_examples: Held-out examples.
     """
 
-    losses: Annotated[tuple[float, ...], NOTHING]
+    head_losses: Annotated[list[float], NOTHING]
     partition: Annotated[int, PUBLIC]
     eval_examples: Annotated[int, NOTHING]
 
     def content(self) -> RecordDict:
         """As a reply's content."""
-        metrics: dict[str, float | int] = {f"head-loss-{k}": loss for k, loss in enumerate(self.losses)}
-        metrics |= {"partition": self.partition, "eval-examples": self.eval_examples}
-        return RecordDict({METRICS: MetricRecord({**metrics})})
+        return RecordDict({METRICS: MetricRecord({**_named(self)})})
 
 
-def _named(release: "_Release | EvaluationRelease | StatisticsRelease") -> dict[str, float | int]:
+def _named(release: "_Release | EvaluationRelease | StatisticsRelease | HeadLossesRelease") -> dict[str, Any]:
     return {f.name.replace("_", "-"): getattr(release, f.name) for f in fields(release)}

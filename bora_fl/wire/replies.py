@@ -134,12 +134,13 @@ def read_head_losses(message: Message, count: int) -> tuple[list[float], float]:
     if message.has_error() or METRICS not in message.content.metric_records:
         _reply_record(message)  # says why
         raise RejectedReplyError(node, "no losses of heads")
-    metrics = _finite(node, message.content.metric_records[METRICS])
-    losses = [metrics.get(f"head-loss-{k}", -1.0) for k in range(count)]
-    examples = metrics.get("eval-examples", -1.0)
-    if min(losses) < 0 or not 0 <= examples <= MOST_EXAMPLES:
-        raise RejectedReplyError(node, f"expected {count} losses and a number of examples, each of at least 0")
-    return losses, examples
+    metrics = message.content.metric_records[METRICS]
+    losses, examples = metrics.get("head-losses"), metrics.get("eval-examples")
+    if isinstance(losses, list) and len(losses) == count and isinstance(examples, int):
+        found = [float(loss) for loss in losses]
+        if all(math.isfinite(loss) and loss >= 0 for loss in found) and 0 <= examples <= MOST_EXAMPLES:
+            return found, float(examples)
+    raise RejectedReplyError(node, f"expected {count} losses and a number of examples, each of at least 0")
 
 
 def read_roll_call(message: Message) -> tuple[int, int]:

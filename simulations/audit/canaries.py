@@ -19,6 +19,7 @@ from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import learning_rate_factor, train
 from bora_fl.config import ConfigError, Settings
+from bora_fl.config.settings import HeadSettings
 from bora_fl.data import Encoded
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel
@@ -76,6 +77,7 @@ def run_audit(
         )
     if canaries < 32:
         raise ConfigError(f"--canaries {canaries}: too few to find anything; give 32 or more")
+    settings = settings.model_copy(update={"head": HeadSettings(init="random")})  # its sums are no training
     site = Site(settings)
     model, data = site.model(), site.data(0, 1).train
     drawn = make_canaries(data, canaries, _vocabulary(model), derive(settings.run.seed, "canaries", 0))

@@ -64,6 +64,7 @@ def config(tiny_config, tmp_path: Path):
         "strategy.weighting": "uniform",
         "strategy.name": "ffa",
         "run.num-rounds": 1,
+        "head.init": "auto",
     }
 
 
@@ -95,6 +96,9 @@ def sent(config, tmp_path: Path):
     return run
 
 
+SUMS = {"none": "nothing", "record": "the noise on the sums"}
+
+
 def test_the_types_say_what_the_table_says():
     releases = {release.mode: protections(release) for release in get_args(Release)}
     assert set(releases) == set(MODES)
@@ -114,11 +118,37 @@ def test_the_types_say_what_the_table_says():
 @pytest.mark.parametrize("named", [False, True])
 def test_a_train_reply_holds_what_the_table_lists(mode: str, named: bool, sent):
     seen = sent(mode, get_args(Metric) if named else None)
-    assert [kind for kind, _ in seen] == ["train"] * 3
-    for _, content in seen:
+    trained = [content for kind, content in seen if kind == "train"]
+    assert len(trained) == 3
+    for content in trained:
         assert fields_of(content) == listed("train", mode, named or mode == "none")
         if mode in ("record", "local") or (mode == "client" and not named):
             assert content.metric_records[METRICS]["num-examples"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replies_for_the_head_hold_what_the_table_lists(mode: str, sent):
+    seen = sent(mode)
+    sums = [content for kind, content in seen if kind == "query.head_statistics"]
+    losses = [content for kind, content in seen if kind == "query.head_losses"]
+    assert len(sums) == {"none": 6, "record": 3}.get(mode, 0)  # before round 1 and, without privacy, at the end
+    assert len(losses) == (6 if mode == "none" else 0)
+    assert all(fields_of(content) == listed("head-statistics", mode, True) for content in sums)
+    assert all(fields_of(content) == listed("head-losses", mode, True) for content in losses)
+    released = {f: cells[mode] for (kind, f), cells in table().items() if kind == "head-statistics"}
+    assert released["heads"] == SUMS.get(mode, ABSENT)
+    assert all(cells[m] == ABSENT for (k, f), cells in table().items() if k == "head-losses" for m in MODES[1:])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"privacy.mode": "local"}, {"privacy.mode": "client"}, {"privacy.secure-aggregation": True}]
+)
+def test_a_site_that_is_asked_for_sums_that_no_mechanism_protects_refuses(changes: dict, config):
+    grid = InProcessGrid(app, 1, config | changes)
+    for kind in ("query.head_statistics", "query.head_losses"):
+        (reply,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=2, message_type=kind)])
+        assert "refused" in reply.content.config_records[REPLY]
+        assert not reply.content.array_records
 
 
 def test_an_evaluation_reply_holds_what_the_table_lists(sent):
@@ -174,8 +204,11 @@ def test_no_handler_raises_whatever_it_is_sent(config):
 
 def test_the_number_of_examples_does_not_change_a_private_reply(sent):
     """Noise and spent ε follow from the sampling rate: with them, one record more or less could be read off."""
-    metrics = [dict(content.metric_records[METRICS]) for _, content in sent("record", data__partition="linear")]
-    assert len({json.dumps({k: v for k, v in m.items() if k != "partition"}) for m in metrics}) == 1
+    seen = sent("record", data__partition="linear")
+    for kind in ("train", "query.head_statistics"):
+        metrics = [dict(content.metric_records[METRICS]) for found, content in seen if found == kind]
+        assert len(metrics) == 3
+        assert len({json.dumps({k: v for k, v in m.items() if k != "partition"}) for m in metrics}) == 1
 
 
 def test_a_run_without_a_usable_reply_names_codes(config, tmp_path: Path):

@@ -37,7 +37,7 @@ def folds(here: Site, *versions: int, scale: float = 1.0) -> dict[str, torch.Ten
 
 def frozen(here: Site) -> torch.Tensor:
     model = here.model()
-    return model.base_weight(next(iter(model.read().layers))).detach().clone()
+    return model.save_base(next(iter(model.read().layers))).detach().clone()
 
 
 def test_a_damaged_fold_is_deleted_and_said_to_be_missing(here: Site, cache: Path):

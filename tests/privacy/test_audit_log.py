@@ -213,10 +213,10 @@ def test_site_and_server_log_the_same_replies(tiny_config: dict[str, Any], tmp_p
     monkeypatch.setenv("BORA_FL_STATE", str(tmp_path / "state"))
     folder = simulate(tiny_config | {"run.num-rounds": 2}, 3)
     at_server, at_site = folder / "audit.jsonl", tmp_path / "state" / "audit.jsonl"
-    assert (verify(at_server).lines, verify(at_server).problem) == (3, "")
+    assert (verify(at_server).lines, verify(at_server).problem) == (4, "")
     assert (verify(at_site).lines, verify(at_site).problem) == (7, "")
     sent = [json.loads(line) for line in at_site.read_text().splitlines()[1:]]
-    received = [json.loads(line) for line in at_server.read_text().splitlines()[1:]]
+    received = [json.loads(line) for line in at_server.read_text().splitlines()[2:]]  # after round 0
     assert {entry["reply"] for entry in sent} == {reply for entry in received for reply in entry["replies"].values()}
     assert {(entry["kind"], entry["outcome"]) for entry in sent} == {("train", "released")}
     assert {entry["run"] for entry in sent} == {entry["run"] for entry in received}

@@ -229,7 +229,7 @@ def test_what_is_not_finite_is_not_written(part: str, tmp_path: Path):
     made = checkpoint(2)
     bad = torch.full((2, 2), float("nan"))
     if part == "memory":
-        made = replace(made, state=replace(made.state, memory={"moment/a": bad}))
+        made = replace(made, state=replace(made.state, optimizer=OptimizerState(first={"a": bad})))
     elif part == "carried":
         odd = BlockFactors(torch.full((4, 2), float("inf")), torch.ones(2, 2, 2), torch.ones(2, 6), 0.5)
         made = replace(made, state=replace(made.state, carried={"a.q": odd}))

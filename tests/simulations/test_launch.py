@@ -75,8 +75,8 @@ def test_a_simulation_gives_the_adapter_of_one_process_and_leaves_nothing_behind
     config = tiny_config | {"run.num-rounds": 2}
     lines: list[str] = []
     outcome = run(ROOT, config, Simulation(3), show=lines.append)
-    assert [(row["round"], row["clients"]) for row in outcome.rows] == [(1, 3), (2, 3)]
-    assert [line.split(":")[0] for line in lines if "/2: train loss" in line] == ["round 1/2", "round 2/2"]
+    assert [(row["round"], row["clients"]) for row in outcome.rows] == [(0, 0), (1, 3), (2, 3)]
+    assert [line.split(":")[0] for line in lines if "/2: train loss" in line] == ["round 0/2", "round 1/2", "round 2/2"]
     assert not marked(outcome.folder)
     single = simulate(config | {"run.output-dir": str(tmp_path / "one")}, 3)
     adapters = [load_file(path / "adapter" / "adapter_model.safetensors") for path in (single, outcome.folder)]
@@ -111,7 +111,7 @@ def test_no_other_user_can_talk_to_a_simulation_and_killing_its_launcher_ends_it
     config = tiny_config | {"run.num-rounds": 500, "run.output-dir": str(folder)}
     with subprocess.Popen(command(config, 3), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
         try:
-            until(lambda: rounds(folder) >= 1, 120)
+            until(lambda: rounds(folder) >= 2, 120)
             processes = marked(folder)
             assert len(processes) >= 3  # launcher, server, at least a worker
             listening = [c for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
@@ -137,7 +137,7 @@ def test_an_interrupted_simulation_ends_whole_and_goes_on_later(tiny_config, tmp
     folder = tmp_path / "run"
     config = tiny_config | {"run.num-rounds": 500, "run.output-dir": str(folder)}
     with subprocess.Popen(command(config, 2), stdout=subprocess.PIPE, text=True) as launcher:
-        until(lambda: rounds(folder) >= 1, 120)
+        until(lambda: rounds(folder) >= 2, 120)
         processes = marked(folder)
         launcher.send_signal(signal.SIGINT)
         said = launcher.communicate(timeout=30)[0]
@@ -145,6 +145,6 @@ def test_an_interrupted_simulation_ends_whole_and_goes_on_later(tiny_config, tmp
     assert "run.resume=true" in said
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     done = rounds(folder)
-    more = config | {"run.num-rounds": done + 1, "run.resume": True}
+    more = config | {"run.num-rounds": done, "run.resume": True}
     outcome = run(ROOT, more, Simulation(2), show=lambda line: None)
-    assert [row["round"] for row in outcome.rows] == list(range(1, done + 2))
+    assert [row["round"] for row in outcome.rows] == list(range(done + 1))

@@ -124,7 +124,7 @@ def _check_results(found: Plan, root: Path) -> None:
 
     with csv_path.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 2
+    assert len(rows) == 4 * 3
     last = {(r["strategy"], int(r["seed"])): float(r["accuracy"]) for r in rows if r["round"] == "2"}
     content = json.loads(json_path.read_text())
     by_name = {s["variant"]["strategy"]: s for s in content["summaries"]}
