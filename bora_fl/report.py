@@ -229,7 +229,7 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
     """The table of rounds.
 
     ``train`` is the training loss; ``on`` says what loss and accuracy were measured on: the central test set, or the
-    clients' held-out parts; ``ok`` and ``bad`` count the replies that were merged and set aside.
+    clients' held-out parts; ``ok`` and ``bad`` count the replies that were merged and rejected.
     """
     result = Table(title=title)
     for name in ("round", "train", "loss", "acc.", "on", "up MB", "down MB", "s", "ok", "bad"):
