@@ -8,20 +8,25 @@ secret is readable by its owner alone.
 import datetime
 import ipaddress
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from bora_fl.config import ConfigError
 
+Role = Literal["site", "operator"]
 SECRET = "superexec.secret"
 # A site whose clock is behind the server's must not take a fresh certificate for one of the future.
 CLOCK_TOLERANCE = datetime.timedelta(hours=1)
+UPLINK_LIFETIME = datetime.timedelta(days=3650)  # it is shown on loopback alone
 
 
 def make_server(folder: Path, hosts: Sequence[str], days: int = 365) -> list[Path]:
@@ -45,7 +50,10 @@ def make_server(folder: Path, hosts: Sequence[str], days: int = 365) -> list[Pat
     lifetime = datetime.timedelta(days=days)
     authority_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     authority = _authority(authority_key, lifetime)
-    server = _server(server_key, authority, authority_key, hosts, lifetime)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    leaf = _leaf(server_key.public_key(), subject, authority, ExtendedKeyUsageOID.SERVER_AUTH, lifetime)
+    leaf = leaf.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
+    server = leaf.sign(authority_key, hashes.SHA384())
     contents = (_pem(authority), _private(authority_key), _pem(server), _private(server_key), secrets.token_bytes(32))
     for path, content in zip(paths, contents, strict=True):
         _write(path, content, secret=path.suffix not in {".crt", ".pem"})
@@ -57,15 +65,15 @@ def make_site(folder: Path, name: str) -> list[Path]:
 
     Args:
         folder: Where to, on the site's own machine; made if it is missing.
-        name: Names the files.
+        name: Names what goes to the server.
 
     Returns:
-        ``<name>.key`` (never leaves the site), ``<name>.key.pub`` (goes to the server), ``superexec.secret`` (stays).
+        ``site.key`` (never leaves the site), ``<name>.key.pub`` (goes to the server), ``superexec.secret`` (stays).
 
     Raises:
         ConfigError: If a file is there already.
     """
-    paths = [folder / f"{name}.key", folder / f"{name}.key.pub", folder / SECRET]
+    paths = [folder / "site.key", folder / f"{name}.key.pub", folder / SECRET]
     _refuse_to_overwrite(paths)
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
@@ -78,45 +86,116 @@ def make_site(folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def make_client(folder: Path, name: str) -> list[Path]:
+    """Make what a site or an operator needs for the way to the server's proxy, and the request to certify its key.
+
+    Flower's programs have no certificate of a client, so a proxy on their own machine, the uplink, has it; to them, who
+    insist on TLS, it shows a certificate for ``localhost`` of its own.
+
+    Args:
+        folder: Where to, on the client's own machine; made if it is missing.
+        name: Names the request.
+
+    Returns:
+        ``client.key`` (never leaves the machine), ``<name>.csr`` (goes to the server to be signed),
+        ``uplink.pem`` and ``uplink.key`` (stay).
+
+    Raises:
+        ConfigError: If the name cannot stand in a certificate, or a file is there already.
+    """
+    subject = _client_name(name)
+    paths = [folder / each for each in ("client.key", f"{name}.csr", "uplink.pem", "uplink.key")]
+    _refuse_to_overwrite(paths)
+    key = ec.generate_private_key(ec.SECP384R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA384())
+    uplink = ec.generate_private_key(ec.SECP384R1())
+    itself = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    builder = _builder(itself, itself, uplink.public_key(), UPLINK_LIFETIME)
+    builder = builder.add_extension(x509.SubjectAlternativeName([_alternative("localhost")]), False)
+    shown = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True).sign(uplink, hashes.SHA384())
+    contents = (_private(key), request.public_bytes(serialization.Encoding.PEM), _pem(shown), _private(uplink))
+    for path, content in zip(paths, contents, strict=True):
+        _write(path, content, secret=path.suffix == ".key")
+    return paths
+
+
+def sign(request: Path, role: Role, authority: Path, days: int = 365) -> Path:
+    """Certify a client. What it may do is the signer's word: nothing of the request but its key is taken over.
+
+    Args:
+        request: ``<name>.csr``; the file's name is the client's.
+        role: Stands in the certificate as its organizational unit, by which the proxy tells clients apart.
+        authority: Folder of ``ca.crt`` and ``ca.key``.
+        days: How long the certificate is valid.
+
+    Returns:
+        ``<name>.crt`` beside the request.
+
+    Raises:
+        ConfigError: If request or authority cannot be used, or the certificate is there already.
+    """
+    subject, path = _client_name(request.stem, role), request.with_suffix(".crt")
+    _refuse_to_overwrite([path])
+    try:
+        asked = x509.load_pem_x509_csr(request.read_bytes())
+        issuer = x509.load_pem_x509_certificate((authority / "ca.crt").read_bytes())
+        key = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{request} cannot be signed with {authority}/ca.key: {error}") from None
+    if not asked.is_signature_valid or not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{request}: not signed by its own key, or {authority}/ca.key is no elliptic-curve key")
+    leaf = _leaf(asked.public_key(), subject, issuer, ExtendedKeyUsageOID.CLIENT_AUTH, datetime.timedelta(days=days))
+    _write(path, _pem(leaf.sign(key, hashes.SHA384())), secret=False)
+    return path
+
+
+def _client_name(name: str, role: Role | None = None) -> x509.Name:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(f"{name!r}: a client's name has letters, digits, dots, hyphens and underscores, at most 64")
+    unit = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role)] if role else []
+    return x509.Name([*unit, x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
 def _authority(key: ec.EllipticCurvePrivateKey, lifetime: datetime.timedelta) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bora-fl federation")])
-    builder = _builder(name, name, key, lifetime).add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
+    builder = _builder(name, name, key.public_key(), lifetime).add_extension(
+        x509.BasicConstraints(ca=True, path_length=0), True
+    )
     return builder.add_extension(_usage(key_cert_sign=True, crl_sign=True), True).sign(key, hashes.SHA384())
 
 
-def _server(
-    key: ec.EllipticCurvePrivateKey,
+def _leaf(
+    key: CertificatePublicKeyTypes,
+    subject: x509.Name,
     authority: x509.Certificate,
-    authority_key: ec.EllipticCurvePrivateKey,
-    hosts: Sequence[str],
+    purpose: x509.ObjectIdentifier,
     lifetime: datetime.timedelta,
-) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
-    builder = _builder(name, authority.subject, key, lifetime)
+) -> x509.CertificateBuilder:
+    builder = _builder(subject, authority.subject, key, lifetime)
+    issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     for extension, critical in (
-        (x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False),
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (_usage(digital_signature=True), True),
-        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
-        (x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), False),
+        (x509.ExtendedKeyUsage([purpose]), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), False),
     ):
         builder = builder.add_extension(extension, critical)
-    return builder.sign(authority_key, hashes.SHA384())
+    return builder
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, lifetime: datetime.timedelta
+    subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes, lifetime: datetime.timedelta
 ) -> x509.CertificateBuilder:
     start = datetime.datetime.now(datetime.UTC) - CLOCK_TOLERANCE
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(start)
         .not_valid_after(start + CLOCK_TOLERANCE + lifetime)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), False)
     )
 
 

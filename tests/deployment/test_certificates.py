@@ -7,10 +7,16 @@ import threading
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import (
+    load_pem_private_key,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bora_fl.config import ConfigError
-from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.certificates import make_client, make_server, make_site, sign
 
 
 def handshake(folder: Path, name: str, authority: Path) -> str:
@@ -68,18 +74,55 @@ def test_site_keys_are_openssh_pairs_on_flowers_curve(tmp_path: Path):
 
 def test_only_the_owner_reads_secrets(tmp_path: Path):
     made = [*make_server(tmp_path / "server", ["localhost"]), *make_site(tmp_path / "site", "a")]
-    public = {"ca.crt", "server.pem", "a.key.pub"}
+    made += make_client(tmp_path / "site", "a")
+    public = {"ca.crt", "server.pem", "a.key.pub", "a.csr", "uplink.pem"}
     assert {path.name for path in made if stat.S_IMODE(path.stat().st_mode) != 0o600} == public
 
 
 def test_nothing_is_overwritten_not_even_in_part(tmp_path: Path):
     make_site(tmp_path, "a")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ConfigError, match=r"a\.key is there already"):
+    with pytest.raises(ConfigError, match=r"site\.key is there already"):
         make_site(tmp_path, "a")
+    (tmp_path / "site.key").rename(tmp_path / "old.key")
     with pytest.raises(ConfigError, match=r"superexec\.secret is there already"):
         make_site(tmp_path, "b")
+    (tmp_path / "old.key").rename(tmp_path / "site.key")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("role", ["site", "operator"])
+def test_the_signer_says_what_a_client_is(role: str, tmp_path: Path):
+    make_server(tmp_path, ["localhost"])
+    key, request, *_ = make_client(tmp_path / "theirs", "berlin")
+    signed = x509.load_pem_x509_certificate(sign(request, role, tmp_path).read_bytes())
+    assert signed.subject.rfc4514_string() == f"CN=berlin,OU={role}"
+    assert signed.public_key() == load_pem_private_key(key.read_bytes(), None).public_key()
+    usage = signed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]  # it cannot pose as the server
+    signed.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes()))
+    with pytest.raises(ConfigError, match=r"berlin\.crt is there already"):
+        sign(request, role, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a,OU=operator", "", "a/b", "x" * 65])
+def test_a_name_cannot_smuggle_a_role(name: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="client's name"):
+        make_client(tmp_path, name)
+
+
+def test_a_request_that_is_none_is_refused(tmp_path: Path):
+    make_server(tmp_path, ["localhost"])
+    (tmp_path / "eve.csr").write_bytes((tmp_path / "server.pem").read_bytes())
+    with pytest.raises(ConfigError, match="cannot be signed"):
+        sign(tmp_path / "eve.csr", "site", tmp_path)
+
+
+def test_a_supernode_takes_the_uplinks_certificate(tmp_path: Path):
+    _, _, shown, key = make_client(tmp_path, "berlin")
+    shown.rename(tmp_path / "server.pem")
+    key.rename(tmp_path / "server.key")
+    assert handshake(tmp_path, "localhost", tmp_path / "server.pem") == "TLSv1.3"
 
 
 def test_a_server_needs_a_name(tmp_path: Path):
