@@ -11,14 +11,27 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bora_fl.deployment.certificates import make_server, make_site
-from bora_fl.deployment.launch import stage, tool
+from bora_fl.deployment.certificates import make_client, make_server, make_site, sign
+from bora_fl.deployment.launch import stage
+from bora_fl.deployment.processes import tool
+from tests.deployment.page import Unit, blocks, environment_file
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "deploy"
 UNITS = sorted((KIT / "systemd").glob("*.service"))
 SERVICES = yaml.safe_load((KIT / "compose.yaml").read_text())["services"]
-SECRET_FILES = {"server.key", "superexec.secret", "site.key"}
+PAGE = (ROOT / "docs" / "deployment.md").read_text()
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
+PROXIES = {"fleet", "control", "uplink"}
+# What each place has in /etc/bora-fl when its units start, by the page.
+INSTALLED = {
+    "server": ("superlink", "serverapp", "fleet", "control"),
+    "site": ("uplink", "worker", "supernode", "clientapp"),
+}
+
+
+def unit(name: str) -> Unit:
+    return Unit.read(KIT / "systemd" / f"bora-fl-{name}.service")
 
 
 @cache
@@ -29,10 +42,14 @@ def options(*program: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z-]+", text))
 
 
-def words(unit: Path) -> list[str]:
-    """The command of a unit, its lines joined."""
-    text = unit.read_text().replace("\\\n", " ")
-    return re.search(r"^ExecStart=(.*)$", text, re.MULTILINE).group(1).split()
+def words(name: str) -> list[str]:
+    """The command of a unit."""
+    return unit(name).one("ExecStart").split()
+
+
+def every(key: str) -> list[str]:
+    """A key's values in all units."""
+    return [value for path in UNITS for value in Unit.read(path).every(key)]
 
 
 def check_options(command: list[str]) -> None:
@@ -42,28 +59,113 @@ def check_options(command: list[str]) -> None:
     assert given <= options(*program)
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda p: p.stem)
-def test_units_use_options_that_exist(unit: Path):
-    check_options(words(unit))
+@pytest.mark.parametrize("name", set(SERVICES) - PROXIES)
+def test_units_use_options_that_exist(name: str):
+    check_options(words(name))
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", set(SERVICES) - PROXIES)
 def test_compose_services_use_options_that_exist(name: str):
     check_options(SERVICES[name]["command"])
 
 
 def test_there_is_a_unit_and_a_service_for_every_process():
-    programs = {"superlink", "serverapp", "supernode", "clientapp", "worker"}
-    assert {unit.stem.removeprefix("bora-fl-") for unit in UNITS} == programs == set(SERVICES)
+    programs = {name for names in INSTALLED.values() for name in names}
+    assert {path.stem.removeprefix("bora-fl-") for path in UNITS} == programs == set(SERVICES)
     for name, service in SERVICES.items():
-        unit = words(KIT / "systemd" / f"bora-fl-{name}.service")
-        flat = {word.partition("=")[0] for word in unit if word.startswith("--")}
-        assert flat == {word.partition("=")[0] for word in service["command"] if word.startswith("--")}
+        flat = {word.partition("=")[0] for word in words(name) if word.startswith("-")}
+        assert flat == {word.partition("=")[0] for word in service["command"] if word.startswith("-")}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_unit_and_its_container_are_given_the_same_files(name: str):
+    given = {entry.partition(":")[0] for entry in unit(name).every("LoadCredential")}
+    assert given == set(SERVICES[name].get("secrets", ()))
+    options = {word for word in " ".join(words(name)).replace("=", " ").split() if not word.startswith(("%d", "-"))}
+    fixed = {word for word in options if re.fullmatch(r"[\w.]+:\d+|127[\d.]+|\d{4}", word)}
+    assert fixed <= set(" ".join(SERVICES[name]["command"]).replace("=", " ").split())
+
+
+@pytest.mark.parametrize("place", INSTALLED)
+def test_page_commands_and_units_are_one_set(place: str, tmp_path: Path):
+    """Every file that a unit reads is one that the page's commands leave in /etc/bora-fl, and each unit is enabled."""
+    if place == "server":
+        made = make_server(tmp_path, ["localhost"])
+    else:
+        made = [*make_site(tmp_path, "berlin"), *make_client(tmp_path, "berlin")]
+    there = {path.name for path in made} | {path.name for path in KIT.glob("nginx/*.conf")} | {f"{place}.env"}
+    commands = "\n".join(block for where, block in blocks(PAGE) if place in where)
+    there |= set(re.findall(r"(?:scp \S+|--into) /etc/bora-fl/(\S+)", commands))
+    for name in INSTALLED[place]:
+        for entry in unit(name).every("LoadCredential"):
+            identity, _, path = entry.partition(":")
+            assert path == f"/etc/bora-fl/{identity}"
+            assert identity in there, (name, identity)
+        assert {path.removeprefix("/etc/bora-fl/") for path in unit(name).every("EnvironmentFile")} <= there
+        assert re.search(rf"systemctl enable --now .*\bbora-fl-{name}\b", commands)
+    assert f"cp deploy/{place}.env /etc/bora-fl/" in commands
+
+
+def test_the_page_names_no_path_that_the_units_do_not_know():
+    writable = {f"/var/lib/{name}" for name in every("StateDirectory")}
+    sockets = {f"/run/{name}" for name in every("RuntimeDirectory")}
+    assert set(re.findall(r"/var/lib/[\w-]+", PAGE)) <= writable
+    assert set(re.findall(r"/run/[\w-]+", PAGE)) <= sockets
+    for folder in re.findall(r"run\.output-dir=(/\S+)", PAGE):
+        assert any(folder.startswith(f"{known}/") for known in writable)  # ProtectSystem=strict
+    assert set(every("User")) == set(re.findall(r"useradd .* ([\w-]+)$", PAGE, re.MULTILINE))
+    assert "install -d -m 0755 /etc/bora-fl" in PAGE  # ca.crt is for whoever submits runs
+
+
+@pytest.mark.parametrize("place", INSTALLED)
+def test_services_write_where_they_may(place: str):
+    environment = environment_file(KIT / f"{place}.env")
+    image = (KIT / "Dockerfile").read_text()
+    for key in ("FLWR_HOME", "BORA_FL_CACHE", "BORA_FL_STATE", "HF_HOME"):
+        assert environment[key].startswith("/var/lib/bora-fl/")
+        assert f"{key}={environment[key]}" in image
+    for name in set(INSTALLED[place]) - PROXIES:
+        assert unit(name).one("StateDirectory") == "bora-fl"
+        assert (unit(name).one("StateDirectoryMode"), unit(name).one("UMask")) == ("0700", "0077")
+        assert unit(name).one("WorkingDirectory") == "/var/lib/bora-fl"
+
+
+def test_the_network_sees_the_proxies_alone():
+    for name in INSTALLED["server"] + INSTALLED["site"]:
+        listening = re.findall(r"--host[ =](\S+)", " ".join(words(name)))
+        assert set(listening) <= {"127.0.0.1"}
+    doors = {path.stem: re.findall(r"listen (\S+) ssl;", path.read_text()) for path in KIT.glob("nginx/*.conf")}
+    assert {name: door for name, door in doors.items() if door} == {
+        "fleet": ["8443"],
+        "control": ["8444"],
+        "uplink": ["127.0.0.1:9443"],
+    }
+
+
+def test_the_fleet_proxy_passes_what_a_supernode_asks():
+    """The methods of its client that a registered node calls, and no other."""
+    from flwr.supernode import fleet_http_client
+
+    known = set(re.findall(r'"/v1/fleet/([a-z-]+)"', Path(fleet_http_client.__file__).read_text()))
+    passed = re.search(r"<method>([a-z|-]+)\)", (KIT / "nginx" / "fleet.conf").read_text())[1].split("|")
+    assert set(passed) == known - {"register-node", "unregister-node"}
+
+
+@pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+@pytest.mark.parametrize("name", sorted(PROXIES))
+def test_nginx_accepts_the_configurations(name: str, tmp_path: Path):
+    make_server(tmp_path, ["localhost"])
+    make_client(tmp_path, "berlin")
+    sign(tmp_path / "berlin.csr", "site", tmp_path).rename(tmp_path / "client.crt")
+    for path in KIT.glob("nginx/*.conf"):
+        (tmp_path / path.name).write_text(path.read_text().replace("server.example.org", "localhost"))
+    command = [NGINX, "-t", "-q", "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / f"{name}.conf")]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize("name", ["superlink", "supernode"])
 def test_the_kit_turns_every_protection_on(name: str):
-    command = " ".join(words(KIT / "systemd" / f"bora-fl-{name}.service"))
+    command = " ".join(words(name))
     assert "--isolation process" in command
     assert "--superexec-auth-secret-file" in command
     assert "--insecure" not in command
@@ -75,29 +177,31 @@ def test_compose_pins_images_and_reads_secrets_from_files():
     compose = yaml.safe_load((KIT / "compose.yaml").read_text())
     for service in SERVICES.values():
         assert re.search(r":\d+\.\d+\.\d+$", service["image"])
-        assert "environment" not in service
+        assert set(service.get("environment", ())) <= {"BORA_FL_POLICY"}
         assert set(service.get("secrets", [])) <= set(compose["secrets"])
-        used = {part.rpartition("/")[2] for word in service["command"] if (part := word) and "/run/secrets/" in word}
-        assert used == set(service.get("secrets", []))
+        text = " ".join([*service["command"], *service.get("environment", {}).values()])
+        used = set(re.findall(r"/run/secrets/(\S+)", text))
+        assert used <= set(service.get("secrets", []))
+        if service["image"].startswith("bora-fl"):
+            assert used == set(service.get("secrets", []))
     assert all(set(secret) == {"file"} for secret in compose["secrets"].values())
     assert re.search(r"^FROM \S+:\d+\.\d+\.\d+-", (KIT / "Dockerfile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda p: p.stem)
-def test_units_hand_secrets_over_as_credentials(unit: Path):
-    text = unit.read_text()
-    for name in SECRET_FILES:
-        if name in " ".join(words(unit)):
-            assert f"LoadCredential={name}:/etc/bora-fl/{name}" in text
-            assert f"%d/{name}" in text
-    assert "User=bora-fl" in text
+@pytest.mark.parametrize("name", SERVICES)
+def test_units_read_nothing_of_root_but_credentials(name: str):
+    read = " ".join([*words(name), *unit(name).every("Environment")])
+    assert "/etc/bora-fl" not in read
+    given = {entry.partition(":")[0] for entry in unit(name).every("LoadCredential")}
+    assert set(re.findall(r"%d/(\S+)", read)) <= given
+    assert unit(name).every("User") == ["bora-fl"] or unit(name).every("DynamicUser") == ["yes"]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
 def test_systemd_accepts_the_units(tmp_path: Path):
     for unit in UNITS:
         text = unit.read_text().replace("/opt/bora-fl/bin/", f"{Path(sys.executable).parent}/")
-        (tmp_path / unit.name).write_text(text)
+        (tmp_path / unit.name).write_text(text if NGINX else text.replace("/usr/sbin/nginx", sys.executable))
     command = ["systemd-analyze", "verify", "--man=no", *(str(path) for path in tmp_path.glob("*.service"))]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not [line for line in result.stderr.splitlines() if str(tmp_path) in line or "bora-fl-" in line]

@@ -27,7 +27,7 @@ class Address:
 
     @classmethod
     def read(cls, text: str) -> "Address":
-        """From ``unix:/run/bora_fl/worker.sock`` or ``tcp:127.0.0.1:7117``.
+        """From ``unix:/run/bora-fl/worker.sock`` or ``tcp:127.0.0.1:7117``.
 
         Raises:
             ConfigError: For anything else, a path too long for a socket, or a host that is not loopback.

@@ -43,7 +43,7 @@ def worker(
 
     Run it beside the SuperNode, as the same user and in the same folder, and tell the SuperNode where it listens:
 
-    flower-supernode ... --node-config 'partition-id=0 num-partitions=3 worker="unix:/run/bora_fl/worker.sock"'
+    flower-supernode ... --node-config 'partition-id=0 num-partitions=3 worker="unix:/run/bora-fl/worker.sock"'
 
     The ClientApps of that SuperNode then hand their work over; without `worker` they train in their own process.
     A tcp address takes worker-token-file="..." beside it. SIGTERM and Ctrl-C end the worker.
