@@ -26,8 +26,11 @@ def doctor(
     site_key: Annotated[Path | None, typer.Option(help="the SuperNode's private key")] = None,
     secret: Annotated[Path | None, typer.Option(help="the SuperExec's secret")] = None,
     database: Annotated[Path | None, typer.Option(help="the SuperLink's database")] = None,
-    worker: Annotated[str, typer.Option(help="the site's worker, as unix:/run/bora_fl/worker.sock")] = "",
+    worker: Annotated[str, typer.Option(help="the site's worker, as unix:/run/bora-fl/worker.sock")] = "",
     worker_token_file: Annotated[Path | None, typer.Option(help="its token, if it listens on TCP")] = None,
+    policy: Annotated[Path | None, typer.Option(help="the site's policy; BORA_FL_POLICY's by default")] = None,
+    client_certificate: Annotated[Path | None, typer.Option(help="client.crt, for the server's proxy")] = None,
+    client_key: Annotated[Path | None, typer.Option(help="its key")] = None,
     run_config: Annotated[list[str] | None, typer.Option("--run-config", "-c", help="key=value of the run")] = None,
 ) -> None:
     """Look for what would make a run fail, before it starts; exit 1 if something would."""
@@ -37,6 +40,8 @@ def doctor(
         home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
         known, authority = connection(name, home / "config.toml")
         superlink, root_certificates = superlink or known, root_certificates or authority
+    if bool(client_certificate) != bool(client_key):
+        raise ConfigError("--client-certificate and --client-key: give both or none")
     chosen: Role = next(r for r in get_args(Role) if r == role)
     setup = Setup(
         chosen,
@@ -49,6 +54,8 @@ def doctor(
         secret,
         database,
         WorkerSettings(Address.read(worker), worker_token_file, wait=5.0) if worker else None,
+        policy,
+        (client_certificate, client_key) if client_certificate and client_key else None,
     )
     counts = {"pass": 0, "warn": 0, "fail": 0}
     logging.disable(logging.WARNING)  # what matters of it is in the findings

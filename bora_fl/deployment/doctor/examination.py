@@ -11,6 +11,7 @@ from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import ConfigError, Scalar, Settings
 from bora_fl.deployment.doctor import federation, machine, network, secrets, software
 from bora_fl.deployment.doctor.finding import Finding
+from bora_fl.deployment.doctor.policy import check_policy
 from bora_fl.deployment.doctor.worker import check_worker
 from bora_fl.paths import cache_folder
 
@@ -32,6 +33,8 @@ class Setup:
         secret: The SuperExec's.
         database: The SuperLink's.
         worker: The site's.
+        policy: The site's.
+        client: Certificate and key that a proxy before the SuperLink asks for.
     """
 
     role: Role
@@ -44,6 +47,8 @@ class Setup:
     secret: Path | None = None
     database: Path | None = None
     worker: WorkerSettings | None = None
+    policy: Path | None = None
+    client: tuple[Path, Path] | None = None
 
 
 def examine(setup: Setup) -> Iterator[Finding]:
@@ -55,11 +60,15 @@ def examine(setup: Setup) -> Iterator[Finding]:
         yield secrets.check_site_key(setup.site_key)
     if setup.secret:
         yield secrets.check_private(setup.secret)
+    if setup.client:
+        yield from _client(*setup.client)
+    if site:
+        yield check_policy(setup.policy)
     if setup.worker and site:
         yield check_worker(setup.worker)
     if setup.superlink:
         host, port = split(setup.superlink)
-        reachable, answer = network.check_reachable(host, port, setup.authority)
+        reachable, answer = network.check_reachable(host, port, setup.authority, setup.client)
         yield reachable
         if answer:
             yield network.check_clock(answer.skew)
@@ -128,12 +137,23 @@ def _certificates(setup: Setup) -> Iterator[Finding]:
         yield secrets.check_pair(certificate, setup.key)
 
 
+def _client(certificate: Path, key: Path) -> Iterator[Finding]:
+    found = secrets.load_certificate(certificate)
+    if isinstance(found, Finding):
+        yield found
+        return
+    yield secrets.check_expiry(f"client certificate {certificate}", found, datetime.datetime.now(datetime.UTC))
+    yield secrets.check_pair(found, key)
+
+
 def _machine(setup: Setup, settings: Settings, sizes: federation.Sizes, server: bool, site: bool) -> Iterator[Finding]:
     yield machine.check_cores(settings.run.threads)
     if server:
         needed = machine.checkpoint_bytes(sizes.adapter, settings.run.keep_checkpoints)
         yield machine.check_folder("results in", federation.result_folder(settings), needed)
+        yield secrets.check_shared(federation.result_folder(settings) / "metrics.jsonl")
     if server and setup.database:
+        yield secrets.check_shared(setup.database)
         # Every message of every site passes through the database once in each direction.
         yield machine.check_folder("database", setup.database.resolve().parent, 10 * sizes.adapter)
     if site:

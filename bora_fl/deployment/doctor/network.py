@@ -24,13 +24,21 @@ class Answer:
     skew: float | None
 
 
-def ask(host: str, port: int, authority: Path | None) -> Answer:
-    """Ask a SuperLink for its health over TLS.
+def ask(host: str, port: int, authority: Path | None, client: tuple[Path, Path] | None = None) -> Answer:
+    """Ask a SuperLink, or the proxy before it, for its health over TLS.
+
+    Args:
+        host: Of the SuperLink or the proxy.
+        port: Of the same.
+        authority: ``ca.crt``; the system's authorities by default.
+        client: Certificate and key to show to a proxy.
 
     Raises:
         OSError: If there is no way to it; `ssl.SSLCertVerificationError` if it is not to be trusted.
     """
     context = ssl.create_default_context(cafile=str(authority) if authority else None)
+    if client:
+        context.load_cert_chain(*client)
     connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
     try:
         before = time.time()
@@ -47,11 +55,20 @@ def ask(host: str, port: int, authority: Path | None) -> Answer:
         connection.close()
 
 
-def check_reachable(host: str, port: int, authority: Path | None) -> tuple[Finding, Answer | None]:
-    """Whether a SuperLink answers, and can be trusted."""
+def check_reachable(
+    host: str, port: int, authority: Path | None, client: tuple[Path, Path] | None = None
+) -> tuple[Finding, Answer | None]:
+    """Whether a SuperLink answers, and can be trusted.
+
+    Args:
+        host: Of the SuperLink or the proxy before it.
+        port: Of the same.
+        authority: See `ask`.
+        client: See `ask`.
+    """
     subject = f"SuperLink {host}:{port}"
     try:
-        answer = ask(host, port, authority)
+        answer = ask(host, port, authority, client)
     except ssl.SSLCertVerificationError as error:
         remedy = "use the ca.crt of this server, and dial a name that its certificate holds"
         return Finding(subject, "fail", f"is not trusted: {error.verify_message or error.reason}", remedy), None
@@ -62,6 +79,9 @@ def check_reachable(host: str, port: int, authority: Path | None) -> tuple[Findi
     except OSError as error:
         text = f"cannot be reached ({error.strerror or error})"
         return Finding(subject, "fail", text, "start it, or open the firewall for outgoing connections"), None
+    if answer.status == 400 and not client:
+        remedy = "give --client-certificate and --client-key, signed by `bora-fl certificates sign`"
+        return Finding(subject, "fail", "wants a client's certificate (HTTP 400)", remedy), answer
     if answer.status != 200:
         remedy = "check that the address is the SuperLink's and not a proxy's"
         return Finding(subject, "fail", f"answers with HTTP {answer.status}", remedy), answer

@@ -30,6 +30,24 @@ def check_private(path: Path) -> Finding:
     return Finding(subject, "pass", "readable by its owner alone")
 
 
+def check_shared(path: Path) -> Finding:
+    """Whether a file that tells of the run or of what the sites have sent is readable by its owner alone.
+
+    Args:
+        path: Such as the SuperLink's database; it may be missing.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return Finding(str(path), "pass", "will be made")
+    except OSError as error:
+        return Finding(str(path), "fail", f"cannot be read: {error.strerror}", "run as the user whose file it is")
+    if mode & 0o077:
+        remedy = f"chmod 600 {path}, and start the services with UMask=0077"
+        return Finding(str(path), "warn", f"has mode {mode:o}: others may read what sites have sent", remedy)
+    return Finding(str(path), "pass", "readable by its owner alone")
+
+
 def check_site_key(path: Path) -> Finding:
     """Whether a SuperNode can authenticate with a key: elliptic-curve, in the OpenSSH form, without a passphrase."""
     subject, remedy = str(path), "make one with `bora-fl certificates site` and register its .pub"
@@ -42,7 +60,15 @@ def check_site_key(path: Path) -> Finding:
         return Finding(subject, "fail", f"is no OpenSSH private key without passphrase ({error})", remedy)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         return Finding(subject, "fail", "is not an elliptic-curve key on a NIST curve", remedy)
-    return private if private.level == "warn" else Finding(subject, "pass", f"authenticates ({key.curve.name})")
+    return (
+        private
+        if private.level == "warn"
+        else Finding(
+            subject,
+            "pass",
+            f"a key that Flower takes ({key.curve.name}); only the server knows whether it is registered",
+        )
+    )
 
 
 def check_expiry(subject: str, certificate: x509.Certificate, now: datetime.datetime) -> Finding:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.certificates import make_client, make_server, make_site, sign
 from bora_fl.deployment.doctor import federation, machine, network, secrets, software
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -104,7 +104,9 @@ def test_a_missing_or_wrong_certificate_is_a_finding(server: Path, tmp_path: Pat
 
 def test_a_site_key(tmp_path: Path, server: Path):
     key, _, secret = make_site(tmp_path, "a")
-    assert secrets.check_site_key(key).level == "pass"
+    found = secrets.check_site_key(key)
+    assert found.level == "pass"
+    assert "authenticates" not in found.text  # which nobody knows who has not asked the server
     key.chmod(0o644)
     assert secrets.check_site_key(key).level == "warn"
     assert secrets.check_site_key(server / "server.key").level == "fail"  # PKCS 8, not OpenSSH
@@ -112,6 +114,15 @@ def test_a_site_key(tmp_path: Path, server: Path):
     assert secrets.check_private(secret).level == "pass"
     secret.write_bytes(b"")
     assert secrets.check_private(secret).level == "fail"
+
+
+@pytest.mark.parametrize(("mode", "level"), [(0o600, "pass"), (0o644, "warn"), (0o640, "warn")])
+def test_what_others_may_read(mode: int, level: str, tmp_path: Path):
+    database = tmp_path / "state.db"
+    assert secrets.check_shared(database).level == "pass"  # not there yet
+    database.touch()
+    database.chmod(mode)
+    assert secrets.check_shared(database).level == level
 
 
 # --- network ---------------------------------------------------------------------------------------------------------
@@ -128,6 +139,35 @@ def test_a_superlink_of_another_authority(superlink: int, other: Path):
     finding, answer = network.check_reachable("127.0.0.1", superlink, other / "ca.crt")
     assert (finding.level, answer) == ("fail", None)
     assert "trusted" in finding.text
+
+
+def test_a_proxy_that_asks_for_a_certificate(server: Path, tmp_path: Path):
+    make_client(tmp_path, "berlin")
+    client = sign(tmp_path / "berlin.csr", "site", server), tmp_path / "client.key"
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.connection.getpeercert() else 400)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server / "server.pem", server / "server.key")
+    context.load_verify_locations(server / "ca.crt")
+    context.verify_mode = ssl.CERT_OPTIONAL
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as running:
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        port = running.server_address[1]
+        with_it, _ = network.check_reachable("127.0.0.1", port, server / "ca.crt", client)
+        without, _ = network.check_reachable("127.0.0.1", port, server / "ca.crt")
+        running.shutdown()
+        thread.join()
+    assert with_it.level == "pass"
+    assert (without.level, "client's certificate" in without.text) == ("fail", True)
 
 
 def test_nobody_there_and_no_such_name(server: Path):

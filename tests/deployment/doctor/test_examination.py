@@ -37,6 +37,23 @@ def test_a_server_is_not_asked_for_what_only_a_site_has(tiny_config, tmp_path: P
     assert not subjects & {"cache", "memory", str(site_key)}
 
 
+def test_a_site_without_a_policy_is_warned(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("BORA_FL_POLICY", raising=False)
+    policies = [f for f in examine(Setup("site", tiny_config)) if f.subject.startswith("policy")]
+    assert [f.level for f in policies] == ["warn"]
+    assert not [f for f in examine(Setup("server", tiny_config)) if f.subject.startswith("policy")]
+
+
+def test_the_servers_files_that_others_read_are_warned_of(tiny_config, tmp_path: Path):
+    database, metrics = tmp_path / "state.db", Path(tiny_config["run.output-dir"]) / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    for path in (database, metrics):
+        path.touch(0o644)
+        path.chmod(0o644)
+    warned = {f.subject for f in examine(Setup("server", tiny_config, database=database)) if f.level == "warn"}
+    assert {str(database), str(metrics)} <= warned
+
+
 def test_a_worker_is_asked(tmp_path: Path):
     settings = WorkerSettings(Address(path=tmp_path / "sockets" / "worker.sock"), wait=1.0)
     missing = check_worker(settings)
