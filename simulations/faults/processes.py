@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from bora_fl.client.init import policy_text
 from bora_fl.client.worker.stub import WorkerError
 from bora_fl.config import Scalar
 from bora_fl.deployment.loopback import Deployment, DeploymentError, Site, finished
@@ -105,28 +106,60 @@ def _restart(*services: Service) -> float:
     return moment
 
 
-def _site_mid_round(deployment: Deployment) -> float:
-    site = deployment.sites[1]
-    _await_training(deployment, site)
-    site.kill()
-    return _restart(*site.services)
-
-
-def _site_before_replying(deployment: Deployment) -> float:
-    """The node is stopped while its worker trains; once there is nothing left but to reply, the site is killed."""
-    site = deployment.sites[1]
+def _before_reply(deployment: Deployment, site: Site) -> None:
+    """The node is stopped while its worker trains, until there is nothing left to do but to reply."""
     _await_training(deployment, site)
     site.node.signal(signal.SIGSTOP)
     _until(deployment, lambda: not _at_work(site), "the end of the training")
-    site.kill()
-    return _restart(*site.services)
 
 
-def _site_after_replying(deployment: Deployment) -> float:
-    site = deployment.sites[1]
+def _after_reply(deployment: Deployment, site: Site) -> None:
     _until(deployment, lambda: site.node.log.is_file() and site.node.log.read_text().count(SENT) > ROUND, "the reply")
+
+
+Stage = Callable[[Deployment, Site], None]
+STAGES: dict[str, tuple[str, Stage]] = {
+    "mid-round": ("in the middle of a round", _await_training),
+    "before-reply": ("before a site replies", _before_reply),
+    "after-reply": ("after a site has replied", _after_reply),
+}
+
+
+def _at(stage: Stage, kill: Callable[[Deployment, Site], float]) -> Injection:
+    """Kill something at a stage of the round, and let a node go on that the stage has stopped."""
+
+    def inject(deployment: Deployment) -> float:
+        site = deployment.sites[1]
+        stage(deployment, site)
+        try:
+            return kill(deployment, site)
+        finally:
+            site.node.signal(signal.SIGCONT)
+
+    return inject
+
+
+def _kill_site(_: Deployment, site: Site) -> float:
     site.kill()
     return _restart(*site.services)
+
+
+def _kill_worker(_: Deployment, site: Site) -> float:
+    assert site.worker is not None
+    site.worker.kill()
+    return _restart(site.worker)
+
+
+def _kill_superlink(deployment: Deployment, _: Site) -> float:
+    return _away(deployment, 10.0)
+
+
+def _kill_serverapp(deployment: Deployment, _: Site) -> float:
+    process = _app(deployment.executor, "flwr-serverapp")
+    if process is None:
+        raise DeploymentError("there is no ServerApp to kill")
+    process.kill()
+    return time.monotonic()
 
 
 def _site_leaves(deployment: Deployment) -> float:
@@ -153,32 +186,34 @@ def _slow_site(deployment: Deployment) -> float:
     return moment
 
 
-def _worker(deployment: Deployment) -> float:
+def _stopped_worker(deployment: Deployment) -> float:
     site = deployment.sites[1]
     _await_training(deployment, site)
+    moment = time.monotonic()
     assert site.worker is not None
-    site.worker.kill()
-    return _restart(site.worker)
+    site.worker.signal(signal.SIGSTOP)
+    time.sleep(60)
+    site.worker.signal(signal.SIGCONT)
+    return moment
 
 
-def _superlink_away(seconds: float) -> Injection:
-    def inject(deployment: Deployment) -> float:
-        _await_training(deployment, deployment.sites[1])
-        moment = time.monotonic()
-        deployment.superlink.kill()
-        time.sleep(seconds)
-        deployment.superlink.start()
-        return moment
-
-    return inject
+def _away(deployment: Deployment, seconds: float) -> float:
+    moment = time.monotonic()
+    deployment.superlink.kill()
+    time.sleep(seconds)
+    deployment.superlink.start()
+    return moment
 
 
-def _serverapp(deployment: Deployment) -> float:
-    _await_training(deployment, deployment.sites[1])
-    process = _app(deployment.executor, "flwr-serverapp")
-    if process is None:
-        raise DeploymentError("there is no ServerApp to kill")
-    process.kill()
+def _other_policy(deployment: Deployment) -> float:
+    """A site joins whose policy trusts another model than the run's: it refuses every round."""
+    site = deployment.sites[1]
+    assert site.worker is not None
+    policy = deployment.folder / "policy.toml"
+    chosen = {"data-set": "other", "data-path": "embedded:sentiment4", "models": ["another"], "modes": ["none"]}
+    policy.write_text(policy_text(chosen))
+    site.worker.command += ["--policy", str(policy)]
+    site.start()
     return time.monotonic()
 
 
@@ -191,20 +226,24 @@ def _fault(
 # A SuperNode that is killed is let in again only once the SuperLink has missed its heartbeats, about 50 s later.
 LONGER: dict[str, Scalar] = {"run.num-rounds": 4, "run.evaluate-every": 4}
 PROCESS_FAULTS: dict[str, Fault] = {
-    "site-mid-round": _fault("a site is killed in the middle of a round, up again after 5 s", _site_mid_round, LONGER),
-    "site-before-reply": _fault(
-        "a site is killed before it replies, up again after 5 s", _site_before_replying, LONGER
-    ),
-    "site-after-reply": _fault(
-        "a site is killed after it has replied, up again after 5 s", _site_after_replying, LONGER
-    ),
-    "worker": _fault("a site's worker is killed while it trains, up again after 5 s", _worker),
+    f"{name}-{stage}": _fault(f"{what} is killed {when}{again}", _at(at, kill), more)
+    for name, what, again, kill, more in (
+        ("site", "a site", ", up again after 5 s", _kill_site, LONGER),
+        ("worker", "a site's worker", ", up again after 5 s", _kill_worker, None),
+        ("superlink", "the SuperLink", ", up again after 10 s", _kill_superlink, None),
+        ("serverapp", "the ServerApp", "", _kill_serverapp, None),
+    )
+    for stage, (when, at) in STAGES.items()
+} | {
+    "worker-stopped": _fault("a site's worker is stopped (SIGSTOP) for 60 s while it trains", _stopped_worker),
+    "other-policy": _fault("a site's policy trusts another model than the run's", _other_policy, None, (1,)),
     "site-leaves": _fault("a site leaves in the middle of a round, for good", _site_leaves, LONGER),
     "site-joins-late": _fault(
         "a site joins after round 1; strategy.min-nodes = 2", _site_joins, {"strategy.min-nodes": 2}, (2,)
     ),
     "slow-site": _fault("a site is slower than strategy.timeout = 120 s", _slow_site, {"strategy.timeout": 120.0}),
-    "superlink-10s": _fault("the SuperLink is killed, up again after 10 s", _superlink_away(10)),
-    "superlink-75s": _fault("the SuperLink is killed, up again after 75 s", _superlink_away(75)),
-    "serverapp": _fault("the ServerApp is killed", _serverapp),
+    "superlink-75s": _fault(
+        "the SuperLink is killed in the middle of a round, up again after 75 s",
+        _at(_await_training, lambda deployment, _: _away(deployment, 75.0)),
+    ),
 }

@@ -103,6 +103,55 @@ def _full_disk(folder: Path) -> Verdict:
     return Verdict("went on without a checkpoint", False, float("nan"), None, 0)
 
 
+def _truncated_ledger(folder: Path) -> Verdict:
+    """A site's privacy ledger loses its end after round 1: the site refuses, and spends nothing that is not counted."""
+    ledgers = folder / "ledger"
+    private: dict[str, Scalar] = {
+        "privacy.mode": "record",
+        "privacy.epsilon": 8.0,
+        "privacy.ledger-dir": str(ledgers),
+        "strategy.fraction-evaluate": 0.0,
+        "strategy.weighting": "uniform",
+    }
+
+    def tamper(message: Message, partition: int) -> Message:
+        if (partition, len(read_rows(folder / "output" / "metrics.jsonl"))) == (FAULTY, ROUND - 2):
+            (own,) = set(ledgers.glob("*.json")) - seen
+            own.write_bytes(own.read_bytes()[: own.stat().st_size // 2])
+        seen.update(ledgers.glob("*.json"))
+        return message
+
+    seen: set[Path] = set()
+    config = CONFIG | private | {"run.output-dir": str(folder / "output")}
+    rows = read_rows(simulate(config, SITES, tamper=tamper) / "metrics.jsonl")
+    refused = [row["reasons"] for row in rows[ROUND - 1 :]]
+    alone = all(set(row["per_client"]) == {"0", "2"} for row in rows[ROUND - 1 :])
+    reasons = "; ".join(sorted({str(reason) for each in refused for reason in each.values()}))
+    # What is noised cannot be compared with another run: right is that the site refuses and the others go on.
+    good = alone and all(refused) and "ledger-unreadable" in reasons
+    return Verdict(f"refused: {reasons}", good, float("nan"), None, len(refused))
+
+
+def _fifty_clients(folder: Path) -> Verdict:
+    """Five of fifty clients a round, and the server ends after round 2 and is resumed: the draws go on as they were."""
+    sampled: dict[str, Scalar] = {"strategy.fraction-train": 0.1, "strategy.min-replies": 1, "data.partition": "iid"}
+    config = CONFIG | sampled | {"run.output-dir": str(folder / "output")}
+
+    def save(place: Path, state: Checkpoint, *rest: Any) -> Path:
+        if state.round == ROUND and not (folder / "ended").exists():
+            (folder / "ended").touch()
+            raise OSError(errno.EIO, "the server ends here")
+        return checkpoint.save(place, state, *rest)
+
+    try:
+        simulate(config, 50, save=save)
+    except RunFailedError:
+        done = simulate(config | {"run.resume": True}, 50)
+        asked = [len(row["per_client"]) for row in read_rows(done / "metrics.jsonl")]
+        return judge(done, config, f"resumed; {asked} clients a round", None, 1, sites=50, sampled=5)
+    return Verdict("did not end", False, float("nan"), None, 0)
+
+
 REPLY_FAULTS: dict[str, Fault] = {
     "garbage": Fault("a site sends random bytes", "in process", inject_reply(garbage)),
     "nan": Fault("a site sends NaN", "in process", inject_reply(scaled(float("nan")))),
@@ -118,4 +167,8 @@ REPLY_FAULTS: dict[str, Fault] = {
         inject_reply(scaled(100.0), {"strategy.max-update-norm": 5.0}),
     ),
     "full-disk": Fault("the server's disk is full while it writes a checkpoint", "in process", _full_disk),
+    "truncated-ledger": Fault("a site's privacy ledger is cut in half after round 1", "in process", _truncated_ledger),
+    "fifty-clients": Fault(
+        "5 of 50 clients a round, the server ends in round 2 and is resumed", "in process", _fifty_clients
+    ),
 }

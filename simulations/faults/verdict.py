@@ -68,7 +68,15 @@ class Fault:
     inject: Callable[[Path], Verdict]
 
 
-def judge(folder: Path, config: Mapping[str, Scalar], outcome: str, seconds: float | None, lost: int) -> Verdict:
+def judge(
+    folder: Path,
+    config: Mapping[str, Scalar],
+    outcome: str,
+    seconds: float | None,
+    lost: int,
+    sites: int = SITES,
+    sampled: int | None = None,
+) -> Verdict:
     """Compare a run's adapter with that of a simulation in which the same clients take part in the same rounds.
 
     Args:
@@ -77,24 +85,26 @@ def judge(folder: Path, config: Mapping[str, Scalar], outcome: str, seconds: flo
         outcome: In words.
         seconds: See `Verdict.seconds_to_recover`.
         lost: Rounds trained again; rounds without the faulty site are added.
+        sites: How many there are.
+        sampled: How many are asked each round; all by default.
     """
     rows = training_rows(folder / "metrics.jsonl")
     took_part = tuple((int(row["round"]), frozenset(int(client) for client in row["per_client"])) for row in rows)
     ours = _adapter(folder)
-    theirs = _reference(took_part, tuple(sorted((k, v) for k, v in config.items() if not k.startswith("run.o"))))
+    theirs = _reference(sites, took_part, tuple(sorted((k, v) for k, v in config.items() if not k.startswith("run.o"))))
     difference = max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items())
     correct = ours.keys() == theirs.keys() and difference <= TOLERANCE and len(rows) == config["run.num-rounds"]
-    without = sum(len(clients) < SITES for _, clients in took_part)
+    without = sum(len(clients) < (sampled or sites) for _, clients in took_part)
     return Verdict(outcome, correct, difference, seconds, lost + without)
 
 
 @cache
 def _reference(
-    took_part: tuple[tuple[int, frozenset[int]], ...], config: tuple[tuple[str, Scalar], ...]
+    sites: int, took_part: tuple[tuple[int, frozenset[int]], ...], config: tuple[tuple[str, Scalar], ...]
 ) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(config) | {"run.output-dir": folder, "run.resume": False}
-        simulate(settings, SITES, tamper=only_of(dict(took_part)))
+        simulate(settings, sites, tamper=only_of(dict(took_part)))
         return _adapter(Path(folder))
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from bora_fl.simulations.faults import replies as reply_faults
 from bora_fl.simulations.faults.catalogue import FAULTS
+from bora_fl.simulations.faults.processes import STAGES
 from bora_fl.simulations.faults.verdict import TOLERANCE
 
 
@@ -14,7 +15,9 @@ def tiny(tiny_config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reply_faults, "CONFIG", config)
 
 
-@pytest.mark.parametrize("name", [name for name in reply_faults.REPLY_FAULTS if name != "full-disk"])
+@pytest.mark.parametrize(
+    "name", sorted(set(reply_faults.REPLY_FAULTS) - {"full-disk", "truncated-ledger", "fifty-clients"})
+)
 def test_a_bad_reply_is_rejected_and_changes_nothing(name: str, tiny, tmp_path: Path):
     verdict = reply_faults.REPLY_FAULTS[name].inject(tmp_path)
     assert verdict.outcome.startswith("rejected: ")
@@ -28,6 +31,12 @@ def test_a_full_disk_stops_the_run_with_a_message_and_the_run_resumes(tiny, tmp_
     assert all(word in verdict.outcome for word in ("round 2", "No space left on device", "run.resume=true"))
 
 
+@pytest.mark.parametrize("name", ["truncated-ledger", "fifty-clients"])
+def test_a_drill_in_process_ends_right(name: str, tiny, tmp_path: Path):
+    verdict = reply_faults.REPLY_FAULTS[name].inject(tmp_path)
+    assert verdict.correct, verdict
+
+
 def test_the_bench_can_tell_a_wrong_adapter(tiny, tmp_path: Path):
     verdict = reply_faults.inject_reply(reply_faults.scaled(1.01))(tmp_path)
     assert verdict.outcome == "merged unnoticed"
@@ -37,8 +46,9 @@ def test_the_bench_can_tell_a_wrong_adapter(tiny, tmp_path: Path):
 
 def test_every_fault_is_in_the_catalogue():
     wanted = {
-        *("site-mid-round", "site-before-reply", "site-after-reply", "worker", "superlink-10s", "superlink-75s"),
-        *("serverapp", "full-disk", "slow-site", "site-leaves", "site-joins-late", "other-schema", "garbage", "nan"),
+        *(f"{what}-{stage}" for what in ("site", "worker", "superlink", "serverapp") for stage in STAGES),
+        *("superlink-75s", "worker-stopped", "other-policy", "truncated-ledger", "fifty-clients"),
+        *("full-disk", "slow-site", "site-leaves", "site-joins-late", "other-schema", "garbage", "nan"),
         *("huge-weight", "negative-weight", "old-round", "scaled-100"),
     }
     assert set(FAULTS) == wanted
