@@ -10,6 +10,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,25 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent.parent
 if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_root / "kernels" / "reference.py").is_file():
     __path__.append(str(_root))
+
+
+def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
+    """A run's model, ready to predict, and its tokenizer.
+
+    Args:
+        folder: A run's output folder, or the folder ``adapter`` in it.
+        base: Another place of the same base model, where the run's is not on this machine.
+
+    Returns:
+        The PEFT model (or the model, after full fine-tuning) in evaluation mode with the label names in its config, and
+        the tokenizer.
+
+    Raises:
+        ConfigError: If the folder holds no finished adapter, or the base model cannot be loaded.
+    """
+    from bora_fl.models.result import load
+
+    return load(folder, base)
 
 
 class _RegisterAfterPeft(MetaPathFinder):

@@ -15,8 +15,8 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import bora_fl
-from bora_fl.client.init import init
 from bora_fl.deployment.audit_log import audit_log
+from bora_fl.deployment.init import init
 
 if TYPE_CHECKING:
     from bora_fl.config import Scalar
@@ -37,6 +37,11 @@ COMMANDS = {
         "Attack federations, and print a table of the accuracy that each defence is left with.",
     ),
     "faults": ("bora_fl.simulations.faults", "Inject faults into a federation and print what became of each run."),
+    "predict": (
+        "bora_fl.predict",
+        "Predict with a finished run: a label and its probability for each text, or a language model's response.",
+    ),
+    "export": ("bora_fl.export", "Write a finished run as a merged model or as a LoRA adapter."),
     "bench": ("bora_fl.simulations.benchmarks", "Run a benchmark on this machine and print its table."),
     "worker": (
         "bora_fl.client.worker",
@@ -168,7 +173,7 @@ def fetch(
 @cli.command()
 def run(
     connection: ConnectionArgument = None,
-    simulate: Annotated[int, typer.Option(help="simulate this many clients on this machine instead")] = 0,
+    simulate: Annotated[int, typer.Option(help="simulate this many clients on this machine instead", min=0)] = 0,
     cpus: Annotated[int, typer.Option(help="cores per simulated client")] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs per simulated client, or a share of one")] = 0.0,
     backend: Annotated[
@@ -181,28 +186,38 @@ def run(
     ] = "ask",
     run_config: ConfigOption = None,
 ) -> None:
-    """Run a federation, follow it, and exit with a true exit code."""
-    from bora_fl.config import ConfigError, overrides
+    """Run a federation, follow it, and exit with a true exit code.
+
+    A federation.toml in the working folder, such as `bora-fl init` writes, says what to run; what is given here wins.
+    """
+    from bora_fl.config import ConfigError, overrides, read_federation
 
     if on_interrupt not in ("ask", "leave", "stop"):
         raise ConfigError(f"--on-interrupt {on_interrupt}: use one of ask, leave, stop")
-    if simulate:
-        if connection or attach:
-            raise ConfigError("--simulate runs on this machine; leave out the connection and --attach")
-        from bora_fl.simulations.launch import Simulation
-
-        _simulate(app, overrides(run_config), Simulation(simulate, cpus, gpus, backend))
-        return
+    if simulate and (connection or attach):
+        raise ConfigError("--simulate runs on this machine; leave out the connection and --attach")
     from bora_fl.deployment import launch
 
-    ending = partial(_stops, connection or "", on_interrupt)
     if attach:
-        outcome = launch.attach(str(attach), connection or "", stops=ending, show=_show)
-    elif connection:
-        outcome = launch.run(app.resolve(), overrides(run_config), connection, stops=ending, show=_show)
+        ending = partial(_stops, connection or "", on_interrupt)
+        _show(f"completed; its log: {launch.attach(str(attach), connection or '', stops=ending, show=_show).log}")
+        return
+    federation = read_federation(Path.cwd())
+    settings = {**federation.run_config, **overrides(run_config)}
+    where = connection or ("" if simulate else federation.connection)
+    if where:
+        ending = partial(_stops, where, on_interrupt)
+        outcome = launch.run(app.resolve(), settings, where, stops=ending, show=_show)
+        _show(f"completed; its log: {outcome.log}")
+    elif clients := simulate or federation.simulate:
+        from bora_fl.simulations.launch import Simulation
+
+        _simulate(app, settings, Simulation(clients, cpus, gpus, backend))
     else:
-        raise ConfigError("name a SuperLink connection of Flower's config.toml, or give --simulate")
-    _show(f"completed; its log: {outcome.log}")
+        raise ConfigError(
+            "nothing to run: name a SuperLink connection of Flower's config.toml, give --simulate, or write a "
+            "federation.toml with `bora-fl init`"
+        )
 
 
 @cli.command()
@@ -235,29 +250,6 @@ def demo(
             number += 1
         output = fresh
     _simulate(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, Simulation(4))
-
-
-@cli.command()
-def export(
-    folder: Annotated[Path, typer.Argument(help="output folder of a run")],
-    target: Annotated[Path, typer.Argument(help="folder to write")],
-    form: Annotated[
-        str,
-        typer.Option("--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r; sentence-transformers"),
-    ] = "merged",
-) -> None:
-    """Write a finished run as a merged model or as a LoRA adapter."""
-    from bora_fl import export as exporting
-    from bora_fl.config import ConfigError
-
-    ways = {
-        "merged": exporting.export_merged,
-        "lora": exporting.export_lora,
-        "sentence-transformers": exporting.export_sentence_transformers,
-    }
-    if form not in ways:
-        raise ConfigError(f"--as {form}: use one of {', '.join(ways)}")
-    console.print(f"wrote {ways[form](folder, target)}", highlight=False)
 
 
 @certificates.command("server")

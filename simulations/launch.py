@@ -7,13 +7,12 @@ and when this one ends, however it ends, so does the other, with all its descend
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bora_fl.config import ConfigError, Scalar, parse
+from bora_fl.deployment.flower_app import app_table
 from bora_fl.deployment.launch import LaunchError, Outcome, Show, flower_environment, readable, reason
 from bora_fl.deployment.processes import Service, exit_on_sigterm
 from bora_fl.granted import grant, num_cores
@@ -107,11 +106,6 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
 
 def _read(app: Path) -> tuple[dict[str, str], dict[str, Scalar]]:
     """References to an app's components, and its run config; nothing for the installed package."""
-    path = app / "pyproject.toml"
-    table: dict[str, Any] = {}
-    if path.is_file():
-        table = tomllib.loads(path.read_text()).get("tool", {}).get("flwr", {}).get("app", {})
-    if not table and app.resolve() != Path.cwd():
-        raise ConfigError(f"--app {app}: there is no pyproject.toml with [tool.flwr.app]; name a checkout or a bundle")
+    table = app_table(app)
     config = {f"{group}.{key}": value for group, keys in table.get("config", {}).items() for key, value in keys.items()}
     return {name: str(reference) for name, reference in table.get("components", {}).items()}, config

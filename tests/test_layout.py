@@ -19,7 +19,7 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"export"},
+    {"export", "predict"},
     {"simulations", "cli"},
 ]
 FLOWER = {

@@ -4,7 +4,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from .config import BoraConfig
-from .convert import adapter_to_lora, save_as_lora
+from .convert import adapter_to_lora, lora_error, save_as_lora
 from .layer import BoraAdapter, BoraLayer
 from .model import BoraModel
 from .peft_type import BORA
@@ -17,6 +17,7 @@ __all__ = [
     "BoraLayer",
     "BoraModel",
     "adapter_to_lora",
+    "lora_error",
     "named_layers",
     "read_factors",
     "save_as_lora",

@@ -13,15 +13,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 console = Console()
-init = typer.Typer(no_args_is_help=True, help="Write what a site needs before its first run.")
 
 
-@init.callback()
-def _group() -> None:
-    """Keep ``site`` a command of its own while it is the only one."""
-
-
-@init.command("site")
 def site(
     data_set: Annotated[str, typer.Option(help="the data set's name, by which its privacy ledger goes")],
     data: Annotated[str, typer.Option(help="where the data is: a file, a folder, or what data.name takes")],

@@ -106,17 +106,22 @@ def _read_saved(name: str, path: Path, train_split: str, test_split: str) -> "tu
     return saved[train_split], saved[test_split] if test_split else None
 
 
+def read_table(path: Path) -> pa.Table:
+    """The rows of one file, by its suffix.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        table = _read_one(path)
+        fields = [field.with_type(_simple(field.type)) for field in table.schema]
+        return table.cast(pa.schema(fields, table.schema.metadata))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file") from error
+
+
 def _read(files: list[Path]) -> pa.Table:
-    tables = []
-    for path in files:
-        try:
-            table = _read_one(path)
-            fields = [field.with_type(_simple(field.type)) for field in table.schema]
-            tables.append(table.cast(pa.schema(fields, table.schema.metadata)))
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise ConfigError(
-                f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file"
-            ) from error
+    tables = [read_table(path) for path in files]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

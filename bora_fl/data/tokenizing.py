@@ -68,6 +68,19 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
     )
 
 
+def prompt_ids(tokenizer: Any, texts: Sequence[str], dialog: bool) -> list[list[int]]:
+    """What a language model is given to go on from, as in training.
+
+    Args:
+        tokenizer: The model's.
+        texts: Prompts, or the beginnings of texts.
+        dialog: Whether the model was trained on prompts with responses.
+    """
+    heads, opening = _heads(tokenizer, texts) if dialog else (list(texts), _opening(tokenizer))
+    ids = [opening + piece for piece in _ids(tokenizer, heads, add_special_tokens=False)]
+    return [row or _ending(tokenizer) for row in ids]
+
+
 def _check_labels(raw: "Dataset", data: DataSettings) -> None:
     if data.response_column:
         raise ConfigError(
@@ -104,18 +117,27 @@ def _plain(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[i
     return [(opening + piece + ending)[:max_length] for piece in ids]
 
 
-def _dialogs(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
-    # Prompt and response are tokenized apart: in use the prompt is tokenized alone, before there is a response.
+def _heads(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Each prompt as it stands before a response, and the tokens before it."""
     if getattr(tokenizer, "chat_template", None):
         users = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        both = [[*user, {"role": "assistant", "content": r}] for user, r in zip(users, responses, strict=True)]
-        heads = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True), []
+    return [f"{prompt}\n" for prompt in prompts], _opening(tokenizer)
+
+
+def _dialogs(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
+    # Prompt and response are tokenized apart: in use the prompt is tokenized alone, before there is a response.
+    heads, opening = _heads(tokenizer, prompts)
+    if getattr(tokenizer, "chat_template", None):
+        both = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
         wholes = tokenizer.apply_chat_template(both, tokenize=False)
         tails = [_after(head, whole, response) for head, whole, response in zip(heads, wholes, responses, strict=True)]
-        opening, ending = [], []
+        ending = []
     else:
-        heads, tails = [f"{prompt}\n" for prompt in prompts], list(responses)
-        opening, ending = _opening(tokenizer), _ending(tokenizer)
+        tails, ending = list(responses), _ending(tokenizer)
     head_ids = _ids(tokenizer, heads, add_special_tokens=False)
     tail_ids = _ids(tokenizer, tails, add_special_tokens=False)
     for head, tail in zip(head_ids, tail_ids, strict=True):

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bora_fl.config import Scalar, parse
+from bora_fl.deployment.flower_app import stage
 from bora_fl.deployment.processes import Service, exit_on_sigterm, tool
 from bora_fl.paths import state_folder
 
@@ -60,7 +60,7 @@ def run(
     """Run a federation on a deployment, to its end.
 
     Args:
-        app: The Flower app: a checkout or an unpacked bundle.
+        app: See `flower_app.stage`.
         run_config: Overrides of the run config; checked before anything starts.
         connection: Name of a SuperLink connection in Flower's config.toml.
         stops: See `attach`.
@@ -99,7 +99,7 @@ def submit(app: Path, run_config: Mapping[str, Scalar], connection: str, *, show
             raise
         finally:
             submission.stop()
-        text = submission.text()
+        text = submission.text().replace(str(Path(copy).resolve()), "").replace(copy, "")
     with contextlib.suppress(ValueError, KeyError):
         return str(int(json.loads(text[text.index("{") : text.rindex("}") + 1])["run-id"]))
     raise LaunchError(f"`flwr run` did not start the run:\n{text.strip()}")
@@ -158,23 +158,6 @@ def flower_environment() -> dict[str, str]:
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return os.environ | ENVIRONMENT | {"PATH": path}
-
-
-def stage(app: Path, into: Path) -> Path:
-    """A copy of what a bundle takes of an app.
-
-    Flower matches every file below the app's folder against its ignore rules, an environment's fifty thousand included,
-    which takes longer than the rest of the start.
-    """
-    target = into / "app"
-    for folder, folders, files in os.walk(app):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        for name in files:
-            if name == "LICENSE" or name.endswith((".py", ".toml", ".md")):
-                path = target / Path(folder).relative_to(app) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(Path(folder) / name, path)
-    return target
 
 
 def readable(line: str) -> str | None:

@@ -2,5 +2,17 @@
 
 from bora_fl.models.base import EMBEDDED, load_base, load_tokenizer, resolve
 from bora_fl.models.federated import FederatedModel, peft_config
+from bora_fl.models.result import Result, load_result, read_result, write_result
 
-__all__ = ["EMBEDDED", "FederatedModel", "load_base", "load_tokenizer", "peft_config", "resolve"]
+__all__ = [
+    "EMBEDDED",
+    "FederatedModel",
+    "Result",
+    "load_base",
+    "load_result",
+    "load_tokenizer",
+    "peft_config",
+    "read_result",
+    "resolve",
+    "write_result",
+]

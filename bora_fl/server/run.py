@@ -17,12 +17,14 @@ from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.heads import public_clip_norm
-from bora_fl.models import FederatedModel, load_base, load_tokenizer
-from bora_fl.paths import digest
+from bora_fl.models import FederatedModel, load_base, load_tokenizer, write_result
+from bora_fl.models.pooling import PooledClassification
+from bora_fl.paths import digest, write_atomically
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
 from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, round_line, rounds_picture
 from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import MANIFEST, Checkpoint, CheckpointError, load_newest, save
+from bora_fl.server.model_card import model_card
 from bora_fl.server.output_folder import held, refuse_another_run
 from bora_fl.state import AdapterState, unflatten_factors
 from bora_fl.strategies.aggregation import build
@@ -51,7 +53,9 @@ class Server(Observer):
         self.aggregator = build(settings)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
+        self.label_names = raw.label_names if settings.model.task == "classification" else None
         base = load_base(settings.model, raw.label_names, settings.run.seed)
+        self.pooling = base.pooling if isinstance(base, PooledClassification) else None
         self.model = FederatedModel(
             base, settings.adapter, settings.model, settings.run.seed, keep_head=settings.solves_head
         )
@@ -101,9 +105,15 @@ class Server(Observer):
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self, self._head_layout())
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, first_round)
         self._bring_to(state.current, strategy.folds)
-        self.model.save(self.folder / "adapter", strategy.folds)
-        rounds_picture(read_rows(self.metrics_path), self.folder / "rounds.png")
+        self._write_result(strategy.folds)
         return self.folder
+
+    def _write_result(self, folds: list[dict[str, Tensor]]) -> None:
+        adapter, rows = self.folder / "adapter", read_rows(self.metrics_path)
+        self.model.save(adapter, folds)
+        write_result(adapter, self.tokenizer, self.settings, self.label_names, rows[-1]["round"])
+        write_atomically(adapter / "README.md", model_card(self.settings, rows, self.label_names, self.pooling))
+        rounds_picture(rows, self.folder / "rounds.png")
 
     def _head_layout(self) -> HeadLayout | None:
         """Where the head stands in the adapter's state, if it is to be solved and is a linear layer."""

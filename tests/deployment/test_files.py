@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bora_fl.deployment.certificates import make_client, make_server, make_site, sign
-from bora_fl.deployment.launch import stage
+from bora_fl.deployment.flower_app import stage
 from bora_fl.deployment.processes import tool
 from tests.deployment.page import Unit, blocks, environment_file
 

@@ -1,0 +1,148 @@
+"""A finished run in the forms that other programs take: a merged model, a sentence-transformers folder, a LoRA adapter.
+
+None of them needs the training data: a run's folder holds what there is to know of it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bora_fl.blocks import at_rank
+from bora_fl.config import ConfigError, parse
+from bora_fl.data import load_dataset
+from bora_fl.models import FederatedModel, Result, load_base, load_result, load_tokenizer, read_result
+from bora_fl.models.pooling import PooledClassification
+from bora_fl.models.result import write_labels
+from bora_fl.models.saving import save_pooled, save_sentence_transformers
+from bora_fl.server.checkpoint import load_newest
+from bora_fl.state import AdapterState, unflatten_factors
+
+
+def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
+    """The base model with a run's folds in its weights and the run's newest adapter, and the tokenizer.
+
+    Of a run that has not ended, or goes on, that is its newest checkpoint's.
+
+    Args:
+        folder: The run's output folder, or a finished adapter's.
+        base: Another place of the same base model, as for ``model.name``.
+
+    Raises:
+        ConfigError: If it holds no run with an adapter or a checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    result = read_result(folder)
+    newest = max((int(path.name[6:]) for path in (folder / "checkpoints").glob("round-*")), default=0)
+    if result is not None and result.round >= newest:
+        return load_result(result, base), AutoTokenizer.from_pretrained(result.folder)
+    return _from_checkpoint(folder, result, base)
+
+
+def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[FederatedModel, Any]:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"run.output-dir = '{folder}': there is no config.json; name the folder of a run")
+    flat = json.loads(config.read_text())
+    settings = parse(flat)
+    checkpoint = load_newest(folder / "checkpoints", flat)
+    if checkpoint is None:
+        raise ConfigError(f"run.output-dir = '{folder}': there is no whole checkpoint; run at least one round")
+    named = settings.model.model_copy(update={"name": base} if base else {})
+    names = result.label_names if result else load_dataset(settings.data).label_names
+    weights = load_base(named, names, settings.run.seed)
+    model = FederatedModel(weights, settings.adapter, named, settings.run.seed, keep_head=settings.solves_head)
+    for fold in checkpoint.folds:
+        model.add_to_base(unflatten_factors(fold, ""))
+    adapter = settings.adapter  # a strategy's state may be of a lower rank
+    current = checkpoint.state.current
+    layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in current.layers.items()}
+    model.write(AdapterState(layers, current.tensors))
+    return model, load_tokenizer(named)
+
+
+def export_merged(folder: Path, target: Path, base: str = "") -> Path:
+    """Write the fine-tuned model with everything merged into its weights, and its tokenizer.
+
+    A model with pooling (`model.pooling`) carries its class as code and is opened with ``trust_remote_code=True``.
+
+    Args:
+        folder: See `load_run`.
+        target: The folder to write; `AutoModel…from_pretrained` opens it without PEFT and without this package.
+        base: See `load_run`.
+
+    Returns:
+        The target.
+    """
+    model, tokenizer = _merged(folder, base)
+    if isinstance(model, PooledClassification):
+        save_pooled(model, tokenizer, target)
+    else:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return target
+
+
+def export_sentence_transformers(folder: Path, target: Path, base: str = "") -> Path:
+    """Write the fine-tuned model for sentence-transformers: ``SentenceTransformer(target).encode(texts)`` are logits.
+
+    Args:
+        folder: See `load_run`.
+        target: The folder to write.
+        base: See `load_run`.
+
+    Raises:
+        ConfigError: If the model's head reads something else than pooled token states.
+    """
+    model, tokenizer = _merged(folder, base)
+    if not isinstance(model, PooledClassification):
+        raise ConfigError(
+            f"run.output-dir = '{folder}': {type(model).__name__} has a head of its own, which sentence-transformers "
+            "does not know; export the merged model, or train with model.pooling = mean"
+        )
+    save_sentence_transformers(model, tokenizer, target, _label_names(model.config))  # type: ignore[attr-defined]
+    return target
+
+
+def _merged(folder: Path, base: str) -> tuple[Any, Any]:
+    model, tokenizer = load_run(folder, base)
+    return model.model if model.adapter.method == "full" else model.model.merge_and_unload(), tokenizer
+
+
+def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = None) -> float:
+    """Write a BoRA run's adapter as a LoRA adapter of rank b·r, exactly, or as the closest one of a lower rank.
+
+    Args:
+        folder: See `load_run`.
+        target: The folder to write, with the tokenizer and the label names beside the adapter.
+        base: See `load_run`.
+        rank: Of the LoRA adapter; b·r by default.
+
+    Returns:
+        The relative error of the update, `‖M − M_rank‖ / ‖M‖` over all layers.
+
+    Raises:
+        ConfigError: If the run's adapter is not BoRA, or part of the result is in the frozen weights.
+    """
+    from bora_fl.adapters import lora_error, save_as_lora
+
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank {rank}: a LoRA adapter has rank 1 or more")
+    result = read_result(folder)
+    if ((result.folder if result else folder / "adapter") / "folds.safetensors").is_file():
+        raise ConfigError(
+            f"run.output-dir = '{folder}': part of its result was folded into the frozen weights, which a LoRA adapter "
+            "cannot carry; export the merged model instead"
+        )
+    model, tokenizer = load_run(folder, base)
+    if model.adapter.method != "bora":
+        raise ConfigError(f"adapter.method = '{model.adapter.method}': only BoRA adapters are converted; PEFT opens it")
+    save_as_lora(model.model, target, rank=rank)
+    tokenizer.save_pretrained(target)
+    if model.task == "classification":
+        write_labels(target, _label_names(model.model.config))
+    return 0.0 if rank is None else lora_error(model.model, rank)
+
+
+def _label_names(config: Any) -> list[str]:
+    return [config.id2label[index] for index in range(config.num_labels)]

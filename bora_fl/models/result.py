@@ -1,0 +1,118 @@
+"""What stands beside a finished adapter's weights, so that its folder is enough to load it and predict with it.
+
+``labels.json`` holds ``id2label`` and ``label2id`` as transformers' configs do, ``bora_fl.json`` the settings of model
+and adapter, and the tokenizer has its own files.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from bora_fl.config import ConfigError, Settings, parse
+from bora_fl.models.base import load_base
+from bora_fl.models.federated import FederatedModel
+from bora_fl.paths import write_atomically
+from bora_fl.state import unflatten_factors
+
+ABOUT, LABELS = "bora_fl.json", "labels.json"
+_KEPT = ("model.", "adapter.", "run.seed", "data.text-column", "data.response-column")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished adapter.
+
+    Attributes:
+        folder: Where its files are.
+        settings: Its model and adapter; the rest is at its defaults.
+        label_names: The class names, in the order of the logits; None for a language model.
+        round: The last round that is in it.
+    """
+
+    folder: Path
+    settings: Settings
+    label_names: list[str] | None
+    round: int
+
+
+def write_result(folder: Path, tokenizer: Any, settings: Settings, label_names: list[str] | None, round: int) -> None:
+    """Complete an adapter's folder with the tokenizer, the label names and the settings that loading it needs.
+
+    Args:
+        folder: Where the adapter's weights are.
+        tokenizer: The model's.
+        settings: The run's.
+        label_names: The class names; None where there are none.
+        round: The last round that is in the adapter.
+    """
+    tokenizer.save_pretrained(folder)
+    write_labels(folder, label_names)
+    kept = {key: value for key, value in settings.flat().items() if key.startswith(_KEPT)}
+    write_atomically(folder / ABOUT, json.dumps({"format": 1, "round": round, "settings": kept}, indent=2) + "\n")
+
+
+def write_labels(folder: Path, label_names: list[str] | None) -> None:
+    """Write the label names, if there are any, into a folder, as transformers' configs name them."""
+    if label_names is not None:
+        names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+        write_atomically(folder / LABELS, json.dumps(names, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_result(folder: Path) -> Result | None:
+    """What a folder says of its adapter; None if it holds no finished adapter.
+
+    Args:
+        folder: A run's output folder, or the folder ``adapter`` in it.
+    """
+    for place in (folder / "adapter", folder):
+        if (place / ABOUT).is_file():
+            about = json.loads((place / ABOUT).read_text(encoding="utf8"))
+            return Result(place, parse(about["settings"]), _label_names(place / LABELS), int(about["round"]))
+    return None
+
+
+def load_result(result: Result, base: str = "") -> FederatedModel:
+    """The base model with the adapter and all that was folded into its weights, on the CPU.
+
+    Args:
+        result: From `read_result`.
+        base: Another place of the same base model, as for ``model.name``.
+    """
+    settings = result.settings
+    model = settings.model.model_copy(update={"name": base} if base else {})
+    loaded = FederatedModel(
+        load_base(model, result.label_names, settings.run.seed), settings.adapter, model, settings.run.seed
+    )
+    folds = result.folder / "folds.safetensors"
+    if folds.is_file():
+        flat = load_file(folds)
+        for version in sorted({int(name.partition("/")[0]) for name in flat}):
+            loaded.add_to_base(unflatten_factors(flat, f"{version}/"))
+    if settings.adapter.method == "full":
+        for file in sorted(result.folder.glob("model*.safetensors")):  # a large model lies in several
+            loaded.model.load_state_dict(load_file(file), strict=False)
+    else:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(loaded.model, load_peft_weights(str(result.folder), device="cpu"))
+    return loaded
+
+
+def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
+    """See `bora_fl.load`."""
+    from transformers import AutoTokenizer
+
+    result = read_result(Path(folder).expanduser())
+    if result is None:
+        raise ConfigError(f"{folder}: there is no adapter with a {ABOUT}; name the output folder of a finished run")
+    return load_result(result, base).model.eval(), AutoTokenizer.from_pretrained(result.folder)
+
+
+def _label_names(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    names = json.loads(path.read_text(encoding="utf8"))["id2label"]
+    return [names[str(index)] for index in range(len(names))]

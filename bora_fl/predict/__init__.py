@@ -1,0 +1,1 @@
+"""Use a finished run on texts: classes with their probabilities, or generated responses."""

@@ -1,0 +1,67 @@
+"""The texts to predict for: lines, or a column of a table."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from bora_fl.config import ConfigError
+from bora_fl.data.files import SUFFIXES, read_table
+
+
+def read_texts(source: str, column: str) -> list[str]:
+    """Read texts.
+
+    Args:
+        source: A parquet, JSONL, JSON, CSV or TSV file, any other file for its lines, or ``-`` for standard input. A
+            line that is a JSON object stands for its `column`.
+        column: The column of the texts.
+
+    Raises:
+        ConfigError: If there is no such file or column, or a value is no text.
+    """
+    if source == "-":
+        return _lines(sys.stdin, "standard input", column)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"FILE {source}: there is no such file; give a file of texts, or - for standard input")
+    if path.suffix.lower() not in SUFFIXES:
+        with path.open(encoding="utf8") as file:
+            return _lines(file, source, column)
+    table = read_table(path)
+    if column not in table.column_names:
+        raise _missing(source, column, table.column_names)
+    return [
+        _text(value, f"{source}, row {number}", column) for number, value in enumerate(table[column].to_pylist(), 1)
+    ]
+
+
+def _lines(lines: Iterable[str], source: str, column: str) -> list[str]:
+    texts = []
+    for number, raw in enumerate(lines, 1):
+        line = raw.strip()
+        if not line:
+            continue
+        value = line
+        if line.startswith("{"):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"{source}, line {number}: it begins as a JSON object and is none ({error})"
+                ) from None
+            if column not in row:
+                raise _missing(f"{source}, line {number}", column, list(row))
+            value = row[column]
+        texts.append(_text(value, f"{source}, line {number}", column))
+    return texts
+
+
+def _text(value: object, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {column} = {value!r} is no text; give a string")
+    return value
+
+
+def _missing(where: str, column: str, found: list[str]) -> ConfigError:
+    return ConfigError(f"{where}: there is no column {column!r} among {', '.join(found)}; name one with --text-column")

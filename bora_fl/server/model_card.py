@@ -1,0 +1,142 @@
+"""The README.md of a finished adapter: what the run was, how well it ended, and how to load it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import bora_fl
+from bora_fl.config import Settings
+from bora_fl.models import EMBEDDED
+
+_LIBRARIES = ("torch", "transformers", "peft", "flwr")
+_LOAD = """\
+import bora_fl
+
+model, tokenizer = bora_fl.load("{folder}")  # a run's folder, or this one
+"""
+_CLASSIFY = """\
+inputs = tokenizer(["a text"], truncation=True, max_length={max_length}, return_tensors="pt")
+print(model.config.id2label[int(model(**inputs).logits.argmax())])
+"""
+_GENERATE = """\
+inputs = tokenizer("a prompt", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+"""
+_MERGED = """\
+from transformers import pipeline
+
+pipe = pipeline("{pipeline}", "merged"{trust})
+print(pipe("a text"))
+"""
+
+
+def model_card(
+    settings: Settings, rows: Sequence[Mapping[str, Any]], label_names: Sequence[str] | None, pooling: str | None
+) -> str:
+    """Write the card.
+
+    Args:
+        settings: The run's.
+        rows: The rows of its ``metrics.jsonl``, at least one.
+        label_names: The class names; None for a language model.
+        pooling: What the head reads, where that is not what transformers' own class does.
+    """
+    kind = "text-classification" if label_names is not None else "text-generation"
+    sections = [
+        _front_matter(settings, kind),
+        f"# {settings.adapter.method} adapter for {_base(settings)}\n\n"
+        "Trained by a federation with [bora_fl](https://arxiv.org/abs/2508.06953): the clients' records never left "
+        "them.",
+        _table(settings, rows, label_names, pooling),
+        _metrics(rows),
+        _loading(settings, kind, pooling),
+        "## Versions\n\n"
+        + ", ".join([f"bora_fl {bora_fl.__version__}", *(f"{name} {metadata.version(name)}" for name in _LIBRARIES)]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _is_hub_id(settings: Settings) -> bool:
+    name = settings.model.name
+    return name not in EMBEDDED and not Path(name).expanduser().exists() and not name.startswith((".", "/", "~"))
+
+
+def _base(settings: Settings) -> str:
+    """The base model's name; of a local folder its last part, since a path says nothing elsewhere."""
+    name = settings.model.name
+    return name if name in EMBEDDED or _is_hub_id(settings) else Path(name).name
+
+
+def _front_matter(settings: Settings, kind: str) -> str:
+    lines = ["---", "library_name: peft", f"pipeline_tag: {kind}", "tags: [bora, federated-learning]"]
+    if _is_hub_id(settings):
+        lines.append(f"base_model: {json.dumps(settings.model.name)}")
+    return "\n".join([*lines, "---"])
+
+
+def _table(
+    settings: Settings, rows: Sequence[Mapping[str, Any]], label_names: Sequence[str] | None, pooling: str | None
+) -> str:
+    model, adapter, strategy, data = settings.model, settings.adapter, settings.strategy, settings.data
+    revision = f", revision {model.revision}" if model.revision else ""
+    blocks = f", {adapter.num_blocks} blocks" if adapter.method == "bora" else ""
+    how = "data of each site" if data.partition == "local" else f"{data.partition} partition"
+    facts = {
+        "task": model.task,
+        "base model": f"`{_base(settings)}`{revision}",
+        "head reads": f"{pooling} of the token states" if pooling else "",
+        "labels": ", ".join(label_names or ()),
+        "adapter": f"{adapter.method}, rank {adapter.rank}{blocks}, alpha {adapter.alpha:g}, "
+        f"on {adapter.target_modules}",
+        "clients": f"{max(row['clients'] for row in rows)} in a round, {how}",
+        "strategy": f"{strategy.name}, residual {strategy.residual}",
+        "rounds": str(rows[-1]["round"]),
+        "privacy": _privacy(settings, rows),
+        "seed": str(settings.run.seed),
+    }
+    lines = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _privacy(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> str:
+    privacy = settings.privacy
+    masked = "; updates were masked by SecAgg+" if privacy.secure_aggregation else ""
+    if privacy.mode == "none":
+        return f"no differential privacy{masked}"
+    spent = next((row["epsilon"] for row in reversed(rows) if row.get("epsilon")), None)
+    if spent is None:
+        return f"{privacy.mode}: budget epsilon = {privacy.epsilon:g} at delta = {privacy.delta:g}{masked}"
+    return (
+        f"{privacy.mode}: epsilon = {spent['largest']:.4g} per {spent['unit']} spent at delta = {privacy.delta:g} "
+        f"(budget {privacy.epsilon:g}){masked}"
+    )
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["## Metrics", "", "| round | loss | accuracy | measured on |", "|---|---|---|---|"]
+    shown = [row for row in rows if row["round"] == 0][:1]
+    shown += [row for row in rows[-1:] if row["round"] != 0]
+    where = {"central": "central test set", "clients": "clients' held-out parts, before the round's training"}
+    for row in shown:
+        numbers = ["-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("loss", "accuracy")]
+        lines.append(f"| {row['round']} | {' | '.join(numbers)} | {where.get(row.get('evaluated') or '', '-')} |")
+    if shown and shown[0]["round"] == 0:
+        lines += ["", "Round 0 is what training started from."]
+    return "\n".join(lines)
+
+
+def _loading(settings: Settings, kind: str, pooling: str | None) -> str:
+    use = _CLASSIFY if kind == "text-classification" else _GENERATE
+    with_ours = _LOAD.format(folder=settings.run.output_dir) + use.format(max_length=settings.model.max_length)
+    trust = ", trust_remote_code=True" if pooling else ""
+    return (
+        f"## Loading\n\nWith bora_fl:\n\n```python\n{with_ours}```\n\n"
+        "Without it, after `bora-fl export RUN merged` (`--as lora` for programs that take LoRA adapters):\n\n"
+        f"```python\n{_MERGED.format(pipeline=kind, trust=trust)}```"
+    )
