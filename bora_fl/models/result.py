@@ -51,6 +51,8 @@ def write_result(folder: Path, tokenizer: Any, settings: Settings, label_names: 
     tokenizer.save_pretrained(folder)
     write_labels(folder, label_names)
     kept = {key: value for key, value in settings.flat().items() if key.startswith(_KEPT)}
+    if (local := Path(settings.model.name).expanduser()).exists():
+        kept["model.name"] = str(local.absolute())
     write_atomically(folder / ABOUT, json.dumps({"format": 1, "round": round, "settings": kept}, indent=2) + "\n")
 
 

@@ -14,7 +14,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "flwr")
 _LOAD = """\
 import bora_fl
 
-model, tokenizer = bora_fl.load("{folder}")  # a run's folder, or this one
+model, tokenizer = bora_fl.load("adapter")  # this folder, or the run's
 """
 _CLASSIFY = """\
 inputs = tokenizer(["a text"], truncation=True, max_length={max_length}, return_tensors="pt")
@@ -87,7 +87,7 @@ def _table(
         "task": model.task,
         "base model": f"`{_base(settings)}`{revision}",
         "head reads": f"{pooling} of the token states" if pooling else "",
-        "labels": ", ".join(label_names or ()),
+        "labels": ", ".join(f"`{name}`" for name in label_names or ()),
         "adapter": f"{adapter.method}, rank {adapter.rank}{blocks}, alpha {adapter.alpha:g}, "
         f"on {adapter.target_modules}",
         "clients": f"{max(row['clients'] for row in rows)} in a round, {how}",
@@ -120,7 +120,7 @@ def _privacy(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## Metrics", "", "| round | loss | accuracy | measured on |", "|---|---|---|---|"]
-    shown = [row for row in rows if row["round"] == 0][:1]
+    shown = [row for row in rows if row["round"] == 0 and row.get("loss") is not None][:1]
     shown += [row for row in rows[-1:] if row["round"] != 0]
     where = {"central": "central test set", "clients": "clients' held-out parts, before the round's training"}
     for row in shown:
@@ -133,7 +133,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _loading(settings: Settings, kind: str, pooling: str | None) -> str:
     use = _CLASSIFY if kind == "text-classification" else _GENERATE
-    with_ours = _LOAD.format(folder=settings.run.output_dir) + use.format(max_length=settings.model.max_length)
+    with_ours = _LOAD + use.format(max_length=settings.model.max_length)
     trust = ", trust_remote_code=True" if pooling else ""
     return (
         f"## Loading\n\nWith bora_fl:\n\n```python\n{with_ours}```\n\n"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bora_fl.adapters import BoraConfig
-from bora_fl.adapters.convert import adapter_to_lora, save_as_lora
+from bora_fl.adapters import BoraConfig, read_factors
+from bora_fl.adapters.convert import adapter_to_lora, lora_error, save_as_lora
 
 
 class Mixed(nn.Module):
@@ -128,3 +128,27 @@ def test_pefts_own_conversion_accepts_the_adapter() -> None:
     set_peft_model_state_dict(lora, state)
     x = torch.randn(4, 12)
     torch.testing.assert_close(lora(x), bora(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "other ranks", "one block", "Conv1D"])
+@pytest.mark.parametrize("rank", [1, 3, 5, 40])
+def test_a_lower_rank_is_the_truncated_svd_and_its_error_is_what_it_loses(name: str, rank: int) -> None:
+    _, bora = model_and_bora(**SETTINGS[name])
+    config, state = adapter_to_lora(bora, rank=rank)
+    assert config.r == config.lora_alpha == rank
+    lost = whole = 0.0
+    for layer, factors in read_factors(bora).items():
+        dense = factors.to(torch.float64).dense()
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        A, B = (state[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+        assert (A.shape[0], B.shape[1]) == (rank, rank)
+        torch.testing.assert_close(B.double() @ A.double(), best, rtol=1e-5, atol=1e-6 * float(s[0]))
+        lost, whole = lost + float(s[rank:].square().sum()), whole + float(s.square().sum())
+    assert lora_error(bora, rank) == pytest.approx((lost / whole) ** 0.5, rel=1e-4, abs=1e-6)
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    _, bora = model_and_bora()
+    with pytest.raises(ValueError, match="rank is 0"):
+        adapter_to_lora(bora, rank=0)

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bora_fl.cli import cli
+from bora_fl.config import ConfigError, Federation, read_federation
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def init(*arguments: str) -> Federation:
+    result = CliRunner().invoke(cli, ["init", *arguments])
+    if isinstance(result.exception, ConfigError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return read_federation(Path.cwd())
+
+
+def write(name: str, **columns: list[object]) -> str:
+    pd.DataFrame(columns).to_csv(name, index=False)
+    return name
+
+
+def test_without_a_terminal_the_defaults_are_written(here: Path):
+    federation = init()
+    assert (federation.simulate, federation.connection) == (4, "")
+    settings = federation.run_config
+    assert (settings["model.name"], settings["data.name"]) == ("embedded:minilm", "embedded:sentiment4")
+    assert settings["data.partition"] == "natural"
+    assert settings["run.output-dir"] == "runs/sentiment4"
+
+
+def test_an_ordinary_file_needs_no_other_setting(here: Path, tiny_model: Path):
+    data = write("my reviews.csv", review=["good " * 30, "bad"] * 10, stars=[1, 5] * 10)
+    settings = init("--data", data, "--model", str(tiny_model), "--clients", "3").run_config
+    assert {key: value for key, value in settings.items() if key.startswith("data.")} == {
+        "data.name": data,
+        "data.test-split": "",
+        "data.text-column": "review",
+        "data.label-column": "stars",
+        "data.partition": "dirichlet",
+        "data.alpha": 0.5,
+    }
+    assert settings["model.max-length"] == 32  # what the model has positions for, of the 40 the texts would take
+    assert settings["adapter.target-modules"] == "query,value"
+    assert settings["run.output-dir"] == "runs/my reviews"
+
+
+def test_splits_and_natural_ids_of_a_file_are_seen(here: Path, tiny_model: Path, tiny_data: Path):
+    few, many = (
+        init("--data", str(tiny_data), "--model", str(tiny_model), "--clients", clients).run_config
+        for clients in ("3", "4")
+        if not (here / "federation.toml").unlink(missing_ok=True)
+    )
+    assert "data.test-split" not in few
+    assert (few["data.partition"], many["data.partition"]) == ("natural", "dirichlet")
+
+
+def test_instruction_data_trains_a_language_model(here: Path, tiny_model: Path):
+    data = write("pairs.csv", prompt=["a"] * 4, answer=["b"] * 4)
+    settings = init("--task", "causal-lm", "--data", data, "--model", str(tiny_model)).run_config
+    assert (settings["data.text-column"], settings["data.response-column"]) == ("prompt", "answer")
+    assert (settings["model.task"], settings["data.partition"]) == ("causal-lm", "iid")
+
+
+def test_a_deployment_has_data_at_its_sites(here: Path):
+    federation = init("--connection", "hospitals")
+    assert (federation.simulate, federation.connection) == (0, "hospitals")
+    assert federation.run_config["data.partition"] == "local"
+    assert "data.alpha" not in federation.run_config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "regression"], "--task regression: use one of classification, causal-lm"),
+        (["--strategy", "fedavgg"], "--strategy fedavgg: use one of .*fedavg"),
+        (["--data", "./none.csv"], r"data\.name = './none\.csv'"),
+        (["--data", "odd.csv"], r"data\.label-column: none of the columns text, what .*--label-column"),
+        (["--data", "odd.csv", "--label-column", "wat"], "--label-column wat: columns are text, what"),
+        (["--data", "two.csv"], r"data\.text-column: none of the columns a, b, label .*--text-column"),
+        (["--clients", "2", "--connection", "x"], "--clients 2 with --connection x"),
+    ],
+)
+def test_a_wrong_choice_is_named_and_writes_nothing(arguments: list[str], message: str, here: Path):
+    write("odd.csv", text=["a", "b"], what=[0, 1])
+    write("two.csv", a=["a", "b"], b=["c", "d"], label=[0, 1])
+    with pytest.raises(ConfigError, match=message):
+        init(*arguments)
+    assert not (here / "federation.toml").exists()
+
+
+def test_a_file_is_never_overwritten(here: Path):
+    (here / "federation.toml").write_text("[run]\nseed = 7\n")
+    with pytest.raises(ConfigError, match=r"federation\.toml: it exists"):
+        init()
+    assert read_federation(here).run_config == {"run.seed": 7}
