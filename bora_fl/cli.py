@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -98,6 +99,7 @@ ConfigOption = Annotated[
 def main() -> None:
     """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
     logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
     try:
         cli()
     except Exception as error:

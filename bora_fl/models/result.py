@@ -1,7 +1,7 @@
 """What stands beside a finished adapter's weights, so that its folder is enough to load it and predict with it.
 
-``labels.json`` holds ``id2label`` and ``label2id`` as transformers' configs do, ``bora_fl.json`` the settings of model
-and adapter, and the tokenizer has its own files.
+``labels.json`` lists the label names in the order of the logits (``id2label=dict(enumerate(names))`` is what transformers
+takes), ``bora_fl.json`` holds the settings of model and adapter, and the tokenizer has its own files.
 """
 
 import json
@@ -57,10 +57,9 @@ def write_result(folder: Path, tokenizer: Any, settings: Settings, label_names: 
 
 
 def write_labels(folder: Path, label_names: list[str] | None) -> None:
-    """Write the label names, if there are any, into a folder, as transformers' configs name them."""
+    """Write the label names, if there are any, into a folder."""
     if label_names is not None:
-        names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-        write_atomically(folder / LABELS, json.dumps(names, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(folder / LABELS, json.dumps(label_names, ensure_ascii=False) + "\n")
 
 
 def read_result(folder: Path) -> Result | None:
@@ -114,7 +113,4 @@ def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
 
 
 def _label_names(path: Path) -> list[str] | None:
-    if not path.is_file():
-        return None
-    names = json.loads(path.read_text(encoding="utf8"))["id2label"]
-    return [names[str(index)] for index in range(len(names))]
+    return [str(name) for name in json.loads(path.read_text(encoding="utf8"))] if path.is_file() else None

@@ -1,9 +1,14 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import bora_fl
 from bora_fl import data
+from bora_fl.cli import cli
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
 from bora_fl.export import export_lora, export_merged, export_sentence_transformers
@@ -83,6 +88,66 @@ def test_a_lora_export_predicts_as_the_run_did(tiny_config, tmp_path: Path):
     model = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
     last = training_rows(folder / "metrics.jsonl")[-1]
     assert central(model, tiny_config) == pytest.approx(last["loss"], abs=1e-4)
+
+
+def test_an_export_needs_no_data_and_truncates_to_a_rank(tiny_config, tiny_data: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    moved = tmp_path / "data.parquet"
+    moved.write_bytes(tiny_data.read_bytes())
+    folder = simulate(tiny_config | {"head.init": "random", "data.name": str(moved)}, 3)
+    moved.unlink()
+    model = bora_fl.load(folder)[0]
+    inputs = {"input_ids": torch.tensor([[2, 7, 16, 12, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for rank in (0, 8, 3):
+            target = tmp_path / f"lora{rank}"
+            result = CliRunner().invoke(cli, ["export", str(folder), str(target), "--as", "lora", "--rank", str(rank)])
+            assert result.exit_code == 0, result.output
+            assert ("relative error" in result.output) == bool(rank)
+            assert ("vLLM's --max-lora-rank" in result.output) == (rank == 3)
+            names = json.loads((target / "labels.json").read_text())
+            base = load_base(parse(tiny_config).model, names, 0)
+            logits = PeftModel.from_pretrained(base, target).eval()(**inputs).logits
+            if rank != 3:
+                torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            else:
+                assert not torch.equal(logits, expected)
+    export_merged(folder, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+
+
+def test_of_a_run_that_goes_on_the_newest_checkpoint_is_exported(tiny_config, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    folder = simulate(tiny_config | {"head.init": "random", "run.num-rounds": 1}, 3)
+    export_merged(folder, tmp_path / "first")
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    simulate(tiny_config | {"head.init": "random", "run.num-rounds": 2, "run.resume": True}, 3)
+    export_merged(folder, tmp_path / "second")
+    shutil.rmtree(folder / "adapter")
+    shutil.copytree(tmp_path / "adapter", folder / "adapter")  # as if it had not come to its end
+    export_merged(folder, tmp_path / "newest")
+    first, second, newest = (
+        load_file(tmp_path / name / "model.safetensors")["classifier.weight"] for name in ("first", "second", "newest")
+    )
+    assert torch.equal(newest, second)
+    assert not torch.equal(newest, first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--as", "gguff"], "--as gguff: use one of merged, lora"),
+        (["--as", "merged", "--rank", "8"], "--rank 8 with --as merged"),
+        (["--as", "lora", "--rank", "-1"], "--rank -1"),
+    ],
+)
+def test_a_wrong_option_is_named(options: list[str], message: str, tmp_path: Path):
+    result = CliRunner().invoke(cli, ["export", str(tmp_path), str(tmp_path / "target"), *options])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
 
 
 def test_what_was_folded_into_the_weights_cannot_be_a_lora(tiny_config, tmp_path: Path):

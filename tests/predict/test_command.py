@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import bora_fl
+from bora_fl.cli import cli
+from bora_fl.config import ConfigError
+from bora_fl.predict.prediction import classify, generate
+from bora_fl.simulations.engine import simulate
+
+TEXTS = ["the film is good", "a sad awful wrong poor book it was", "fine"]
+
+
+def predict(*arguments: str, given: str = "") -> list[dict]:
+    result = CliRunner().invoke(cli, ["predict", *arguments], input=given)
+    if isinstance(result.exception, ConfigError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_labels_are_those_of_each_text_alone_and_need_no_data(tiny_config, tiny_data: Path, tmp_path: Path):
+    data = tmp_path / "data.parquet"
+    data.write_bytes(tiny_data.read_bytes())
+    config = {"head.init": "random", "data.name": str(data), "data.label-column": "label_name"}
+    folder = simulate(tiny_config | config, 3)
+    data.unlink()
+    rows = predict(str(folder), "-", given="\n".join(TEXTS))
+    model, tokenizer = bora_fl.load(folder)
+    assert [row["text"] for row in rows] == TEXTS
+    for row in rows:
+        with torch.no_grad():
+            inputs = tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=16)
+            likely = model(**inputs).logits[0].softmax(0)
+        assert row["label"] == ["bad", "good"][int(likely.argmax())]
+        assert row["probability"] == pytest.approx(float(likely.max()), abs=1e-5)
+    out = tmp_path / "out.jsonl"
+    assert predict(str(folder / "adapter"), "-", "--output", str(out), given="\n".join(TEXTS)) == []
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    small = list(classify(model, tokenizer, TEXTS, 16, batch_size=1))
+    assert [label for label, _ in small] == [row["label"] for row in rows]
+
+
+@pytest.mark.parametrize("response", ["", "label_name"])
+def test_a_language_model_writes_the_same_alone_and_beside_others(
+    response: str, tiny_config, tiny_model: Path, tmp_path: Path
+):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "llama"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    marks = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **marks)).save_pretrained(folder)
+    causal = {"model.task": "causal-lm", "model.name": str(folder), "adapter.target-modules": "q_proj,v_proj"}
+    run = simulate(tiny_config | causal | {"run.num-rounds": 1, "data.response-column": response}, 3)
+    assert not (run / "adapter" / "labels.json").exists()
+    rows = predict(str(run), "-", "--max-new-tokens", "5", given="\n".join(TEXTS))
+    model, tokenizer = bora_fl.load(run)
+    asked = {"dialog": bool(response), "max_new_tokens": 5}
+    alone = [next(generate(model, tokenizer, [text], **asked)) for text in TEXTS]
+    assert [row["response"] for row in rows] == alone
+
+
+def test_a_folder_without_a_result_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="finished run"):
+        predict(str(tmp_path), "-", given="a")
