@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import bora_fl
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.client.worker.stub import status
 from bora_fl.client.worker.worker_pb2 import StatusResponse
@@ -247,13 +246,12 @@ class Deployment:
 
         Args:
             run_config: Overrides of the run config; ``run.output-dir`` is set to a folder of the deployment if missing.
-            app: The Flower app; this checkout by default.
+            app: The Flower app; the installed package by default.
         """
         settings = {"run.output-dir": str(self.output), **run_config}
         text = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()}
         overrides = [part for key, value in text.items() for part in ("-c", f"{key}={value}")]
-        source = app or Path(bora_fl.__file__).resolve().parents[1]
-        command = [tool("bora-fl"), "run", CONNECTION, "--app", str(source), *overrides]
+        command = [tool("bora-fl"), "run", CONNECTION, *(["--app", str(app)] if app else []), *overrides]
         run = self.operator("run", command)
         run.start()
         return run

@@ -1,7 +1,7 @@
 """What stands beside a finished adapter's weights, so that its folder is enough to load it and predict with it.
 
-``labels.json`` lists the label names in the order of the logits (``id2label=dict(enumerate(names))`` is what transformers
-takes), ``bora_fl.json`` holds the settings of model and adapter, and the tokenizer has its own files.
+``labels.json`` lists the label names in the order of the logits, ``bora_fl.json`` holds the settings of model and
+adapter, and the tokenizer has its own files.
 """
 
 import json

@@ -95,7 +95,7 @@ def test_an_export_needs_no_data_and_truncates_to_a_rank(tiny_config, tiny_data:
 
     moved = tmp_path / "data.parquet"
     moved.write_bytes(tiny_data.read_bytes())
-    folder = simulate(tiny_config | {"head.init": "random", "data.name": str(moved)}, 3)
+    folder = simulate(tiny_config | {"data.name": str(moved)}, 3)
     moved.unlink()
     model = bora_fl.load(folder)[0]
     inputs = {"input_ids": torch.tensor([[2, 7, 16, 12, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
@@ -121,10 +121,10 @@ def test_an_export_needs_no_data_and_truncates_to_a_rank(tiny_config, tiny_data:
 def test_of_a_run_that_goes_on_the_newest_checkpoint_is_exported(tiny_config, tmp_path: Path):
     from safetensors.torch import load_file
 
-    folder = simulate(tiny_config | {"head.init": "random", "run.num-rounds": 1}, 3)
+    folder = simulate(tiny_config | {"run.num-rounds": 1}, 3)
     export_merged(folder, tmp_path / "first")
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
-    simulate(tiny_config | {"head.init": "random", "run.num-rounds": 2, "run.resume": True}, 3)
+    simulate(tiny_config | {"run.num-rounds": 2, "run.resume": True}, 3)
     export_merged(folder, tmp_path / "second")
     shutil.rmtree(folder / "adapter")
     shutil.copytree(tmp_path / "adapter", folder / "adapter")  # as if it had not come to its end

@@ -12,7 +12,7 @@ from bora_fl.models import read_result
 from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 
-RANDOM = {"head.init": "random", "run.num-rounds": 2}
+RANDOM = {"run.num-rounds": 2}
 
 
 def central(model: torch.nn.Module, config: dict, tokenizer) -> float:

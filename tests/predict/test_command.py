@@ -25,7 +25,7 @@ def predict(*arguments: str, given: str = "") -> list[dict]:
 def test_labels_are_those_of_each_text_alone_and_need_no_data(tiny_config, tiny_data: Path, tmp_path: Path):
     data = tmp_path / "data.parquet"
     data.write_bytes(tiny_data.read_bytes())
-    config = {"head.init": "random", "data.name": str(data), "data.label-column": "label_name"}
+    config = {"data.name": str(data), "data.label-column": "label_name"}
     folder = simulate(tiny_config | config, 3)
     data.unlink()
     rows = predict(str(folder), "-", given="\n".join(TEXTS))
