@@ -71,9 +71,9 @@ def federation_text(federation: Federation) -> str:
         chosen = {key: value for key, value in federation.run_config.items() if key.startswith(f"{group}.")}
         if chosen:
             lines += ["", f"[{group}]"]
-        for key, value in chosen.items():
+        for key, setting in chosen.items():
             # JSON writes these as TOML does.
-            lines += [f"# {meanings[key]}", f"{key.partition('.')[2]} = {json.dumps(value, ensure_ascii=False)}"]
+            lines += [f"# {meanings[key]}", f"{key.partition('.')[2]} = {json.dumps(setting, ensure_ascii=False)}"]
     return "\n".join(lines) + "\n"
 
 
