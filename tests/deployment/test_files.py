@@ -59,12 +59,12 @@ def check_options(command: list[str]) -> None:
     assert given <= options(*program)
 
 
-@pytest.mark.parametrize("name", set(SERVICES) - PROXIES)
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - PROXIES))
 def test_units_use_options_that_exist(name: str):
     check_options(words(name))
 
 
-@pytest.mark.parametrize("name", set(SERVICES) - PROXIES)
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - PROXIES))
 def test_compose_services_use_options_that_exist(name: str):
     check_options(SERVICES[name]["command"])
 
