@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from bora_fl.config import Scalar
-from bora_fl.report import read_rows
+from bora_fl.report import read_rows, training_rows
 from bora_fl.server import checkpoint
 from bora_fl.server.checkpoint import Checkpoint
 from bora_fl.simulations.engine import round_of, simulate
@@ -115,7 +115,7 @@ def _truncated_ledger(folder: Path) -> Verdict:
     }
 
     def tamper(message: Message, partition: int) -> Message:
-        if (partition, len(read_rows(folder / "output" / "metrics.jsonl"))) == (FAULTY, ROUND - 2):
+        if (partition, len(training_rows(folder / "output" / "metrics.jsonl"))) == (FAULTY, ROUND - 2):
             (own,) = set(ledgers.glob("*.json")) - seen
             own.write_bytes(own.read_bytes()[: own.stat().st_size // 2])
         seen.update(ledgers.glob("*.json"))
@@ -123,7 +123,7 @@ def _truncated_ledger(folder: Path) -> Verdict:
 
     seen: set[Path] = set()
     config = CONFIG | private | {"run.output-dir": str(folder / "output")}
-    rows = read_rows(simulate(config, SITES, tamper=tamper) / "metrics.jsonl")
+    rows = training_rows(simulate(config, SITES, tamper=tamper) / "metrics.jsonl")
     refused = [row["reasons"] for row in rows[ROUND - 1 :]]
     alone = all(set(row["per_client"]) == {"0", "2"} for row in rows[ROUND - 1 :])
     reasons = "; ".join(sorted({str(reason) for each in refused for reason in each.values()}))
@@ -147,7 +147,7 @@ def _fifty_clients(folder: Path) -> Verdict:
         simulate(config, 50, save=save)
     except RunFailedError:
         done = simulate(config | {"run.resume": True}, 50)
-        asked = [len(row["per_client"]) for row in read_rows(done / "metrics.jsonl")]
+        asked = [len(row["per_client"]) for row in training_rows(done / "metrics.jsonl")]
         return judge(done, config, f"resumed; {asked} clients a round", None, 1, sites=50, sampled=5)
     return Verdict("did not end", False, float("nan"), None, 0)
 
