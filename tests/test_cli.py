@@ -1,6 +1,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 import bora_fl
 from bora_fl.cli import COMMANDS, cli, console
 from bora_fl.config import ConfigError, Settings
+from bora_fl.deployment.launch import Outcome
 from bora_fl.simulations.benchmarks.command import BENCHMARKS
 
 HEAVY = ("torch", "flwr", "pydantic", "transformers", "peft", "numpy", "scipy", "matplotlib", "grpc", "cryptography")
@@ -40,7 +42,7 @@ def test_help_lists_every_command_and_imports_no_library():
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert "imported []" in done.stdout
-    own = ("config", "strategies", "fetch", "run", "demo", "export", "certificates")
+    own = ("config", "strategies", "fetch", "run", "demo", "init", "certificates")
     assert all(f" {name} " in done.stdout for name in (*own, *COMMANDS))
 
 
@@ -76,3 +78,49 @@ def test_bench_hands_over_options_and_the_exit_code():
     assert call("bench", "cost", "--nonsense")[0] == 2
     with pytest.raises(ConfigError, match="bench coast: no such benchmark; use one of layer, cost"):
         call("bench", "coast")
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What `bora-fl run` would start in a folder with a federation.toml."""
+    found: list[tuple] = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "federation.toml").write_text("[federation]\nsimulate = 3\n\n[run]\nseed = 5\nnum-rounds = 2\n")
+    monkeypatch.setattr("bora_fl.cli._simulate", lambda app, config, how: found.append((config, how.num_clients)))
+
+    def deploy(app: Path, config: dict, connection: str, **options: object) -> Outcome:
+        found.append((config, connection))
+        return Outcome(tmp_path / "log")
+
+    monkeypatch.setattr("bora_fl.deployment.launch.run", deploy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ({"run.seed": 5, "run.num-rounds": 2}, 3)),
+        (["-c", "run.num-rounds=9"], ({"run.seed": 5, "run.num-rounds": 9}, 3)),
+        (["--simulate", "4"], ({"run.seed": 5, "run.num-rounds": 2}, 4)),
+        (["hospitals"], ({"run.seed": 5, "run.num-rounds": 2}, "hospitals")),
+    ],
+)
+def test_run_does_what_the_folder_s_file_says_and_what_is_given_wins(
+    arguments: list[str], expected: tuple, started: list[tuple]
+):
+    assert call("run", *arguments)[0] == 0
+    assert started == [expected]
+
+
+def test_run_goes_to_the_deployment_that_the_file_names(started: list[tuple]):
+    Path("federation.toml").write_text('[federation]\nconnection = "hospitals"\n')
+    assert call("run")[0] == 0
+    assert call("run", "--simulate", "2")[0] == 0
+    assert started == [({}, "hospitals"), ({}, 2)]
+
+
+def test_run_without_anything_to_run_says_how(started: list[tuple]):
+    Path("federation.toml").unlink()
+    with pytest.raises(ConfigError, match="nothing to run: .*--simulate.*bora-fl init"):
+        call("run")
+    assert started == []

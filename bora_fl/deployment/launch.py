@@ -89,7 +89,8 @@ def submit(app: Path, run_config: Mapping[str, Scalar], connection: str, *, show
     overrides = " ".join(f"{key}={_toml(value)}" for key, value in run_config.items())
     with tempfile.TemporaryDirectory() as copy:
         options = ["--format", "json", *(["--run-config", overrides] if overrides else [])]
-        command = [tool("flwr"), "run", str(stage(app, Path(copy))), connection, *options]
+        staged = str(stage(app, Path(copy)))
+        command = [tool("flwr"), "run", staged, connection, *options]
         submission = Service("submit", command, Path(copy), flower_environment())
         try:
             submission.start()
@@ -99,7 +100,7 @@ def submit(app: Path, run_config: Mapping[str, Scalar], connection: str, *, show
             raise
         finally:
             submission.stop()
-        text = submission.text().replace(str(Path(copy).resolve()), "").replace(copy, "")
+        text = submission.text().replace(staged, "the app").replace(copy, "")  # that folder means nothing to a user
     with contextlib.suppress(ValueError, KeyError):
         return str(int(json.loads(text[text.index("{") : text.rindex("}") + 1])["run-id"]))
     raise LaunchError(f"`flwr run` did not start the run:\n{text.strip()}")

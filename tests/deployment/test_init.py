@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -104,3 +105,14 @@ def test_a_file_is_never_overwritten(here: Path):
     with pytest.raises(ConfigError, match=r"federation\.toml: it exists"):
         init()
     assert read_federation(here).run_config == {"run.seed": 7}
+
+
+def test_in_a_terminal_what_is_not_given_is_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch):
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr("bora_fl.deployment.init.sys", SimpleNamespace(stdin=terminal))
+    answers = "\n".join(["", "embedded:minilm", "", "7", "fedavg"]) + "\n"
+    result = CliRunner().invoke(cli, ["init"], input=answers)
+    assert result.exit_code == 0, result.output
+    federation = read_federation(here)
+    assert (federation.simulate, federation.run_config["strategy.name"]) == (7, "fedavg")
+    assert federation.run_config["data.partition"] == "dirichlet"  # seven clients for four domains

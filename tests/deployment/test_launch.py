@@ -25,7 +25,7 @@ with (here / "calls").open("a") as calls:
 command = sys.argv[1]
 if command == "run":
     if (here / "refuse").exists():
-        sys.exit("Error: no SuperLink")
+        sys.exit("Error: no SuperLink for " + sys.argv[2])
     print(json.dumps({{"success": True, "run-id": "{run_id}"}}, indent=2))
 elif command == "log":
     print("INFO :      Starting\\nbora-fl | round 1/2: train loss 1.0", flush=True)
@@ -79,8 +79,9 @@ def test_a_run_that_does_not_complete_says_why(flower: Path):
 
 def test_a_run_that_does_not_start_says_so(flower: Path):
     (flower / "refuse").touch()
-    with pytest.raises(LaunchError, match="no SuperLink"):
+    with pytest.raises(LaunchError, match=r"no SuperLink for the app$") as error:
         run(ROOT, {}, "hospitals", stops=never)
+    assert calls(flower)[0][1] not in str(error.value)
 
 
 def test_a_wrong_setting_stops_before_anything_starts(flower: Path):
