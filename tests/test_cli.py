@@ -121,6 +121,6 @@ def test_run_goes_to_the_deployment_that_the_file_names(started: list[tuple]):
 
 def test_run_without_anything_to_run_says_how(started: list[tuple]):
     Path("federation.toml").unlink()
-    with pytest.raises(ConfigError, match="nothing to run: .*--simulate.*bora-fl init"):
+    with pytest.raises(ConfigError, match=r"nothing to run: .*--simulate.*bora-fl init"):
         call("run")
     assert started == []
