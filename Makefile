@@ -22,6 +22,7 @@ $(VENV)/.user: pyproject.toml constraints.txt
 
 $(VENV)/.developer: $(VENV)/.user
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf,test,dev]"
+	$(BIN)/python -m tests.prepare
 	touch $@
 
 demo: $(VENV)/.user

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.prepare import hugging_face_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own level and those before it.
@@ -110,16 +112,8 @@ print(bora_fl.kernels.reference.__file__)
 """
 
 
-@pytest.fixture(scope="module")
-def hugging_face_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kernels")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "kernels>=0.17"]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["checkout", "bundle"])
-def test_lives_beside_hugging_face_kernels(kind: str, hugging_face_kernels: Path, tmp_path: Path):
+def test_lives_beside_hugging_face_kernels(kind: str, tmp_path: Path):
     root = ROOT
     if kind == "bundle":
         from flwr.cli.build import build_fab_from_disk
@@ -127,7 +121,7 @@ def test_lives_beside_hugging_face_kernels(kind: str, hugging_face_kernels: Path
         (tmp_path / "app.fab").write_bytes(build_fab_from_disk(ROOT))
         root = tmp_path / "app"
         zipfile.ZipFile(tmp_path / "app.fab").extractall(root)
-    path = [str(root), str(hugging_face_kernels)]
+    path = [str(root), str(hugging_face_kernels())]
     code = f"import sys; sys.path[:0] = {path!r}\n{LOAD_LLAMA}"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

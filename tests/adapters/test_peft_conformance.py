@@ -7,22 +7,17 @@ named method are left where they are. The source distribution is fetched once in
 import importlib
 import importlib.metadata
 import importlib.util
-import os
-import subprocess
 import sys
-import tarfile
-import tempfile
 import warnings
-from pathlib import Path
 from types import FunctionType, ModuleType
 
 import huggingface_hub
 import pytest
 
 from bora_fl.adapters import BoraConfig
+from tests.prepare import upstream_peft
 
 PACKAGE = "upstream_peft_tests"
-BUILD = Path(__file__).resolve().parents[2] / ".build"
 
 pytestmark = [
     # What upstream's tests provoke: configs named after models that have no name and are not on the hub, active
@@ -65,32 +60,10 @@ PAIRS: list[tuple[str, dict[str, object], dict[str, object]]] = [
 ]
 
 
-def upstream_folder() -> Path:
-    """Return the `tests` folder of the installed PEFT's source distribution, fetching it if need be."""
-    version = importlib.metadata.version("peft")
-    target = BUILD / f"peft-{version}"
-    if not (target / "tests").is_dir():
-        BUILD.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            fetched = subprocess.run([*command, "-d", scratch, f"peft=={version}"], capture_output=True, text=True)
-            archives = list(Path(scratch).glob("*.tar.gz"))
-            if fetched.returncode or not archives:
-                raise RuntimeError(
-                    f"PEFT's test suite comes with its source distribution, and pip could not fetch peft=={version}: "
-                    f"{fetched.stderr.strip()} Put an unpacked peft-{version} into {BUILD}, or give pip an index."
-                )
-            with tarfile.open(archives[0]) as archive:
-                archive.extractall(scratch, filter="data")
-            if not target.exists():
-                os.replace(Path(scratch) / target.name, target)
-    return target / "tests"
-
-
 def import_upstream() -> ModuleType:
     """Import upstream's `test_custom_models`, whose relative imports need a package."""
     package = ModuleType(PACKAGE)
-    package.__path__ = [str(upstream_folder())]
+    package.__path__ = [str(upstream_peft())]
     sys.modules[PACKAGE] = package
     # One import line needs diffusers, and only tests of image models use it.
     stand_in = None if importlib.util.find_spec("diffusers") else ModuleType("diffusers")
