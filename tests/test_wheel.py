@@ -88,6 +88,7 @@ def test_from_an_empty_folder_init_run_predict_export_and_load(
 def test_the_wheel_is_what_an_index_takes(wheel: Path):
     pytest.importorskip("twine", reason="twine is not here")
     (file,) = wheel.parent.glob("*.whl")
+    assert (wheel / "bora_fl" / "py.typed").is_file()
     done = subprocess.run(
         [sys.executable, "-m", "twine", "check", str(file)], capture_output=True, text=True, check=False
     )

@@ -47,8 +47,8 @@ def model_card(
     sections = [
         _front_matter(settings, kind),
         f"# {settings.adapter.method} adapter for {_base(settings)}\n\n"
-        "Trained by a federation with [bora_fl](https://arxiv.org/abs/2508.06953): the clients' records never left "
-        "them.",
+        "Trained by a federation with bora_fl ([BoRA](https://arxiv.org/abs/2508.06953)): clients sent what they had "
+        "trained, never their records.",
         _table(settings, rows, label_names, pooling),
         _metrics(rows),
         _loading(settings, kind, pooling),
@@ -80,12 +80,13 @@ def _table(
     settings: Settings, rows: Sequence[Mapping[str, Any]], label_names: Sequence[str] | None, pooling: str | None
 ) -> str:
     model, adapter, strategy, data = settings.model, settings.adapter, settings.strategy, settings.data
-    revision = f", revision {model.revision}" if model.revision else ""
+    source = f", from the package {EMBEDDED[model.name][2]}" if model.name in EMBEDDED else ""
+    source += f", revision {model.revision}" if model.revision else ""
     blocks = f", {adapter.num_blocks} blocks" if adapter.method == "bora" else ""
     how = "data of each site" if data.partition == "local" else f"{data.partition} partition"
     facts = {
         "task": model.task,
-        "base model": f"`{_base(settings)}`{revision}",
+        "base model": f"`{_base(settings)}`{source}",
         "head reads": f"{pooling} of the token states" if pooling else "",
         "labels": ", ".join(f"`{name}`" for name in label_names or ()),
         "adapter": f"{adapter.method}, rank {adapter.rank}{blocks}, alpha {adapter.alpha:g}, "

