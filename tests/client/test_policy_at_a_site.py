@@ -48,8 +48,11 @@ def policy(tiny_data: Path, tiny_model: Path, tmp_path: Path):
 
 
 def refused(config, nodes, **changes) -> str:
+    """The reasons of a run that fails, in an output folder of its own."""
+    folder = Path(str(config["run.output-dir"]))
+    fresh = folder.with_name(f"{folder.name}-{len(list(folder.parent.iterdir()))}")
     with pytest.raises(RunFailedError) as failed:
-        simulate(config | changes, 1, node_configs=nodes)
+        simulate(config | {"run.output-dir": str(fresh)} | changes, 1, node_configs=nodes)
     return str(failed.value)
 
 

@@ -74,7 +74,7 @@ def test_start_leaves_the_observer_in_its_place():
     strategy = FederatedStrategy(settings(), observer=watch)
     strategy.start(Grid(), to_arrays(flatten(adapter(0))), 2)
     assert strategy.observer is watch
-    assert [report.round for report in watch.reports] == [1, 2]
+    assert [report.round for report in watch.reports] == [0, 1, 2]
 
 
 def test_a_loop_of_ones_own_over_flowers_methods_reaches_the_same_adapter():
