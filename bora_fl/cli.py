@@ -243,6 +243,7 @@ def demo(
     """Fine-tune MiniLM across four sentiment silos; about four minutes on two cores."""
     from bora_fl.config import overrides
     from bora_fl.data import fetch as fetch_data
+    from bora_fl.simulations.launch import Simulation
 
     console.print("fetching the default data ...")
     fetch_data("embedded:sentiment4")

@@ -2,6 +2,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +125,23 @@ def test_run_without_anything_to_run_says_how(started: list[tuple]):
     with pytest.raises(ConfigError, match=r"nothing to run: .*--simulate.*bora-fl init"):
         call("run")
     assert started == []
+
+
+def test_demo_runs_the_default_model_and_data_in_a_folder_that_is_free(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    from bora_fl import data
+    from bora_fl.simulations import launch
+
+    asked = []
+    monkeypatch.setattr(data, "fetch", lambda name: tmp_path)
+
+    def run(app, config, simulation, show):
+        asked.append((config, simulation))
+        return SimpleNamespace(rows=[], folder=tmp_path)
+
+    monkeypatch.setattr(launch, "run", run)
+    (tmp_path / "demo").mkdir()
+    assert call("demo", "--output", str(tmp_path / "demo"), "-c", "run.num-rounds=2")[0] == 0
+    ((config, simulation),) = asked
+    assert config["run.output-dir"] == str(tmp_path / "demo-2")
+    assert config["run.num-rounds"] == 2
+    assert simulation.num_clients == 4
