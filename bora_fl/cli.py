@@ -240,7 +240,7 @@ def demo(
     app: Annotated[Path, typer.Option(help="the Flower app")] = Path(),
     run_config: ConfigOption = None,
 ) -> None:
-    """Fine-tune MiniLM across four sentiment silos; about four minutes on two cores."""
+    """Fine-tune MiniLM across four sentiment silos; about five minutes on two cores."""
     from bora_fl.config import overrides
     from bora_fl.data import fetch as fetch_data
     from bora_fl.simulations.launch import Simulation

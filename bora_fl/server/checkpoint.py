@@ -186,7 +186,8 @@ def _write_folds(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
         before = _read_manifest(folder / f"round-{checkpoint.round - 1:05d}")
         known = before.sha256 if before.run_id == checkpoint.run_id else {}
     except (OSError, ValueError):
-        log.info("round %d: every fold is written or compared anew", checkpoint.round)
+        if checkpoint.folds:
+            log.info("round %d: every base delta is written or compared anew", checkpoint.round)
     digests = {}
     for version, fold in enumerate(checkpoint.folds, 1):
         path = _fold_path(folder, version)
