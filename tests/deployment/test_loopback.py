@@ -117,6 +117,7 @@ def test_a_node_without_the_authority_is_refused(deployment: Deployment, tmp_pat
 def test_a_securely_aggregated_fine_tune_is_the_plain_one(deployment: Deployment, tmp_path: Path):
     """Up to the 22 bits of a masked entry, of which Adam would make whole steps in a second round."""
     config = CONFIG | {"strategy.name": "fedavg", "strategy.weighting": "uniform", "run.num-rounds": 1}
+    config |= {"head.init": "random"}  # under secure aggregation there is no other
     secure = {"privacy.secure-aggregation": True, "run.output-dir": str(tmp_path / "secure")}
     finished(deployment.submit(config | secure), 400, deployment.services)
     deployed = adapter(tmp_path / "secure")
