@@ -22,11 +22,12 @@ def run(*arguments: str) -> int:
 
 
 def test_the_demo_learns(tmp_path: Path):
-    """The README's figure is .686."""
+    """The README's figures are .680 before training and .717 after it."""
     rows = read_rows(simulate(DEMO | {"run.output-dir": str(tmp_path / "run")}, 4) / "metrics.jsonl")
-    assert len(rows) == Settings().run.num_rounds
+    assert [row["round"] for row in rows] == list(range(Settings().run.num_rounds + 1))
+    assert rows[0]["accuracy"] > 0.67
     assert rows[-1]["evaluated"] == "central"
-    assert rows[-1]["accuracy"] > 0.66
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.02
 
 
 def test_refactoring_is_no_worse_than_averaging_in_any_seed_of_a_comparison(tmp_path: Path):
