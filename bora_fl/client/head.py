@@ -1,13 +1,10 @@
 """A client's part of the closed-form head: sums over its examples, and how the solved heads do on its held-out part."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from flwr.app import RecordDict
 
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.round import OnStep, receive
+from bora_fl.client.round import OnStep, receive, stage
 from bora_fl.client.site import Site
 from bora_fl.device import autocast, settle
 from bora_fl.heads import Head, collect, head_metrics, release, release_noise
@@ -65,7 +62,7 @@ def statistics(
             num_classes,
             clip_norm=clip_norm if private else None,
             autocast=lambda: autocast(device, train.precision),
-            progress=_stage("sum up features", on_step),
+            progress=stage("sum up features", on_step),
         )
         if private:
             sums = release(sums, noise)
@@ -96,7 +93,3 @@ def losses(
 
 def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.double()
-
-
-def _stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | None:
-    return partial(on_step, name) if on_step else None

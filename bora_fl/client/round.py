@@ -101,7 +101,7 @@ class _Round:
         self.model.train_only(self.instruction.trains)
         settings = self.site.settings
         seed = derive(settings.run.seed, "batches", self.instruction.round, self.who.partition)
-        step = _stage("train", self.on_step)
+        step = stage("train", self.on_step)
         return train(self.model, self.data.train, settings.train, factor=self.factor, seed=seed, on_step=step)
 
 
@@ -135,7 +135,7 @@ def _train_by_record(round: _Round) -> RecordRelease:
             run_id=round.instruction.run_id,
             partition=round.who.partition,
             policy=round.policy,
-            on_step=_stage("train", round.on_step),
+            on_step=stage("train", round.on_step),
         )
     log.info("round %d: %s", round.instruction.round, spent)
     return RecordRelease(
@@ -257,11 +257,12 @@ def _evaluate(site: Site, model: FederatedModel, data: Encoded, on_step: OnStep 
         data,
         train.evaluation_batch_size,
         autocast=lambda: autocast(device, train.precision),
-        progress=_stage("evaluate", on_step),
+        progress=stage("evaluate", on_step),
     )
 
 
-def _stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | None:
+def stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | None:
+    """`on_step` for one kind of work."""
     return partial(on_step, name) if on_step else None
 
 

@@ -42,6 +42,11 @@ class Head:
     weight: Tensor
     bias: Tensor | None
 
+    def is_finite(self) -> bool:
+        """Whether float32 holds every number of it."""
+        parts = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return all(bool(part.float().isfinite().all()) for part in parts)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Logits ``[N, C]`` of features ``[N, d]``."""
         logits = x.to(self.weight) @ self.weight.T

@@ -156,10 +156,8 @@ class FederatedStrategy(Strategy):
         measured, rejected = self._evaluate_on_clients(grid, number)
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.
-        rejected |= solved.rejected
-        for who, why in (intake.rejected | rejected).items():
-            log.warning("round %d: rejected the reply of %s: %s", number, who, why)
-        reasons = left_out | intake.rejected | rejected
+        _warn(number, intake.rejected | rejected)
+        reasons = left_out | intake.rejected | rejected | solved.rejected
         reported = {client: intake.metrics.get(client, ClientMetrics()) for client in intake.metrics | measured}
         reported |= {client: reported[client].joined(metrics) for client, metrics in measured.items()}
         clients = Evaluation.of((measured or reported).values())
@@ -308,6 +306,7 @@ class FederatedStrategy(Strategy):
             return sorted(replies, key=lambda reply: self.nodes.partition(reply.metadata.src_node_id) or 0)
 
         solved = solve(self.head, self.state, self.settings, server_round, ask, answers)
+        _warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)
 
     def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
@@ -390,3 +389,8 @@ class FederatedStrategy(Strategy):
             self.observer = recorder.observer
         recorder.result.arrays = to_arrays(flatten(final.current))
         return recorder.result
+
+
+def _warn(round: int, rejected: Mapping[str, str]) -> None:
+    for who, why in rejected.items():
+        log.warning("round %d: rejected the reply of %s: %s", round, who, why)

@@ -3,7 +3,6 @@
 import functools
 import logging
 import operator
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from bora_fl.config import Settings
 from bora_fl.heads import ClassSums, Head, choose, interpolate, lda, release_noise, scaled, solve_private
 from bora_fl.state import AdapterState
+from bora_fl.strategies.screening import heavy
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import size, to_arrays
 from bora_fl.wire.replies import RejectedReplyError, read_head_losses, read_statistics
@@ -110,12 +110,20 @@ def solve(
     if sums is None:
         log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
         return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
-    heads = candidates(layout, state.current, sums, clients, settings, trained=round > 0)
+    try:
+        heads = candidates(layout, state.current, sums, clients, settings, trained=round > 0)
+        heads = {name: head for name, head in heads.items() if head.is_finite()}
+    except (ValueError, RuntimeError) as error:  # sums of no examples, or beyond what numbers hold
+        log.warning("round %d: %s", round, error)
+        heads = {}
+    if not heads:
+        rejected["head"] = "no finite head can be solved from the sums, so it stays as it is"
+        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
     name = next(iter(heads))
     if len(heads) > 1:
         sent = ask(LOSSES, {HEADS: to_arrays(_flat(heads))})
         replies = exchange(sent)
-        name, unmeasured = best(heads, replies)
+        name, unmeasured = best(heads, replies, ratio)
         rejected, up, down = rejected | unmeasured, up + _bytes(replies), down + _bytes(sent)
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
     return Solved(layout.put(state, heads[name]), name, clients, rejected, up, down)
@@ -149,15 +157,9 @@ def total(
             rejected[str(node)] = str(error)
         else:
             found[node] = sums
-    examples = {node: float(sums.counts.sum()) for node, sums in found.items()}
-    median = statistics.median_low(examples.values()) if examples else 0.0
-    for node, count in examples.items():
-        if 0 < max_ratio * median < count:
-            rejected[str(node)] = (
-                f"it claims {count:g} examples, above strategy.max-weight-ratio = {max_ratio:g} times the median "
-                f"client's {median:g}"
-            )
-            del found[node]
+    for node, reason in heavy({node: float(sums.counts.sum()) for node, sums in found.items()}, max_ratio).items():
+        rejected[str(node)] = reason
+        del found[node]
     return functools.reduce(operator.add, found.values()) if found else None, len(found), rejected
 
 
@@ -187,25 +189,27 @@ def candidates(
     return {"trained": own, **solved, **{f"mean {name}": interpolate(own, head, 0.5) for name, head in solved.items()}}
 
 
-def best(heads: Mapping[str, Head], replies: Iterable[Message]) -> tuple[str, dict[str, str]]:
+def best(heads: Mapping[str, Head], replies: Iterable[Message], max_ratio: float = 0.0) -> tuple[str, dict[str, str]]:
     """The name of the head with the least loss over all clients' held-out examples; of equal ones the first.
 
     Args:
         heads: What was sent, in order.
         replies: Replies to `LOSSES`.
+        max_ratio: As in `total`, of held-out examples.
 
     Returns:
         The name, and node to the reason why its reply is rejected.
     """
-    sums, rejected = [0.0] * len(heads), dict[str, str]()
+    found, rejected = dict[int, tuple[list[float], float]](), dict[str, str]()
     for message in replies:
         try:
-            losses, examples = read_head_losses(message, len(heads))
+            found[message.metadata.src_node_id] = read_head_losses(message, len(heads))
         except RejectedReplyError as reply:
             rejected[str(reply.node_id)] = reply.reason
-            continue
-        sums = [held + examples * loss for held, loss in zip(sums, losses, strict=True)]
-    by_name = dict(zip(heads, sums, strict=True))
+    for node, reason in heavy({node: examples for node, (_, examples) in found.items()}, max_ratio).items():
+        rejected[str(node)] = reason
+        del found[node]
+    by_name = {name: sum(examples * losses[k] for losses, examples in found.values()) for k, name in enumerate(heads)}
     return choose(heads, lambda name, _: by_name[name])[0], rejected
 
 

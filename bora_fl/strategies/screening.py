@@ -1,7 +1,7 @@
 """Reject updates that claim too much, moved implausibly far, against everyone else or to a worse model."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -43,8 +43,7 @@ def screen(
         reasons.update(found)
         passed[:] = [update for update in passed if update.client not in found]
 
-    if settings.max_weight_ratio > 0:
-        reject(_heavy(passed, settings.max_weight_ratio))
+    reject(heavy({update.client: update.weight for update in passed}, settings.max_weight_ratio))
     if settings.max_update_norm > 0 or settings.min_cosine > -1:
         reject(_far_or_against(passed, state, settings, shares))
     if settings.max_loss_increase > 0 and loss is not None and passed:
@@ -52,13 +51,14 @@ def screen(
     return passed, reasons
 
 
-def _heavy(updates: Sequence[ClientUpdate], ratio: float) -> dict[int, str]:
-    median = statistics.median_low([update.weight for update in updates]) if updates else 0.0
+def heavy(examples: Mapping[int, float], ratio: float) -> dict[int, str]:
+    """Who claims more than `ratio` times the median's examples, and that in words; a ratio of 0 is off."""
+    median = statistics.median_low(examples.values()) if examples else 0.0
     return {
-        update.client: f"it claims {update.weight:g} examples, above strategy.max-weight-ratio = {ratio:g} times the "
-        f"median client's {median:g}"
-        for update in updates
-        if update.weight > ratio * median
+        who: f"it claims {count:g} examples, above strategy.max-weight-ratio = {ratio:g} times the median client's "
+        f"{median:g}"
+        for who, count in examples.items()
+        if 0 < ratio * median < count
     }
 
 

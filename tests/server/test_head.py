@@ -142,6 +142,42 @@ def test_losses_that_are_none_do_not_choose_the_head(tiny_config):
     assert rows[0]["head"]
 
 
+@pytest.mark.parametrize(("mode", "value"), [("none", 0.0), ("record", 1e300)])
+def test_sums_from_which_no_head_can_be_solved_do_not_end_the_run(mode: str, value: float, tiny_config, tmp_path):
+    def tamper(reply: Message, partition: int) -> Message:
+        if reply.metadata.message_type == STATISTICS:
+            flat = from_arrays(reply.content.array_records[HEADS])
+            reply.content[HEADS] = to_arrays({name: torch.full_like(t.double(), value) for name, t in flat.items()})
+        return reply
+
+    private = {
+        "privacy.mode": mode,
+        "privacy.delta": 1e-3,
+        "privacy.accountant": "rdp",
+        "strategy.weighting": "uniform",
+    }
+    private["privacy.ledger-dir"] = str(tmp_path / "ledger")
+    rows = read_rows(simulate(tiny_config | private | {"head.init": "auto"}, 1, tamper=tamper) / "metrics.jsonl")
+    assert [(row["round"], row["head"]) for row in rows] == [(0, ""), (1, ""), (2, ""), (3, "")]
+    assert "no finite head" in rows[0]["reasons"]["head"]
+
+
+def test_one_client_s_claim_does_not_choose_the_head(tiny_config):
+    """It says that the worst scale is perfect on a million examples."""
+
+    def tamper(reply: Message, partition: int) -> Message:
+        if partition == 0 and reply.metadata.message_type == LOSSES:
+            metrics = reply.content.metric_records["metrics"]
+            metrics["head-losses"] = [9.0] * (len(metrics["head-losses"]) - 1) + [0.0]
+            metrics["eval-examples"] = 1_000_000
+        return reply
+
+    config = tiny_config | {"head.init": "auto", "run.num-rounds": 1}
+    (zero, _) = read_rows(simulate(config, 3, tamper=tamper) / "metrics.jsonl")
+    assert zero["head"] != "x0.25"
+    assert "max-weight-ratio" in "".join(zero["reasons"].values())
+
+
 def test_sites_that_withhold_their_sums_leave_the_head_as_it_is(solved, tiny_config):
     def refuse(reply: Message, partition: int) -> Message | None:
         return None if reply.metadata.message_type == STATISTICS else reply
