@@ -92,7 +92,14 @@ def train(
     optimizer = make_optimizer(model, settings, factor)
     anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     steps = num_steps(settings, len(data))
-    batches = draw_batches(len(data), settings.batch_size, steps * settings.accumulation, np.random.default_rng(seed))
+    batches = draw_batches(
+        len(data),
+        settings.batch_size,
+        steps * settings.accumulation,
+        np.random.default_rng(seed),
+        data.lengths,
+        settings.length_bucket,
+    )
     torch.manual_seed(seed)
     model.model.train()
     total, examples = 0.0, 0

@@ -124,6 +124,9 @@ class TrainSettings(_Group):
     local_steps: CountOrZero = Field(15, description="optimizer steps a round; 0 counts local-epochs instead")
     local_epochs: Positive = Field(1.0, description="passes over the client's data a round when local-steps is 0")
     batch_size: Count = Field(16, description="sequences per step and accumulation part")
+    length_bucket: Count = Field(
+        8, description="batches that are sorted by length together, so that little is padding; 1 is off"
+    )
     accumulation: Count = Field(1, description="batches whose gradients make one step")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer, fresh each round")
     learning_rate: Positive = Field(1.5e-3, description="local learning rate in the first round")

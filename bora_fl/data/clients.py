@@ -87,18 +87,28 @@ def test_data(data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encod
 
 
 def draw_batches(
-    num_examples: int, batch_size: int, num_batches: int, generator: np.random.Generator
+    num_examples: int,
+    batch_size: int,
+    num_batches: int,
+    generator: np.random.Generator,
+    lengths: NDArray[np.int64] | None = None,
+    bucket: int = 1,
 ) -> Iterator[NDArray[np.int64]]:
     """Batches of positions from reshuffled passes over the examples.
 
     Each pass deals every example exactly once, in a new order; its last batch has what is left, so it may be smaller.
-    The sequence depends on the generator's state alone, and a longer one begins with the shorter one.
+    The sequence depends on the generator's state and the lengths alone, and a longer one begins with the shorter one.
+
+    With ``bucket > 1`` every run of ``bucket`` full batches is sorted by length, cut anew and put in a random order:
+    a batch then holds examples of about one length, and little of it is padding.
 
     Args:
         num_examples: Examples there are.
         batch_size: Positions in a full batch.
         num_batches: Batches to draw.
         generator: Source of the orders.
+        lengths: ``[num_examples]``, tokens of each example; needed for ``bucket > 1``.
+        bucket: Batches that are sorted together.
 
     Raises:
         ValueError: If there is nothing to draw from.
@@ -108,11 +118,25 @@ def draw_batches(
     drawn = 0
     while drawn < num_batches:
         order = generator.permutation(num_examples)
+        if lengths is not None and bucket > 1:
+            order = _bucketed(order, lengths, batch_size, bucket, generator)
         for start in range(0, num_examples, batch_size):
             if drawn == num_batches:
                 return
             yield order[start : start + batch_size]
             drawn += 1
+
+
+def _bucketed(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], size: int, bucket: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    order = order.copy()
+    full = len(order) // size
+    for first in range(0, full, bucket):
+        part = order[first * size : min(first + bucket, full) * size]
+        batches = part[np.argsort(lengths[part], kind="stable")].reshape(-1, size)
+        part[:] = generator.permutation(batches).ravel()
+    return order
 
 
 def _held_out(num_examples: int, fraction: float) -> int:

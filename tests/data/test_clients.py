@@ -81,10 +81,12 @@ def test_a_client_out_of_range_is_refused(client: int, shop: DataSettings, words
         data.client_data(shop, MODEL, words, client, 5, 0)
 
 
-@pytest.mark.parametrize(("examples", "size"), [(10, 3), (9, 3), (2, 5), (1, 1)])
-def test_a_pass_deals_every_example_once(examples: int, size: int) -> None:
+@pytest.mark.parametrize("bucket", [1, 2, 8])
+@pytest.mark.parametrize(("examples", "size"), [(10, 3), (9, 3), (2, 5), (1, 1), (35, 3)])
+def test_a_pass_deals_every_example_once(examples: int, size: int, bucket: int) -> None:
     per_pass = -(-examples // size)
-    drawn = list(data.draw_batches(examples, size, 3 * per_pass, np.random.default_rng(0)))
+    lengths = np.random.default_rng(1).integers(1, 50, examples)
+    drawn = list(data.draw_batches(examples, size, 3 * per_pass, np.random.default_rng(0), lengths, bucket))
     assert len(drawn) == 3 * per_pass
     passes = [drawn[i * per_pass : (i + 1) * per_pass] for i in range(3)]
     for batches in passes:
@@ -100,6 +102,18 @@ def test_more_batches_begin_with_fewer() -> None:
     assert len(few) == 5
     assert all(np.array_equal(a, b) for a, b in zip(few, many, strict=False))
     assert list(data.draw_batches(10, 4, 0, np.random.default_rng(7))) == []
+
+
+def test_buckets_spare_padding_and_keep_who_is_drawn_together_random() -> None:
+    lengths = np.random.default_rng(1).integers(1, 50, 640)
+
+    def padded(bucket: int) -> int:
+        drawn = data.draw_batches(640, 16, 40, np.random.default_rng(0), lengths, bucket)
+        return sum(int(lengths[batch].max()) * len(batch) for batch in drawn)
+
+    assert padded(8) < 0.7 * padded(1)
+    means = [lengths[b].mean() for b in data.draw_batches(640, 16, 40, np.random.default_rng(0), lengths, 8)]
+    assert 10 < sum(a < b for a, b in zip(means, means[1:], strict=False)) < 30  # short and long ones in no order
 
 
 def test_nothing_to_draw_from_is_an_error() -> None:
