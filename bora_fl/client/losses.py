@@ -1,12 +1,56 @@
-"""Losses of single samples, which is what a per-sample gradient is the gradient of.
+"""Losses of local training: of single samples, and under label skew.
 
-The loss a language model computes itself is a mean over all unmasked tokens of the batch: it divides one sequence's
-loss by a number that the others decide, so that its gradient, and with it the clipping, depends on them.
+**Single samples**, which is what a per-sample gradient is the gradient of. The loss a language model computes itself is
+a mean over all unmasked tokens of the batch: it divides one sequence's loss by a number that the others decide, so that
+its gradient, and with it the clipping, depends on them.
+
+**Label skew.** A client whose examples are nearly all of one class learns to answer with that class. Cross-entropy of
+shifted logits takes its class shares out of what is learned (logit adjustment: Menon et al., ICLR 2021,
+arXiv:2007.07314; FedLC, which has n_c^(-1/4) in the place of the share: Zhang et al., ICML 2022, arXiv:2209.00189):
+
+    loss = CE(logits + τ log(q_c / p_c)),    q_c = (1 − φ) n_c / n + φ p_c
+
+with p the shares over all clients. Where they are known, the best logits are those of a central model, and training
+from such a model moves nothing that the client's shares alone would move. The floor φ leaves a gradient to classes
+that the client does not have, as FedRS does (Li, Zhan, KDD 2021): with φ = 0 and a single class there is none at all.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bora_fl.evaluate import example_losses
+
+
+def prior_shift(
+    classes: NDArray[np.int64], num_classes: int, shares: Sequence[float], strength: float, floor: float
+) -> Tensor:
+    """``τ log(q_c / p_c)``, which local training adds to the logits.
+
+    Args:
+        classes: ``[N]``, the client's labels.
+        num_classes: C.
+        shares: ``[C]``, p, each class's share of all clients' examples; empty where it is not known, and then every
+            class counts as equally frequent.
+        strength: τ.
+        floor: φ, above 0.
+
+    Returns:
+        ``[C]`` float32. A class that nobody has is shifted by 0.
+
+    Raises:
+        ValueError: If `shares` are not one finite share, from 0 on, for each class.
+    """
+    own = torch.from_numpy(np.bincount(classes, minlength=num_classes)).double()
+    everywhere = torch.tensor(shares, dtype=torch.float64) if len(shares) else torch.full_like(own, 1 / num_classes)
+    if everywhere.shape != own.shape or not bool((everywhere.isfinite() & (everywhere >= 0)).all()):
+        raise ValueError(f"class shares {list(shares)} for {num_classes} classes")
+    mixed = (1 - floor) * own / max(len(classes), 1) + floor * everywhere
+    ratio = torch.where(everywhere > 0, mixed / everywhere, torch.ones_like(mixed))
+    return (strength * ratio.log()).float()
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:

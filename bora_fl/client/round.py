@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
 
 from bora_fl.blocks import at_rank
 from bora_fl.client.identity import ClientIdentity
+from bora_fl.client.losses import prior_shift
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, learning_rate_factor, train
@@ -102,7 +104,16 @@ class _Round:
         settings = self.site.settings
         seed = derive(settings.run.seed, "batches", self.instruction.round, self.who.partition)
         step = stage("train", self.on_step)
-        return train(self.model, self.data.train, settings.train, factor=self.factor, seed=seed, on_step=step)
+        data = self.data.train
+        return train(self.model, data, settings.train, factor=self.factor, seed=seed, shift=self._shift(), on_step=step)
+
+    def _shift(self) -> Tensor | None:
+        train, classes = self.site.settings.train, self.data.train.classes
+        if not train.label_prior or classes is None:
+            return None
+        shares = self.instruction.class_shares
+        with refuse_as(Code.MESSAGE_INVALID):
+            return prior_shift(classes, self.model.num_classes, shares, train.label_prior, train.label_prior_floor)
 
 
 def _train_openly(round: _Round) -> PlainRelease | ClientRelease:

@@ -71,6 +71,7 @@ def train(
     *,
     factor: float,
     seed: int,
+    shift: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Train what `FederatedModel.train_only` has chosen for one round.
@@ -81,6 +82,7 @@ def train(
         settings: Steps, batches, optimizer, clipping, FedProx.
         factor: Share of the learning rate, from `learning_rate_factor`.
         seed: Seeds the batches and dropout.
+        shift: ``[C]``, added to the logits (`losses.prior_shift`).
         on_step: Called with (step, steps) after each step; what it raises ends the training.
 
     Raises:
@@ -114,6 +116,8 @@ def train(
             labels = batch.pop("labels")
             with autocast(device, settings.precision):
                 logits = model.model(**batch).logits
+            if shift is not None:
+                logits = logits + shift.to(logits.device)
             part_loss = example_losses(logits, labels)[0].sum() / max(targets, 1)
             part_loss.backward()  # type: ignore[no-untyped-call]
             loss += part_loss.item()

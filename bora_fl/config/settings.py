@@ -139,6 +139,12 @@ class TrainSettings(_Group):
         1.0, description="global gradient clipping; 0 is off; privacy.clip-norm is in its place under record"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast; auto is bf16 where it is fast")
+    label_prior: NonNegative = Field(
+        0.0, description="tau of the label-prior loss (classification): takes a client's class shares out of its loss"
+    )
+    label_prior_floor: Fraction = Field(
+        0.1, description="share of all clients' class shares in a client's own, so that a missing class has a gradient"
+    )
     checkpointing: bool = Field(False, description="gradient checkpointing")
     proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
     evaluation_batch_size: Count = Field(64, description="sequences per evaluation batch")

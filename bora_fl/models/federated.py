@@ -185,6 +185,11 @@ class FederatedModel:
         """The head's parameters that train now."""
         return [p for name, p in self._tensors.items() if p.requires_grad and name in self._head]
 
+    @property
+    def num_classes(self) -> int:
+        """Classes that a classifier tells apart."""
+        return int(self.model.config.num_labels)
+
     def head_layer(self) -> tuple[str, str | None] | None:
         """Names, in the state's ``tensors``, of weight and bias of the linear layer that makes the logits.
 
@@ -193,7 +198,7 @@ class FederatedModel:
         """
         if self.task != "classification":
             return None
-        classes = self.model.config.num_labels
+        classes = self.num_classes
         rows = [n for n, p in self._tensors.items() if n in self._head and p.dim() == 2 and len(p) == classes]
         if not rows:
             return None

@@ -263,6 +263,7 @@ class FederatedStrategy(Strategy):
             evaluate=evaluate,
             fold_version=self.state.fold_version,
             sparsity=self.settings.strategy.upload_fraction if self.aggregator.preset.sparse else 1.0,
+            class_shares=self.state.class_shares,
         )
         messages = []
         for node in nodes:

@@ -125,6 +125,8 @@ def solve(
         replies = exchange(sent)
         name, unmeasured = best(heads, replies, ratio)
         rejected, up, down = rejected | unmeasured, up + _bytes(replies), down + _bytes(sent)
+    if exact:
+        state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
     return Solved(layout.put(state, heads[name]), name, clients, rejected, up, down)
 

@@ -12,6 +12,7 @@ from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten, unf
 from bora_fl.strategies.server_optimizers import OptimizerState
 
 _CURRENT, _CARRIED, _RANK, _OPTIMIZER, _PRIVACY = "current/", "carried/", "memory/rank/", "memory/", "memory/privacy/"
+_SHARES = "memory/class-shares"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ServerState:
             `current`.
         fold_version: Increases by one with each non-empty base delta.
         optimizer: The server optimizer's moments.
+        class_shares: Each class's share of all clients' examples, from the head's sums; empty where it is not known.
         privacy: What client-level privacy has spent; None before its first round and without it.
     """
 
@@ -35,6 +37,7 @@ class ServerState:
     fold: Mapping[str, BlockFactors] = field(default_factory=dict)
     fold_version: int = 0
     optimizer: OptimizerState = field(default_factory=OptimizerState)
+    class_shares: tuple[float, ...] = ()
     privacy: PrivacyState | None = None
 
     @classmethod
@@ -51,12 +54,14 @@ class ServerState:
 
         Returns:
             `current/…` and `carried/…` as in `bora_fl.state`, and under `memory/`: `rank/<layer>`, `first/<coordinate>`
-            and `second/<coordinate>` (the moments), `privacy/…`.
+            and `second/<coordinate>` (the moments), `class-shares`, `privacy/…`.
         """
         tensors = {f"{_CURRENT}{name}": tensor for name, tensor in flatten(self.current).items()}
         tensors |= flatten_factors(self.carried, _CARRIED)
         tensors |= {f"{_RANK}{name}": torch.tensor(rank) for name, rank in self.ranks.items()}
         tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.to_tensors().items()}
+        if self.class_shares:
+            tensors[_SHARES] = torch.tensor(self.class_shares, dtype=torch.float64)
         spent = self.privacy.to_tensors() if self.privacy else {}
         return tensors | {f"{_PRIVACY}{name}": tensor for name, tensor in spent.items()}
 
@@ -74,6 +79,7 @@ class ServerState:
             unflatten_factors(tensors, _CARRIED),
             fold_version=fold_version,
             optimizer=OptimizerState.from_tensors(_under(_OPTIMIZER, tensors)),
+            class_shares=tuple(tensors[_SHARES].tolist()) if _SHARES in tensors else (),
             privacy=PrivacyState.from_tensors(spent) if spent else None,
         )
 

@@ -31,6 +31,7 @@ class Instruction:
         evaluate: Evaluate the received adapter on the held-out part and report it in the reply.
         fold_version: Version of the frozen weights to train on; 0 is the base model.
         sparsity: Share of the update's entries that is sent; 1 is all.
+        class_shares: Each class's share of all clients' examples; empty where the server does not know them.
     """
 
     round: int
@@ -40,6 +41,7 @@ class Instruction:
     evaluate: bool
     fold_version: int = 0
     sparsity: float = 1.0
+    class_shares: tuple[float, ...] = ()
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -53,6 +55,7 @@ class Instruction:
                 "evaluate": self.evaluate,
                 "fold-version": self.fold_version,
                 "sparsity": self.sparsity,
+                "class-shares": list(self.class_shares),
             }
         )
 
@@ -79,6 +82,7 @@ class Instruction:
             evaluate=bool(values["evaluate"]),
             fold_version=int(values["fold-version"]),  # type: ignore[arg-type]
             sparsity=float(values["sparsity"]),  # type: ignore[arg-type]
+            class_shares=tuple(values["class-shares"]),  # type: ignore[arg-type]
         )
 
 

@@ -1,11 +1,12 @@
 """A sample's loss, and so its clipped gradient, must not depend on the other samples."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bora_fl.client.losses import sample_losses
+from bora_fl.client.losses import prior_shift, sample_losses
 from bora_fl.client.per_sample import SampleGradients
 
 
@@ -77,3 +78,41 @@ def test_classes():
     torch.testing.assert_close(
         sample_losses(logits, labels), functional.cross_entropy(logits, labels, reduction="none")
     )
+
+
+SHARES = (0.5, 0.3, 0.2)
+
+
+def test_under_label_skew_the_central_optimum_stays_where_it_is():
+    """With Gaussian features of known classes, the Bayes logits of all clients are stationary for a skewed one."""
+    torch.manual_seed(0)
+    own = torch.tensor([0.02, 0.9, 0.08])
+    labels = torch.multinomial(own, 200_000, replacement=True)
+    x = torch.randn(len(labels), 2) + 1.5 * torch.eye(3)[labels][:, :2]
+    means = 1.5 * torch.eye(3)[:, :2]
+    logits = x @ means.T - means.square().sum(1) / 2 + torch.tensor(SHARES).log()
+    bias = torch.zeros(3, requires_grad=True)
+    classes = np.repeat(np.arange(3), (own * 1e6).round().long())
+
+    def gradient(strength: float) -> float:
+        shift = prior_shift(classes, 3, SHARES, strength, 1e-9)
+        loss = functional.cross_entropy(logits + bias + shift, labels)
+        return float(torch.autograd.grad(loss, bias)[0].abs().max())
+
+    assert gradient(1.0) < 5e-3
+    assert gradient(0.0) > 0.1
+
+
+def test_the_floor_leaves_missing_classes_a_gradient_and_unknown_shares_are_equal():
+    alone = np.full(10, 1)
+    shift = prior_shift(alone, 3, SHARES, 1.0, 0.1)
+    assert torch.allclose(shift, torch.tensor([0.1, (0.9 + 0.1 * 0.3) / 0.3, 0.1]).log())
+    assert torch.allclose(prior_shift(alone, 3, (), 2.0, 0.3), 2 * torch.tensor([0.3, 2.4, 0.3]).log())
+    assert prior_shift(np.array([0, 0, 1, 1, 2]), 3, (0.4, 0.4, 0.2), 1.0, 0.1).abs().max() < 1e-6
+    assert prior_shift(alone, 3, (1.0, 0.0, 0.0), 1.0, 0.1)[1] == 0  # a class that only this client's data has
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.5, float("nan")), (1.5, -0.5, 0.0)])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="class shares"):
+        prior_shift(np.zeros(3, dtype=np.int64), 3, shares, 1.0, 0.1)
