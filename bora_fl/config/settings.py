@@ -158,7 +158,9 @@ class StrategySettings(_Group):
     fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of nodes in a separate evaluation round"
     )
-    evaluate_in_train: bool = Field(True, description="clients evaluate the received adapter in the train reply")
+    evaluate_in_train: bool = Field(
+        True, description="clients evaluate the received adapter in train replies, as often as run.evaluate-every"
+    )
     min_nodes: CountOrZero = Field(
         0, description="nodes to wait for before round 1; 0 is the federation's size if known, else 2"
     )
@@ -235,6 +237,10 @@ class RunSettings(_Group):
     threads: CountOrZero = Field(
         0, description="torch threads per process; 0 is cores divided by the processes Flower runs"
     )
+
+    def evaluates(self, round: int) -> bool:
+        """Whether ``evaluate-every`` names this round, or it is the last."""
+        return round % self.evaluate_every == 0 or round == self.num_rounds
 
 
 class Settings(_Group):

@@ -143,8 +143,7 @@ class Server(Observer):
 
     def evaluate(self, round: int, state: ServerState, folds: list[dict[str, Tensor]]) -> tuple[float, float] | None:
         """Central loss and accuracy on the test set, in the rounds that the config names."""
-        every, last = self.settings.run.evaluate_every, self.settings.run.num_rounds
-        if self.test is None or (round % every and round != last):
+        if self.test is None or not self.settings.run.evaluates(round):
             return None
         self._bring_to(state.current, folds)
         metrics = self._evaluate(self.test)

@@ -196,7 +196,8 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         """Train messages for this round's sample of the nodes."""
         strategy = self.settings.strategy
-        evaluate = strategy.evaluate_in_train and not self.settings.privacy.secure_aggregation
+        wanted = strategy.evaluate_in_train and self.settings.run.evaluates(server_round)
+        evaluate = wanted and not self.settings.privacy.secure_aggregation
         nodes = self.nodes.sample(strategy.fraction_train, server_round, "train")
         self._asked = len(nodes)
         return self._messages(nodes, "train", server_round, arrays, evaluate, config)
@@ -246,8 +247,8 @@ class FederatedStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Evaluation messages, if the config asks for a round of its own; as often as the server itself evaluates."""
-        fraction, run = self.settings.strategy.fraction_evaluate, self.settings.run
-        if fraction == 0 or (server_round % run.evaluate_every and server_round != run.num_rounds):
+        fraction = self.settings.strategy.fraction_evaluate
+        if fraction == 0 or not self.settings.run.evaluates(server_round):
             return []
         nodes = self.nodes.sample(fraction, server_round, "evaluate")
         return self._messages(nodes, "evaluate", server_round, arrays, True, config)

@@ -118,12 +118,11 @@ class Summary:
 
 def rows_of(run: CompareRun) -> list[Row]:
     """The rounds of one run, from its ``metrics.jsonl``."""
-    every, last = run.settings.run.evaluate_every, run.settings.run.num_rounds
     up = down = 0
     seconds = server_seconds = 0.0
     rows = []
     for found in read_rows(run.folder / "metrics.jsonl"):
-        central = (found["round"] % every == 0 or found["round"] == last) and not run.variant.personal
+        central = run.settings.run.evaluates(found["round"]) and not run.variant.personal
         clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
         up, down = up + found["bytes_up"], down + found["bytes_down"]
         seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]

@@ -142,3 +142,12 @@ def test_a_node_that_claims_a_partition_that_is_served_is_left_out_and_the_repor
     )
     assert watch.reports[0].clients == 3
     assert "another node serves partition 0" in watch.reports[0].reasons[str(2 + SICK)]
+
+
+def test_clients_evaluate_in_the_rounds_that_the_server_evaluates_in():
+    grid = Grid()
+    FederatedStrategy(settings(run__num_rounds=4, run__evaluate_every=3, strategy__fraction_evaluate=0.0)).run(
+        grid, ServerState.start(adapter(0)), [], 1
+    )
+    asked = [m.content.config_records["instruction"] for m in grid.seen if m.metadata.message_type == "train"]
+    assert {(i["round"], i["evaluate"]) for i in asked} == {(1, False), (2, False), (3, True), (4, True)}
