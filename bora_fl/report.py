@@ -98,7 +98,8 @@ class RoundReport:
     ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
     or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
     ``head`` names the classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the
-    solved one with its logits scaled) or ``mean x0.5`` (of this and the trained one).
+    solved one with its logits scaled) or ``mean x0.5`` (of this and the trained one). ``kept`` is set in the last round
+    where ``run.keep-best`` has gone back to an earlier one's adapter: it names that round.
     """
 
     round: int
@@ -106,6 +107,7 @@ class RoundReport:
     accuracy: float | None = None
     evaluated: str = ""
     head: str = ""
+    kept: int | None = None
     train_loss: float | None = None
     client_loss: float | None = None
     client_accuracy: float | None = None

@@ -36,7 +36,7 @@ class InProcessGrid(Grid):
         num_nodes: Number of SuperNodes; node i serves partition i.
         run_config: What each client's context holds.
         node_configs: More node config by partition, such as ``{2: {"rank": 4}}``.
-        tamper: Called with each reply and its partition; returns what arrives, None for nothing. For fault tests.
+        tamper: Called with each reply that is no evaluation, and its partition; returns what arrives, None for nothing. For fault tests.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         message.content = copy.deepcopy(message.content)  # a network would copy it: handlers may change what they get
         reply = handle(self._app, message, self._contexts[node])
-        if self._tamper is None or message.metadata.message_type == "query":
+        if self._tamper is None or message.metadata.message_type in ("query", "evaluate"):
             return reply
         return self._tamper(reply, node - 2)
 

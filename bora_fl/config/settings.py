@@ -233,6 +233,9 @@ class RunSettings(_Group):
     output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
     resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
     evaluate_every: Count = Field(1, description="rounds between evaluations; the last is always evaluated")
+    keep_best: bool = Field(
+        True, description="end with the round of least held-out loss (privacy.mode = none, all clients each round)"
+    )
     keep_checkpoints: Count = Field(2, description="checkpoints kept")
     threads: CountOrZero = Field(
         0, description="torch threads per process; 0 is cores divided by the processes Flower runs"

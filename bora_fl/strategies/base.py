@@ -15,6 +15,7 @@ from bora_fl.privacy.accounting import summarize
 from bora_fl.report import ClientMetrics, Evaluation, RoundReport, epsilon_of, mean_train_loss
 from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten
 from bora_fl.strategies.aggregation import Aggregator, build
+from bora_fl.strategies.best import Best, keeps_best
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.exchange import exchange
 from bora_fl.strategies.head import HeadLayout, Solved, solve
@@ -65,6 +66,7 @@ class FederatedStrategy(Strategy):
         self._held: dict[int, int] = {}
         self._asked = 0
         self._train_config, self._evaluate_config = ConfigRecord(), ConfigRecord()
+        self._keeps_best = keeps_best(settings, self.aggregator.shares())
         self._privacy = ClientPrivacy.build(settings, self.aggregator.linear)
 
     def summary(self) -> None:
@@ -145,6 +147,7 @@ class FederatedStrategy(Strategy):
         else:
             intake = self.take_in(number, exchange(grid, messages, timeout))
         self._held |= intake.held
+        self._note(number - 1, intake.metrics)
         # 3. Merge them.
         merged = self.merge(number, intake, self._asked)
         self._advance(merged.state)
@@ -152,8 +155,14 @@ class FederatedStrategy(Strategy):
         last = number == self.settings.run.num_rounds
         solved = self.solve_head(grid, number) if last and self._solves_again else Solved(self.state)
         self._advance(solved.state)
-        # 5. Evaluate the result.
-        measured, rejected = self._evaluate_on_clients(grid, number)
+        # 5. Evaluate the result, and go back to an earlier one that did better.
+        measured, rejected = self._evaluate_on_clients(grid, number, last)
+        if last and (best := self._note(number, measured)) and best.round < number:
+            log.info("the adapter of round %d has the least held-out loss, and is kept", best.round)
+            self._advance(replace(self.state, current=best.adapter))
+            measured, kept = best.metrics(), best.round
+        else:
+            kept = number
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.
         _warn(number, intake.rejected | rejected)
@@ -172,6 +181,7 @@ class FederatedStrategy(Strategy):
             accuracy,
             evaluated,
             solved.name,
+            kept if kept < number else None,
             train_loss=mean_train_loss(intake.metrics.values()) if intake.metrics else intake.train_loss,
             client_loss=clients.loss if clients else None,
             client_accuracy=clients.accuracy if clients else None,
@@ -321,11 +331,25 @@ class FederatedStrategy(Strategy):
             self._held.pop(node, None)  # it may have lacked base deltas, which it is sent with the next round
         return take_in_securely(found, self._sent(server_round), report_loss=privacy.mode == "none")
 
-    def _evaluate_on_clients(self, grid: Grid, number: int) -> tuple[dict[int, ClientMetrics], dict[str, str]]:
+    def _evaluate_on_clients(
+        self, grid: Grid, number: int, last: bool
+    ) -> tuple[dict[int, ClientMetrics], dict[str, str]]:
         arrays = to_arrays(flatten(self.state.current))
-        messages = list(self.configure_evaluate(number, arrays, self._evaluate_config, grid))
+        if last and self._keeps_best:
+            nodes = self.nodes.sample(1.0, number, "evaluate")
+            messages = self._messages(nodes, "evaluate", number, arrays, True, self._evaluate_config)
+        else:
+            messages = list(self.configure_evaluate(number, arrays, self._evaluate_config, grid))
         replies = exchange(grid, messages, self.settings.strategy.timeout) if messages else []
         return take_in_evaluations(replies, self.nodes.partition)
+
+    def _note(self, number: int, metrics: Mapping[int, ClientMetrics]) -> Best | None:
+        """Keep what clients have evaluated, if it is the best so far; the best so far."""
+        if self._keeps_best:
+            found = Best.of(number, self.state.current, metrics, self.state.fold_version)
+            if found and found.beats(self.state.best):
+                self.state = replace(self.state, best=found)
+        return self.state.best
 
     def _advance(self, state: ServerState) -> None:
         """Go on with a state, and keep its base delta if it is a new one."""

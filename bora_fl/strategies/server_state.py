@@ -9,10 +9,11 @@ from torch import Tensor
 from bora_fl.blocks import BlockFactors
 from bora_fl.privacy.central import PrivacyState
 from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten, unflatten_factors
+from bora_fl.strategies.best import Best
 from bora_fl.strategies.server_optimizers import OptimizerState
 
 _CURRENT, _CARRIED, _RANK, _OPTIMIZER, _PRIVACY = "current/", "carried/", "memory/rank/", "memory/", "memory/privacy/"
-_SHARES = "memory/class-shares"
+_BEST, _SHARES = "best/", "memory/class-shares"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ServerState:
         fold_version: Increases by one with each non-empty base delta.
         optimizer: The server optimizer's moments.
         class_shares: Each class's share of all clients' examples, from the head's sums; empty where it is not known.
+        best: The adapter of least held-out loss so far, where the run keeps it.
         privacy: What client-level privacy has spent; None before its first round and without it.
     """
 
@@ -38,6 +40,7 @@ class ServerState:
     fold_version: int = 0
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     class_shares: tuple[float, ...] = ()
+    best: Best | None = None
     privacy: PrivacyState | None = None
 
     @classmethod
@@ -53,8 +56,8 @@ class ServerState:
         """The state without its base delta, of which a run keeps every version.
 
         Returns:
-            `current/…` and `carried/…` as in `bora_fl.state`, and under `memory/`: `rank/<layer>`, `first/<coordinate>`
-            and `second/<coordinate>` (the moments), `class-shares`, `privacy/…`.
+            `current/…`, `carried/…` and `best/…` as in `bora_fl.state`, and under `memory/`: `rank/<layer>`,
+            `first/<coordinate>` and `second/<coordinate>` (the moments), `class-shares`, `privacy/…`.
         """
         tensors = {f"{_CURRENT}{name}": tensor for name, tensor in flatten(self.current).items()}
         tensors |= flatten_factors(self.carried, _CARRIED)
@@ -62,6 +65,8 @@ class ServerState:
         tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.to_tensors().items()}
         if self.class_shares:
             tensors[_SHARES] = torch.tensor(self.class_shares, dtype=torch.float64)
+        if self.best:
+            tensors |= {f"{_BEST}{name}": tensor for name, tensor in self.best.to_tensors().items()}
         spent = self.privacy.to_tensors() if self.privacy else {}
         return tensors | {f"{_PRIVACY}{name}": tensor for name, tensor in spent.items()}
 
@@ -72,7 +77,7 @@ class ServerState:
         Raises:
             ValueError: If a part is missing or unknown.
         """
-        spent = _under(_PRIVACY, tensors)
+        spent, best = _under(_PRIVACY, tensors), _under(_BEST, tensors)
         return cls(
             unflatten(_under(_CURRENT, tensors)),
             {name: int(rank) for name, rank in _under(_RANK, tensors).items()},
@@ -80,6 +85,7 @@ class ServerState:
             fold_version=fold_version,
             optimizer=OptimizerState.from_tensors(_under(_OPTIMIZER, tensors)),
             class_shares=tuple(tensors[_SHARES].tolist()) if _SHARES in tensors else (),
+            best=Best.from_tensors(best) if best else None,
             privacy=PrivacyState.from_tensors(spent) if spent else None,
         )
 

@@ -65,6 +65,7 @@ def test_a_random_head_has_a_round_zero_too(tiny_config):
 def test_the_head_that_is_kept_at_the_end_has_the_least_held_out_loss(tiny_config):
     """Training with an absurd rate spoils the head; solving it again mends that, unless it is told not to."""
     spoiled = tiny_config | {"head.init": "auto", "train.head-learning-rate": 50.0, "data.evaluation-fraction": 0.3}
+    spoiled["run.keep-best"] = False
     mended = read_rows(simulate(spoiled, 3) / "metrics.jsonl")
     never = {"head.solve-again": "never", "run.output-dir": f"{tiny_config['run.output-dir']}-never"}
     left = read_rows(simulate(spoiled | never, 3) / "metrics.jsonl")
@@ -196,6 +197,7 @@ def test_a_head_that_is_solved_and_not_trained_stays_as_it_was_solved(tiny_confi
         "adapter.train-head": False,
         "head.solve-again": "never",
         "strategy.name": "refactor",
+        "run.keep-best": False,
     }
     folder = simulate(tiny_config | frozen, 3)
     checkpoints = load_newest(folder / "checkpoints", parse(tiny_config | frozen).flat())

@@ -1,0 +1,67 @@
+"""A run ends with the round of least held-out loss, by losses over the same examples."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bora_fl.report import ClientMetrics, read_rows, training_rows
+from bora_fl.simulations.engine import round_of, simulate
+from bora_fl.state import AdapterState
+from bora_fl.strategies.best import Best
+from bora_fl.strategies.server_state import ServerState
+from bora_fl.wire.records import from_arrays, to_arrays
+from bora_fl.wire.schema import STATE
+
+ADAPTER = AdapterState({}, {"head": torch.tensor([1.0, 2.0])})
+
+
+def best(round: int, *measured: tuple[int, float, float], fold_version: int = 0) -> Best:
+    metrics = {k: ClientMetrics(eval_loss=loss, eval_accuracy=0.5, eval_examples=n) for k, loss, n in measured}
+    found = Best.of(round, ADAPTER, metrics, fold_version)
+    assert found
+    return found
+
+
+def test_losses_are_compared_over_the_examples_that_both_rounds_have():
+    first = best(1, (0, 1.0, 10), (1, 1.0, 30))
+    assert best(2, (0, 1.5, 10), (1, 0.8, 30)).beats(first)  # 5 more, 6 less
+    assert not best(2, (0, 1.7, 10), (1, 0.8, 30)).beats(first)
+    assert not best(2, (0, 1.0, 10), (1, 1.0, 30)).beats(first)  # of equal ones the earlier
+    assert best(2, (0, 0.9, 10)).beats(first)
+    assert not best(2, (0, 1.1, 10), (7, 0.0, 9999)).beats(first)
+    assert not best(2, (7, 0.0, 9999)).beats(first)
+    assert best(2, (0, 9.0, 10), fold_version=1).beats(first)
+    assert Best.of(3, ADAPTER, {0: ClientMetrics(train_loss=1.0)}) is None
+
+
+def test_it_survives_a_checkpoint():
+    state = ServerState.start(ADAPTER)
+    state = ServerState(ADAPTER, best=best(4, (0, 0.25, 3), (5, 0.5, 7), fold_version=2), class_shares=(0.25, 0.75))
+    back = ServerState.from_tensors(state.to_tensors(), 0)
+    assert back.class_shares == state.class_shares
+    assert back.best is not None
+    assert (back.best.round, back.best.measured) == (4, state.best.measured)  # type: ignore[union-attr]
+    assert back.best.fold_version == 2
+    assert torch.equal(back.best.adapter.tensors["head"], ADAPTER.tensors["head"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_last_round_that_makes_things_worse_is_not_what_a_run_ends_with(tiny_config, tmp_path: Path, keep: bool):
+    def ruin(message, partition):
+        if round_of(message) == 3:
+            sent = from_arrays(message.content.array_records[STATE])
+            message.content[STATE] = to_arrays({n: t * (1000.0 if "tensors" in n else 1.0) for n, t in sent.items()})
+        return message
+
+    folder = simulate(tiny_config | {"run.keep-best": keep, "strategy.max-update-norm": 0.0}, 3, tamper=ruin)
+    rows = training_rows(folder / "metrics.jsonl")
+    last = rows[-1]
+    if not keep:
+        assert last["kept"] is None
+        assert last["loss"] > 1.5 * rows[1]["loss"]
+        return
+    kept = next(row for row in read_rows(folder / "metrics.jsonl") if row["round"] == last["kept"])
+    assert last["kept"] < 3
+    assert last["loss"] == pytest.approx(kept["loss"], abs=1e-6)
+    assert last["client_loss"] == min(row["client_loss"] for row in rows)
