@@ -36,7 +36,8 @@ class InProcessGrid(Grid):
         num_nodes: Number of SuperNodes; node i serves partition i.
         run_config: What each client's context holds.
         node_configs: More node config by partition, such as ``{2: {"rank": 4}}``.
-        tamper: Called with each reply that is no evaluation, and its partition; returns what arrives, None for nothing. For fault tests.
+        tamper: Called with each reply that is no evaluation, and its partition; returns what arrives, None for
+            nothing. For fault tests.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.refusing import refuse
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import parse
-from bora_fl.wire.refusals import Code, refuse_as
-from bora_fl.wire.schema import refusal, roll_call
+from bora_fl.wire.refusals import IN_CLEAR, Code, Refused, refuse_as
+from bora_fl.wire.schema import asked_under_masks, refusal, roll_call
 
 if TYPE_CHECKING:
     from bora_fl.config import Settings
@@ -49,6 +49,13 @@ def _work(kind: "Kind", content: RecordDict, context: Context) -> RecordDict:
     return hand_over(worker, kind, content, context, _settings(context).strategy.timeout)
 
 
+def _in_clear(kind: "Kind", content: RecordDict, context: Context) -> RecordDict:
+    """Do it, unless replies are to be masked."""
+    if _settings(context).privacy.secure_aggregation:
+        raise Refused(Code.PROTOCOL_MISMATCH, IN_CLEAR)
+    return _work(kind, content, context)
+
+
 @app.query()
 def identify(message: Message, context: Context) -> Message:
     """Say which partition this node serves."""
@@ -63,13 +70,13 @@ def identify(message: Message, context: Context) -> Message:
 @app.query("head_statistics")
 def head_statistics(message: Message, context: Context) -> Message:
     """Sum up the features that the classification head reads."""
-    return _answer(message, lambda: _work("head-statistics", message.content, context))
+    return _answer(message, lambda: _in_clear("head-statistics", message.content, context))
 
 
 @app.query("head_losses")
 def head_losses(message: Message, context: Context) -> Message:
     """Evaluate several heads on the client's held-out part."""
-    return _answer(message, lambda: _work("head-losses", message.content, context))
+    return _answer(message, lambda: _in_clear("head-losses", message.content, context))
 
 
 @app.train()
@@ -84,7 +91,10 @@ def train(message: Message, context: Context) -> Message:
     try:
         from bora_fl.client.secure_aggregation import answer
 
-        content = answer(message, context, settings, lambda inner: _work("train", inner.content, context))
+        def work(inner: Message) -> RecordDict:
+            return _work(asked_under_masks(inner.content), inner.content, context)
+
+        content = answer(message, context, settings, work)
     except Exception as error:  # to the protocol, a site that cannot go on is one that has vanished
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, refuse(error).line()), reply_to=message)
     return Message(content, reply_to=message)

@@ -79,7 +79,7 @@ def _granted(
     """Do what the policy grants."""
     with refuse_as(Code.RUN_CONFIG_INVALID):
         asked = parse(context.run_config)
-    settings = grant(policy, asked, "evaluate" if kind == "head-losses" else kind)
+    settings = grant(policy, asked, kind)
     who = ClientIdentity.read(context.node_config, context.node_id)
     here = site(settings)
     if kind == "train":

@@ -1,41 +1,42 @@
 """A client's part of secure aggregation: Flower's SecAgg+ around a round, so that the server sees the sum alone.
 
-What is masked is the update of the shared parts (trained minus received) behind the client's weight,
-with the training loss at the end. Whatever else a reply holds is left out: examples, timings, ε. A client that cannot
-take part raises, and the protocol goes on as if it had vanished.
+What is masked is the update of the shared parts (trained minus received) behind the client's weight, with the training
+loss at the end; or, where the classification head is asked for, the sums that it is solved from, or its losses.
+Whatever else a reply holds is left out: examples, timings, ε. A client that cannot take part raises, and the protocol
+goes on as if it had vanished.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import numpy as np
 from flwr import common
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.common import FitRes, NDArrays, Parameters, Status, ndarrays_to_parameters
+from flwr.common import FitRes, NDArray, NDArrays, Parameters, Status, ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from bora_fl.client.refusing import require_done
 from bora_fl.config import Settings
+from bora_fl.heads import ClassSums
 from bora_fl.privacy import masks
 from bora_fl.wire.records import from_arrays, part_of
-from bora_fl.wire.refusals import Code, Refused, refuse_as
-from bora_fl.wire.schema import METRICS, STATE
+from bora_fl.wire.refusals import IN_CLEAR, Code, Refused, refuse_as
+from bora_fl.wire.schema import HEADS, METRICS, STATE, Kind, asked_under_masks
 
 protocol = import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")  # its package hides it behind a function
 vars(protocol)["pseudo_rand_gen"] = masks.expand
 
 
-def answer(
-    message: Message, context: Context, settings: Settings, train: Callable[[Message], RecordDict]
-) -> RecordDict:
+def answer(message: Message, context: Context, settings: Settings, work: Callable[[Message], RecordDict]) -> RecordDict:
     """Take the protocol's next step; in one of its four a round is trained.
 
     Args:
         message: The server's message of one of the protocol's stages.
         context: Keeps the client's keys between the stages.
         settings: The run's settings.
-        train: Trains the round that a message describes and returns its plain reply.
+        work: Does what the protocol's third message asks for, and returns its plain reply.
 
     Returns:
         The reply: keys, encrypted shares, the masked update, or shares to unmask the sum.
@@ -44,18 +45,15 @@ def answer(
         Refused: If the message is out of the protocol's order, the site refuses, or the update cannot be masked.
     """
     if RECORD_KEY_CONFIGS not in message.content.config_records:
-        raise Refused(
-            Code.PROTOCOL_MISMATCH,
-            "privacy.secure-aggregation = true, and the message is not of its protocol: nothing leaves this site in "
-            "the clear; use the same setting on the server",
-        )
+        raise Refused(Code.PROTOCOL_MISMATCH, IN_CLEAR)
 
-    def trained(inner: Message, _: Context) -> Message:
-        reply = require_done(train(inner))
-        return Message(_to_mask(reply, inner.content, settings), reply_to=inner)
+    def done(inner: Message, _: Context) -> Message:
+        reply, kind = require_done(work(inner)), asked_under_masks(inner.content)
+        to_mask = _update if kind == "train" else partial(_for_the_head, kind=kind)
+        return Message(to_mask(reply, inner.content, settings), reply_to=inner)
 
     with refuse_as(Code.PROTOCOL_MISMATCH):
-        reply = protocol.secaggplus_mod(message, context, trained).content
+        reply = protocol.secaggplus_mod(message, context, done).content
     masked: ConfigRecord = reply.config_records[RECORD_KEY_CONFIGS]
     # The protocol leaves the weight and the metrics in the clear beside the masked vector.
     content = _result([], 1) if reply.metric_records else RecordDict()
@@ -63,7 +61,22 @@ def answer(
     return content
 
 
-def _to_mask(reply: RecordDict, sent: RecordDict, settings: Settings) -> RecordDict:
+def _for_the_head(reply: RecordDict, sent: RecordDict, settings: Settings, kind: Kind) -> RecordDict:
+    """Sums over the client's examples, in units of ``privacy.max-examples``; every client has weight 1."""
+    most = settings.privacy.max_examples
+    if kind == "head-statistics":
+        tensors = from_arrays(reply.array_records[HEADS])
+        vector = ClassSums.from_tensors(tensors, *tensors["sums"].shape).to_vector().numpy()
+    else:
+        metrics = reply.metric_records[METRICS]
+        examples = int(metrics["eval-examples"])  # type: ignore[arg-type]
+        losses = np.array(metrics["head-losses"], dtype=np.float64)
+        vector = np.append(losses * examples, examples)
+    _require_in_range(vector / most, settings.privacy.clipping_range, "the head's sums over privacy.max-examples")
+    return _result([vector / most], 1)
+
+
+def _update(reply: RecordDict, sent: RecordDict, settings: Settings) -> RecordDict:
     """The weight and the vector that the protocol masks."""
     privacy = settings.privacy
     before, after = from_arrays(sent.array_records[STATE]), from_arrays(reply.array_records[STATE])
@@ -79,13 +92,8 @@ def _to_mask(reply: RecordDict, sent: RecordDict, settings: Settings) -> RecordD
                 "updates are summed entry by entry, so all clients need the federation's rank",
             )
         update.append((after[name].double() - before[name].double()).numpy())
-    largest = max((float(np.abs(entries).max(initial=0.0)) for entries in update), default=0.0)
-    if not largest <= privacy.clipping_range:
-        raise Refused(
-            Code.UPDATE_OUT_OF_RANGE,
-            f"an entry of the update is {largest:.3g} with privacy.clipping-range = {privacy.clipping_range:g}: cut to "
-            "that it would bias the sum, and no one could tell; raise it, or lower train.learning-rate",
-        )
+    for entries in update:
+        _require_in_range(entries, privacy.clipping_range, "the update; or lower train.learning-rate")
     weight = int(metrics["num-examples"]) if settings.strategy.weighting == "examples" else 1  # type: ignore[arg-type]
     if weight > privacy.max_examples and settings.strategy.weighting == "examples":
         raise Refused(
@@ -95,6 +103,16 @@ def _to_mask(reply: RecordDict, sent: RecordDict, settings: Settings) -> RecordD
         )
     update.append(np.array([float(metrics.get("train-loss", 0.0))]))  # type: ignore[arg-type]
     return _result(update, weight)
+
+
+def _require_in_range(entries: NDArray, clipping_range: float, of: str) -> None:
+    largest = float(np.abs(entries).max(initial=0.0))
+    if not largest <= clipping_range:
+        raise Refused(
+            Code.UPDATE_OUT_OF_RANGE,
+            f"an entry is {largest:.3g} with privacy.clipping-range = {clipping_range:g}: cut to that it would bias "
+            f"the sum, and no one could tell; raise it for {of}",
+        )
 
 
 def _result(update: NDArrays, weight: int) -> RecordDict:

@@ -272,8 +272,6 @@ class Settings(_Group):
                 f"privacy.mode = {self.privacy.mode!r}: a client's sums as a whole cannot be hidden at a useful noise; "
                 "record hides every example in them"
             )
-        if self.privacy.secure_aggregation:
-            return "privacy.secure-aggregation = true: the sums are not masked yet"
         return ""
 
     @model_validator(mode="after")

@@ -88,6 +88,27 @@ class ClassSums:
         found_sums = cls(tensors["counts"].double(), tensors["sums"].double(), gram)
         return replace(found_sums, gram=gram + found_sums._mean_gram())
 
+    def to_vector(self) -> Tensor:
+        """Counts, sums and the upper triangle of G, one after the other; vectors add up as sums do."""
+        rows, columns = torch.triu_indices(*self.gram.shape)
+        return torch.cat([self.counts, self.sums.flatten(), self.gram[rows, columns]])
+
+    @classmethod
+    def from_vector(cls, vector: Tensor, num_classes: int, dim: int) -> "ClassSums":
+        """The inverse of `to_vector`.
+
+        Raises:
+            ValueError: If the vector is not of that many numbers, or one is not finite.
+        """
+        sizes = [num_classes, num_classes * dim, dim * (dim + 1) // 2]
+        if vector.shape != (sum(sizes),) or not bool(vector.isfinite().all()):
+            raise ValueError(f"the head's sums are {tuple(vector.shape)} numbers; {sum(sizes)} finite ones are needed")
+        counts, sums, triangle = vector.double().split(sizes)
+        gram = torch.zeros(dim, dim, dtype=torch.float64)
+        rows, columns = torch.triu_indices(dim, dim)
+        gram[rows, columns] = gram[columns, rows] = triangle
+        return cls(counts, sums.view(num_classes, dim), gram)
+
     def check(self) -> None:
         """Check that some examples have these sums; for sums without noise.
 

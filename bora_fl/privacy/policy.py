@@ -22,7 +22,7 @@ from bora_fl.wire.refusals import Code, Refused
 
 Mode = Literal["none", "record", "client", "local"]
 Metric = Literal["num-examples", "train-loss", "steps", "train-seconds", "eval-loss", "eval-accuracy", "eval-examples"]
-Request = Literal["train", "evaluate", "head-statistics"]
+Request = Literal["train", "evaluate", "head-statistics", "head-losses"]
 
 VARIABLE = "BORA_FL_POLICY"
 EVALUATION: frozenset[Metric] = frozenset({"eval-loss", "eval-accuracy", "eval-examples"})
@@ -177,7 +177,9 @@ def grant(policy: SitePolicy | None, settings: Settings, request: Request) -> Se
         Refused: If the run asks for less protection than the site wants.
     """
     privacy = settings.privacy
-    if request == "evaluate" and (privacy.secure_aggregation or not released(policy, privacy.mode) >= EVALUATION):
+    measures = request in ("evaluate", "head-losses")
+    in_clear = request == "evaluate" and privacy.secure_aggregation  # the losses of heads leave masked
+    if in_clear or (measures and not released(policy, privacy.mode) >= EVALUATION):
         raise Refused(Code.EVALUATION_WITHHELD)
     if request == "head-statistics" and not (settings.solves_head and (policy is None or policy.head_statistics)):
         raise Refused(Code.STATISTICS_WITHHELD)

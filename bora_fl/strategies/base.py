@@ -22,7 +22,7 @@ from bora_fl.strategies.head import HeadLayout, Solved, solve
 from bora_fl.strategies.intake import Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, Recorder, RunFailedError
-from bora_fl.strategies.secure_aggregation import secure_mean
+from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import Instruction, from_arrays, size, to_arrays
 from bora_fl.wire.schema import FOLDS, INSTRUCTION, STATE
@@ -317,19 +317,25 @@ class FederatedStrategy(Strategy):
             replies = exchange(grid, sent, self.settings.strategy.timeout)
             return sorted(replies, key=lambda reply: self.nodes.partition(reply.metadata.src_node_id) or 0)
 
-        solved = solve(self.head, self.state, self.settings, server_round, ask, answers)
+        def secure(sent: list[Message]) -> SecureMean:
+            return self._secure_mean(grid, sent, server_round, 1)
+
+        masked = secure if self.settings.privacy.secure_aggregation else None
+        solved = solve(self.head, self.state, self.settings, server_round, ask, answers, masked)
         _warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)
 
     def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
-        strategy, privacy = self.settings.strategy, self.settings.privacy
-        max_weight = privacy.max_examples if strategy.weighting == "examples" else 1
-        found = secure_mean(
-            grid, messages, privacy, round=server_round, max_weight=max_weight, timeout=strategy.timeout
-        )
+        privacy = self.settings.privacy
+        max_weight = privacy.max_examples if self.settings.strategy.weighting == "examples" else 1
+        found = self._secure_mean(grid, messages, server_round, max_weight)
         for node in found.failures.keys() - found.nodes:
             self._held.pop(node, None)  # it may have lacked base deltas, which it is sent with the next round
         return take_in_securely(found, self._sent(server_round), report_loss=privacy.mode == "none")
+
+    def _secure_mean(self, grid: Grid, messages: Iterable[Message], round: int, max_weight: int) -> SecureMean:
+        privacy, timeout = self.settings.privacy, self.settings.strategy.timeout
+        return secure_mean(grid, messages, privacy, round=round, max_weight=max_weight, timeout=timeout)
 
     def _evaluate_on_clients(
         self, grid: Grid, number: int, last: bool

@@ -2,10 +2,12 @@
 
 import functools
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from bora_fl.config import Settings
 from bora_fl.heads import ClassSums, Head, choose, interpolate, lda, release_noise, scaled, solve_private
 from bora_fl.state import AdapterState
 from bora_fl.strategies.screening import heavy
+from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import size, to_arrays
 from bora_fl.wire.replies import RejectedReplyError, read_head_losses, read_statistics
@@ -88,6 +91,7 @@ def solve(
     round: int,
     ask: Ask,
     exchange: Callable[[list[Message]], list[Message]],
+    secure: Callable[[list[Message]], SecureMean] | None = None,
 ) -> Solved:
     """Solve the head from the clients' sums, and keep the best of the candidates by their held-out loss.
 
@@ -100,13 +104,19 @@ def solve(
         round: 0 before training, else the round whose merge has ended.
         ask: Makes the messages.
         exchange: Sends them, and returns the replies in an order that does not depend on node ids.
+        secure: Sends them under secure aggregation, in the place of `exchange`; what a client answers is not seen.
     """
-    exact = settings.privacy.mode == "none"
-    sent = ask(STATISTICS, {HEAD: layout.request(state.current)})
-    replies = exchange(sent)
+    exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
     shape, ratio = state.current.tensors[layout.weight].shape, settings.strategy.max_weight_ratio
-    sums, clients, rejected = total(replies, shape, round, max_ratio=ratio if exact else 0.0, exact=exact)
-    up, down = _bytes(replies), _bytes(sent)
+    sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
+    if secure:
+        found = secure(sent)
+        sums, clients, rejected, up = _unmasked(found, shape, most), len(found.nodes), found.rejected(), found.bytes_up
+    else:
+        replies = exchange(sent)
+        sums, clients, rejected = total(replies, shape, round, max_ratio=ratio if exact else 0.0, exact=exact)
+        up = _bytes(replies)
+    down = _bytes(sent)
     if sums is None:
         log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
         return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
@@ -121,10 +131,18 @@ def solve(
         return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
     name = next(iter(heads))
     if len(heads) > 1:
-        sent = ask(LOSSES, {HEADS: to_arrays(_flat(heads))})
-        replies = exchange(sent)
-        name, unmeasured = best(heads, replies, ratio)
-        rejected, up, down = rejected | unmeasured, up + _bytes(replies), down + _bytes(sent)
+        sent = ask("train" if secure else LOSSES, {HEADS: to_arrays(_flat(heads))})
+        down += _bytes(sent)
+        if secure:
+            found = secure(sent)
+            mean = [math.inf] * len(heads) if found.mean is None else found.mean[0].tolist()
+            by_name = dict(zip(heads, mean, strict=False))
+            name, _ = choose(heads, lambda name, _: by_name[name])
+            rejected, up = rejected | found.rejected(), up + found.bytes_up
+        else:
+            replies = exchange(sent)
+            name, unmeasured = best(heads, replies, ratio)
+            rejected, up = rejected | unmeasured, up + _bytes(replies)
     if exact:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
@@ -163,6 +181,14 @@ def total(
         rejected[str(node)] = reason
         del found[node]
     return functools.reduce(operator.add, found.values()) if found else None, len(found), rejected
+
+
+def _unmasked(found: SecureMean, shape: Sequence[int], max_examples: int) -> ClassSums | None:
+    """The clients' sums, from the mean of their vectors in units of `max_examples`."""
+    if found.mean is None or not found.nodes:
+        return None
+    vector = torch.from_numpy(found.mean[0]) * (len(found.nodes) * max_examples)
+    return ClassSums.from_vector(vector, shape[0], shape[1])
 
 
 def candidates(

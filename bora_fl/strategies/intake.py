@@ -151,8 +151,7 @@ def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Int
         sent: What was asked for.
         report_loss: Whether the mean training loss may be reported.
     """
-    rejected = {str(node): reason for node, reason in found.failures.items() if node not in found.nodes}
-    intake = Intake(rejected=rejected, bytes_up=found.bytes_up)
+    intake = Intake(rejected=found.rejected(), bytes_up=found.bytes_up)
     if found.mean is None:
         log.warning("round %d: too few clients were left to unmask the sum", sent.round)
         return intake

@@ -48,6 +48,10 @@ class SecureMean:
     failures: Mapping[int, str]
     bytes_up: int
 
+    def rejected(self) -> dict[str, str]:
+        """Node to the reason why it is not in the mean."""
+        return {str(node): reason for node, reason in self.failures.items() if node not in self.nodes}
+
 
 class _Node(NamedTuple):
     """What the workflow asks of a client proxy."""

@@ -97,6 +97,12 @@ _BY_NAME = {
 """Exceptions by name: a process that only passes messages on knows the names, and loads none of the libraries."""
 
 
+IN_CLEAR = (
+    "privacy.secure-aggregation = true, and the message is not of its protocol: nothing leaves this site in the clear; "
+    "use the same setting on the server"
+)
+
+
 class Refused(ValueError):  # noqa: N818  (named for what happened)
     """The site does not do what it was asked.
 

@@ -15,6 +15,13 @@ HEAD = "head"
 """The record of a message that says which sums the head is to be solved from."""
 
 
+def asked_under_masks(content: RecordDict) -> Kind:
+    """What a message of secure aggregation asks for: its protocol knows one type of message only."""
+    if HEAD in content.config_records:
+        return "head-statistics"
+    return "head-losses" if HEADS in content.array_records else "train"
+
+
 def refusal(refused: Refusal) -> RecordDict:
     """A reply of a site that could not do what it was asked."""
     reply = ConfigRecord({"schema": SCHEMA, "refused": str(refused.code), "error-id": refused.error_id})

@@ -74,3 +74,13 @@ def test_tensors_of_another_form_are_rejected(bad: str):
         tensors["sums"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="the head's sums"):
         ClassSums.from_tensors(tensors, 3, 6)
+
+
+def test_vectors_add_up_as_sums_do():
+    x, y = problem()
+    whole, parts = sums_of(x, y), [sums_of(x[:20], y[:20]), sums_of(x[20:], y[20:])]
+    added = ClassSums.from_vector(parts[0].to_vector() + parts[1].to_vector(), *whole.sums.shape)
+    for name in ("counts", "sums", "gram"):
+        torch.testing.assert_close(getattr(added, name), getattr(whole, name))
+    with pytest.raises(ValueError, match="finite ones are needed"):
+        ClassSums.from_vector(whole.to_vector()[1:], *whole.sums.shape)

@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from safetensors.torch import load_file
 
+from bora_fl.client.app import app
 from bora_fl.config import ConfigError, parse
 from bora_fl.report import read_rows
 from bora_fl.server.checkpoint import load_newest
-from bora_fl.simulations.engine import simulate
+from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.strategies.head import LOSSES, STATISTICS
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.records import from_arrays, to_arrays
-from bora_fl.wire.schema import HEADS
+from bora_fl.wire.schema import HEADS, METRICS, REPLY
 
 
 @pytest.fixture
@@ -248,7 +249,6 @@ def _budget(privacy):
     ("changes", "words"),
     [
         ({"privacy.mode": "local", "strategy.weighting": "uniform"}, r"head\.init = 'closed-form' with privacy\.mode"),
-        ({"privacy.secure-aggregation": True}, r"head\.init = 'closed-form' with privacy\.secure-aggregation"),
         ({"model.task": "causal-lm"}, r"head\.init = 'closed-form' with model\.task"),
         ({"head.init": "random"}, r"run\.num-rounds = 0"),
     ],
@@ -256,3 +256,25 @@ def _budget(privacy):
 def test_what_cannot_be_solved_is_said_before_anything_starts(changes: dict, words: str, solved):
     with pytest.raises(ConfigError, match=words):
         parse(solved | changes)
+
+
+@pytest.mark.parametrize("mode", ["none", "record"])
+def test_under_secure_aggregation_the_head_is_that_of_the_sum_and_no_sum_is_seen(tiny_config, tmp_path, mode: str):
+    seen = []
+    plain = tiny_config | {"head.init": "auto", "run.num-rounds": 0, "privacy.mode": mode}
+    plain |= {"privacy.delta": 1e-3, "strategy.weighting": "uniform", "privacy.epsilon": 1e4}
+    node = InProcessGrid(app, 1, parse(plain | {"privacy.secure-aggregation": True}).flat())
+    for asked in (STATISTICS, LOSSES):
+        (reply,) = node.send_and_receive([Message(RecordDict(), dst_node_id=2, message_type=asked)])
+        assert reply.content.config_records[REPLY]["refused"] == "protocol-mismatch"
+    # The tiny model's features hardly vary, so that what tells classes apart needs as many digits as there are.
+    masked = {"privacy.secure-aggregation": True, "privacy.max-examples": 30, "privacy.clipping-range": 2.0}
+    masked["run.output-dir"] = str(tmp_path / "masked")
+    secure = simulate(plain | masked, 3, tamper=lambda reply, _: seen.append(reply) or reply)
+    (row,) = read_rows(secure / "metrics.jsonl")
+    assert (row["clients"], row["rejected"]) == (3, 0)
+    assert not any(HEADS in reply.content.array_records or reply.content.metric_records.get(METRICS) for reply in seen)
+    if mode == "none":  # noise is drawn anew
+        (clear,) = read_rows(simulate(plain, 3) / "metrics.jsonl")
+        assert row["accuracy"] == pytest.approx(clear["accuracy"], abs=0.02)
+        assert row["loss"] < clear["loss"] + 0.2
