@@ -1,4 +1,4 @@
-"""BoRA adapters as a PEFT method, registered with PEFT by importing this package."""
+"""BoRA adapters, and trained cores between frozen bases, as PEFT methods, registered by importing this package."""
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
@@ -7,7 +7,8 @@ from .config import BoraConfig
 from .convert import adapter_to_lora, lora_error, save_as_lora
 from .layer import BoraAdapter, BoraLayer
 from .model import BoraModel
-from .peft_type import BORA
+from .peft_type import BORA, RAVAN
+from .ravan import RavanConfig, RavanModel
 from .state import named_layers, read_factors, write_factors
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BoraConfig",
     "BoraLayer",
     "BoraModel",
+    "RavanConfig",
     "adapter_to_lora",
     "lora_error",
     "named_layers",
@@ -26,3 +28,5 @@ __all__ = [
 
 if BORA not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="bora", config_cls=BoraConfig, model_cls=BoraModel)
+if RAVAN not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name="ravan", config_cls=RavanConfig, model_cls=RavanModel)

@@ -1,4 +1,4 @@
-"""Per-sample gradients of a BoRA adapter, in closed form, registered with Opacus.
+"""Per-sample gradients of adapters, in closed form, registered with Opacus. Of a BoRA adapter:
 
 With x̂ the input, dY the gradient of the output and t running over the tokens of one sample s (the formulas of
 `bora_fl.kernels.reference`, summed over one sample's tokens instead of over all):
@@ -19,6 +19,7 @@ from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from torch import Tensor, nn
 
 from bora_fl.adapters.layer import BoraAdapter
+from bora_fl.adapters.ravan import RavanCores
 
 
 def adapter_sample_gradients(adapter: BoraAdapter, x: Tensor, dy: Tensor, wanted: frozenset[str]) -> dict[str, Tensor]:
@@ -138,3 +139,14 @@ def _gradients_for_opacus(
 def _norms_for_opacus(adapter: BoraAdapter, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     gradients = _gradients_for_opacus(adapter, activations, backprops)
     return {parameter: gradient.flatten(1).norm(dim=1) for parameter, gradient in gradients.items()}
+
+
+@register_grad_sampler(RavanCores)  # type: ignore[untyped-decorator]
+def _gradients_of_cores(cores: RavanCores, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """With `G[s] = Σ_t dz[s,t] u[s,t]ᵀ` for each head or block pair: `dH[s] = s ∘ G[s]`, `ds[s] = <G[s], H>`."""
+    u, dz = (t.reshape(len(t), math.prod(t.shape[1:-2]), *t.shape[-2:]) for t in (activations[0], backprops))
+    form = "xths,xthr->xhsr" if cores.H.dim() == 3 else "xtis,xtjr->xijsr"
+    G = torch.einsum(form, dz, u)
+    H, scales = cores.H.detach(), cores.scales.detach()
+    found = {cores.H: G * scales[..., None, None], cores.scales: (G * H).sum((-2, -1))}
+    return {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}

@@ -43,9 +43,11 @@ class ModelSettings(_Group):
 class AdapterSettings(_Group):
     """What is trained beside the frozen base model."""
 
-    method: str = Field("bora", description="bora, a PEFT method (lora, dora, gralora, lokr, vera, hra, ...) or full")
+    method: str = Field(
+        "bora", description="bora, ravan, dense-core, a PEFT method (lora, dora, gralora, lokr, vera, hra, ...) or full"
+    )
     rank: Count = Field(8, description="r")
-    num_blocks: Count = Field(8, description="b, the number of row blocks and of column blocks (BoRA)")
+    num_blocks: Count = Field(8, description="b, the number of row blocks and of column blocks (BoRA); heads (RAVAN)")
     alpha: Positive = Field(16.0, description="the update is scaled by alpha / r")
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before A")

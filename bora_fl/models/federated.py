@@ -13,6 +13,9 @@ from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState
 
+# Methods of trained cores between frozen bases, by what `adapter.num-blocks` counts.
+CORE_STRUCTURES = {"ravan": "heads", "dense-core": "blocks"}
+
 
 def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
     """The PEFT config that the settings describe.
@@ -22,7 +25,7 @@ def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
     """
     import peft
 
-    from bora_fl.adapters import BoraConfig
+    from bora_fl.adapters import BoraConfig, RavanConfig
 
     task = "CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS"
     common: dict[str, Any] = {"task_type": task, "target_modules": adapter.targets()}
@@ -38,6 +41,15 @@ def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
                 sigma_transform=adapter.sigma_transform,
                 **common,
             )
+        if method in CORE_STRUCTURES:
+            return RavanConfig(
+                r=adapter.rank,
+                num_heads=adapter.num_blocks,
+                structure=CORE_STRUCTURES[method],
+                ravan_alpha=adapter.alpha,
+                ravan_dropout=adapter.dropout,
+                **common,
+            )
         if method in {"lora", "dora"}:
             return peft.LoraConfig(
                 r=adapter.rank,
@@ -50,7 +62,9 @@ def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
         kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(getattr(peft.PeftType, method.upper(), None))
         if kind is None:
             known = sorted(str(t.value).lower() for t in peft.PEFT_TYPE_TO_CONFIG_MAPPING)
-            raise ConfigError(f"adapter.method = {adapter.method!r}: PEFT knows {', '.join(known)}, dora; or use full")
+            raise ConfigError(
+                f"adapter.method = {adapter.method!r}: PEFT knows {', '.join(known)}, dora, dense-core; or use full"
+            )
         fields = kind.__dataclass_fields__
         rank = {"r": adapter.rank} if "r" in fields else {}
         alpha = {name: adapter.alpha for name in ("alpha", f"{method}_alpha") if name in fields}
@@ -102,6 +116,9 @@ class FederatedModel:
                 else:
                     del trained[name]
         self._tensors: dict[str, nn.Parameter] = {_plain(name): p for name, p in trained.items()}
+        # Cores travel with their scales in them: the mean of both apart would not be that of the products.
+        names = [n for n in self._tensors if adapter.method in CORE_STRUCTURES and n.endswith(".ravan_cores.scales")]
+        self._scales = {f"{n.removesuffix('scales')}H": self._tensors.pop(n) for n in names}
         self._head = {_plain(name) for name in trained if self._in_head(name)}
         self.num_trained = sum(p.numel() for p in self.trained_parameters())
 
@@ -126,6 +143,8 @@ class FederatedModel:
     def read(self) -> AdapterState:
         """The trained state, detached copies on the CPU in float32."""
         tensors = {name: p.detach().float().cpu().clone() for name, p in self._tensors.items()}
+        for name, scales in self._scales.items():
+            tensors[name] *= scales.detach().float().cpu()[..., None, None]
         return AdapterState(self._read_layers(), tensors)
 
     def _read_layers(self) -> dict[str, BlockFactors]:
@@ -154,6 +173,8 @@ class FederatedModel:
         with torch.no_grad():
             for name, parameter in self._tensors.items():
                 parameter.copy_(state.tensors[name])
+            for scales in self._scales.values():
+                scales.fill_(1.0)
         if self.adapter.method == "bora":
             from bora_fl.adapters.state import write_layers
 
@@ -172,6 +193,8 @@ class FederatedModel:
                 parameter.requires_grad_(part in trains)
         for name, parameter in self._tensors.items():
             parameter.requires_grad_("tensors" in trains and name not in self._frozen)
+        for scales in self._scales.values():
+            scales.requires_grad_("tensors" in trains)
 
     def factor_parameters(self) -> list[nn.Parameter]:
         """The adapter factors that train now, layer by layer."""
@@ -179,7 +202,8 @@ class FederatedModel:
 
     def other_parameters(self) -> list[nn.Parameter]:
         """The other tensors of the adapter, or of the model, that train now."""
-        return [p for name, p in self._tensors.items() if p.requires_grad and name not in self._head]
+        body = [p for name, p in self._tensors.items() if name not in self._head]
+        return [p for p in [*body, *self._scales.values()] if p.requires_grad]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The head's parameters that train now."""

@@ -72,7 +72,10 @@ def compare(
     strategies: Annotated[str, typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them")] = "",
     scenarios: Annotated[str, typer.Option(help="comma-separated, or all; --list shows them")] = "",
     methods: Annotated[
-        str, typer.Option(help="comma-separated: bora, lora, dora, gralora, lokr, vera, hra, full or another of PEFT")
+        str,
+        typer.Option(
+            help="comma-separated: bora, ravan, dense-core, lora, dora, gralora, vera, full or another of PEFT"
+        ),
     ] = "bora",
     seeds: Annotated[int, typer.Option(help="number of seeds, from 0")] = 3,
     clients: Annotated[

@@ -17,6 +17,8 @@ from bora_fl.strategies.presets import PRESETS
 # Methods with what they need to train well from the defaults, which are made for low-rank adapters.
 METHODS: dict[str, dict[str, Scalar]] = {
     "bora": {},
+    "ravan": {},
+    "dense-core": {},
     "lora": {},
     "dora": {},
     "gralora": {},

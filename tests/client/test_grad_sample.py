@@ -12,6 +12,7 @@ from torch import nn
 
 from bora_fl.adapters import BoraConfig
 from bora_fl.adapters.layer import BoraAdapter
+from bora_fl.adapters.ravan import RavanCores
 from bora_fl.client.grad_sample import adapter_sample_gradients
 from bora_fl.simulations.benchmarks import private_step as dp_bench
 
@@ -142,6 +143,21 @@ def test_dropout_is_refused():
     adapter = make_adapter(dropout_p=0.1)
     with pytest.raises(ValueError, match=r"bora_dropout=0\.1"):
         adapter_sample_gradients(adapter, torch.randn(3, 16), torch.randn(3, 24), ALL)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 7), (0, 7)])
+@pytest.mark.parametrize("structure", ["heads", "blocks"])
+def test_cores_match_a_loop_over_samples(structure, shape):
+    torch.manual_seed(0)
+    cores = RavanCores(3, 4, structure).double()
+    for parameter in cores.parameters():
+        nn.init.normal_(parameter)
+    u, dz = (torch.randn(*shape, 4, 3, dtype=torch.float64) for _ in range(2))
+    found = GradSampleHooks.GRAD_SAMPLERS[RavanCores](cores, [u], dz)
+    assert {len(gradient) for gradient in found.values()} == {shape[0]}
+    if shape[0]:
+        for name, expected in loop_over_samples(cores, u, dz).items():
+            torch.testing.assert_close(found[getattr(cores, name)], expected, rtol=1e-12, atol=1e-12)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
+from bora_fl.config import AdapterSettings, ConfigError, ModelSettings, Settings, StrategySettings
 from bora_fl.models import FederatedModel
-from bora_fl.state import AdapterState
+from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.server_state import ServerState
 
 SIZES = {"c_attn": (24, 8), "attn.c_proj": (8, 8), "c_fc": (32, 8), "mlp.c_proj": (8, 32)}  # [m, n] in GPT-2
 
@@ -77,3 +79,43 @@ def test_a_base_that_cannot_be_written_is_named() -> None:
     model._layers[name].quantization_backend = ForwardOnlyQuantizationBackend("awq")
     with pytest.raises(ConfigError, match=rf"in layer '{name}' the base weight is quantized by awq.*strategy.name"):
         model.add_to_base(drawn(model).layers)
+
+
+def trained_cores(model: FederatedModel, seed: int) -> tuple[AdapterState, dict[str, torch.Tensor]]:
+    """What a client sends after its cores and scales went anywhere, and every layer's update."""
+    torch.manual_seed(seed)
+    model.train_only(frozenset({"tensors"}))
+    with torch.no_grad():
+        for parameter in model.other_parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return model.read(), deltas(model)
+
+
+def deltas(model: FederatedModel) -> dict[str, torch.Tensor]:
+    return {name: layer.delta("default").double() for name, layer in model._layers.items()}
+
+
+@pytest.mark.parametrize("method", ["ravan", "dense-core"])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 5.0, 2.5)])
+def test_the_mean_of_cores_is_the_mean_of_the_products(method: str, weights: tuple[float, ...]) -> None:
+    settings = Settings(
+        strategy=StrategySettings(name="fedavg"), adapter=AdapterSettings(method=method, rank=2, num_blocks=4)
+    )
+    server, client = gpt2(method, 4, torch.float32), gpt2(method, 4, torch.float32)
+    start = server.read()
+    assert {name.rpartition(".")[2] for name in start.tensors} == {"H"}  # the scales stay with the client
+    updates, wanted = [], dict.fromkeys(deltas(server), torch.zeros(()))
+    for k, weight in enumerate(weights):
+        client.write(start)
+        state, products = trained_cores(client, k)
+        updates.append(ClientUpdate(k, weight, state))
+        wanted = {name: wanted[name] + weight / sum(weights) * product for name, product in products.items()}
+        client.write(state)  # where the server's model would start from this client alone, it is this client's
+        for name, product in deltas(client).items():
+            torch.testing.assert_close(product, products[name], rtol=1e-5, atol=1e-6)
+    after, _ = build(settings).aggregate(ServerState.start(start), updates, 1)
+    server.write(after.current)
+    for name, product in deltas(server).items():
+        torch.testing.assert_close(product, wanted[name], rtol=1e-5, atol=1e-5)
+    assert all(bool((scales == 1).all()) for scales in server._scales.values())
+    assert server.num_trained == sum(p.numel() + p.shape[:-2].numel() for p in start.tensors.values())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bora_fl import load
 from bora_fl.config import parse
 from bora_fl.report import training_rows
 from bora_fl.server.run import Server
@@ -68,3 +69,23 @@ def test_one_block_spends_no_round_on_sigma(tiny_config):
     )
     assert ["A" in one.aggregator.trains(round) for round in (1, 2, 3)] == [False, True, False]
     assert ["sigma" in several.aggregator.trains(round) for round in (1, 2, 3)] == [False, True, False]
+
+
+@pytest.mark.parametrize(("method", "privacy"), [("dense-core", "none"), ("ravan", "record"), ("ravan", "secure")])
+def test_cores_between_frozen_bases_are_trained_averaged_and_exported(method: str, privacy: str, tiny_config, tmp_path):
+    options = {"adapter.method": method, "run.num-rounds": 1, "train.local-steps": 2, "data.evaluation-fraction": 0.0}
+    if privacy == "record":
+        options |= {"privacy.mode": "record", "privacy.epsilon": 8.0, "privacy.ledger-dir": str(tmp_path / "ledger")}
+        options |= {"train.max-grad-norm": 0.0, "strategy.evaluate-in-train": False, "strategy.weighting": "uniform"}
+    if privacy == "secure":
+        options |= {"privacy.secure-aggregation": True, "strategy.fraction-evaluate": 0.0}
+    folder = simulate(tiny_config | options, 3)
+    (row,) = training_rows(folder / "metrics.jsonl")
+    assert (row["clients"], row["rejected"]) == (3, 0)
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    cores = {name: t for name, t in saved.items() if name.endswith(".ravan_cores.H")}
+    assert len(cores) == 4
+    assert all(bool(t.any()) for t in cores.values())
+    model, _ = load(folder)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[f"{name.removesuffix('H')}default.H"], t) for name, t in cores.items())
