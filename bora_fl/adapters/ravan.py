@@ -129,10 +129,11 @@ class RavanBases(nn.Module):
         A, B = self.right, self.left
         x = nn.functional.dropout(x.to(A.dtype), self.dropout_p, self.training)
         if self.structure == "heads":
-            u = (x @ A.flatten(0, 1).T).unflatten(-1, A.shape[:2])
+            u = (x @ A.flatten(0, 1).T).reshape(*x.shape[:-1], *A.shape[:2])
             z = cores(u)
-            return self.scaling * (z.flatten(-2) @ B.mT.flatten(0, 1))
-        u = torch.einsum("...jp,jrp->...jr", x.unflatten(-1, (A.shape[0], -1)), A)
+            y: Tensor = z.flatten(-2) @ B.mT.flatten(0, 1)
+            return self.scaling * y
+        u = torch.einsum("...jp,jrp->...jr", x.reshape(*x.shape[:-1], len(A), A.shape[2]), A)
         return self.scaling * torch.einsum("...ir,iqr->...iq", cores(u), B).flatten(-2)
 
     @torch.no_grad()
@@ -155,7 +156,7 @@ def orthonormal(heads: int, size: int, rank: int, against: bool) -> Tensor:
     """
     if against and heads * rank <= size:
         joint: Tensor = torch.linalg.qr(torch.randn(size, heads * rank, dtype=torch.float64)).Q
-        return joint.float().unflatten(1, (heads, rank)).transpose(0, 1).contiguous()
+        return joint.float().reshape(size, heads, rank).transpose(0, 1).contiguous()
     bases: Tensor = torch.linalg.qr(torch.randn(heads, size, rank, dtype=torch.float64)).Q
     return bases.float()
 

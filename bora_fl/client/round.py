@@ -30,7 +30,7 @@ from bora_fl.wire.records import Instruction, from_arrays, part_of, state_of, to
 from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.release import ClientRelease, EvaluationRelease, LocalRelease, PlainRelease, RecordRelease
 from bora_fl.wire.schema import FOLDS
-from bora_fl.wire.sparsity import sparsify
+from bora_fl.wire.sparsity import keep_components, sparsify
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def train_round(
     release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
     _remember(memory, release.state, instruction)
     if instruction.sparsity < 1:
-        release = replace(release, state=sparsify(release.state, received, instruction.sparsity))
+        keep = keep_components if instruction.sparsity_by == "components" else sparsify
+        release = replace(release, state=keep(release.state, received, instruction.sparsity))
     return release.content(sent, instruction.shares & instruction.trains, instruction.round)
 
 

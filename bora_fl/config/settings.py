@@ -177,7 +177,10 @@ class StrategySettings(_Group):
     residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
     residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")
     threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist)")
-    upload_fraction: Fraction = Field(0.25, description="share of its update's entries that a client sends (cellm)")
+    sparse_scale: NonNegative = Field(2.0, description="what fedrpca multiplies the clients' sparse part by")
+    upload_fraction: Fraction = Field(
+        0.25, description="share of its update's entries (cellm) or components (lora-a2) sent"
+    )
     robust: Literal["none", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip"] = Field(
         "none", description="robust rule on the clients' products"
     )

@@ -275,6 +275,7 @@ class FederatedStrategy(Strategy):
             fold_version=self.state.fold_version,
             sparsity=self.settings.strategy.upload_fraction if self.aggregator.preset.sparse else 1.0,
             class_shares=self.state.class_shares,
+            sparsity_by=self.aggregator.preset.sparse or "entries",
         )
         messages = []
         for node in nodes:

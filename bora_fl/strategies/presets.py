@@ -1,11 +1,13 @@
 """The table of strategies: what each is, where it comes from, and how it is composed."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bora_fl.strategies.alignment import fedrot
 from bora_fl.strategies.averaging import average, hetlora, lora_fair, share_right
 from bora_fl.strategies.layer_merge import ALL, LayerRule, RestRule, Trains
 from bora_fl.strategies.refactoring import flexlora, florist, keep_rest, refactor
+from bora_fl.strategies.robust_pca import fedrpca
 from bora_fl.strategies.single_factor import core_only, mean_of_trained, orthonormal_frozen_side, singular_rows
 from bora_fl.strategies.stacking import flora, fold_rest
 
@@ -38,7 +40,7 @@ class Preset:
         exact: Adapter plus base delta reproduce the mean of the products.
         folds: Part of the merge goes into the clients' frozen weights.
         rest: What becomes of what the merge misses; `keep_rest` where `strategy.residual` says.
-        sparse: Clients send only the share `strategy.upload-fraction` of their update's entries.
+        sparse: What clients send only the share `strategy.upload-fraction` of; empty where they send all.
         same_rank: Why clients of different ranks cannot take part; empty where they can.
         no_server_optimizer: Why a server optimizer cannot act on it; empty where it can.
         no_generic: Why it cannot merge PEFT methods without block factors; empty where it can.
@@ -59,7 +61,7 @@ class Preset:
     exact: bool = False
     folds: bool = False
     rest: RestRule | None = None
-    sparse: bool = False
+    sparse: Literal["", "entries", "components"] = ""
     same_rank: str = ""
     no_server_optimizer: str = ""
     no_generic: str = _NO_FACTORS
@@ -246,9 +248,34 @@ _ROWS = (
         "top-k in each tensor on its own, at strategy.upload-fraction",
         average,
         linear=True,
-        sparse=True,
+        sparse="entries",
         same_rank=_ENTRYWISE,
         no_generic="",
+    ),
+    Preset(
+        "lora-a2",
+        "train B and A in turn; clients send the components that moved most",
+        "LoRA-A²: Towards Robust and Efficient Federated Low-Rank Adaptation with Heterogeneous Clients; Koo, Jang, "
+        "Ok; ACL 2025, arXiv:2410.22815",
+        "odd rounds B, even rounds A = Σ_k w_k (received + mask^k ∘ change^k), mask^k: the components of all layers "
+        "with the largest ‖change of delta_W^k‖_F",
+        "one budget, strategy.upload-fraction, for all clients; one learning rate for A and B; for BoRA, Sigma stays "
+        "frozen",
+        mean_of_trained,
+        schedule=(_B, _A),
+        linear=True,
+        exact=True,
+        sparse="components",
+        same_rank=_FROZEN,
+    ),
+    Preset(
+        "fedrpca",
+        "average the low-rank part of the updates, and the sparse part times a factor",
+        "FedRPCA: Enhancing Federated LoRA Aggregation Using Robust PCA; Jhunjhunwala et al.; 2025, arXiv:2506.01194",
+        "the updates of B, and of A, as columns = L + S (robust PCA); update = Σ w_k L_k + β Σ w_k S_k",
+        "weights enter the split; clients that agree, or one alone, are averaged; Sigma is averaged",
+        fedrpca,
+        same_rank=_ENTRYWISE,
     ),
     Preset(
         "refactor",

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import safetensors.numpy
 import safetensors.torch
@@ -15,6 +16,7 @@ from bora_fl.paths import path_part
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
+from bora_fl.wire.sparsity import By
 
 PACKED = "safetensors"
 
@@ -30,8 +32,9 @@ class Instruction:
         shares: Parts that the reply holds.
         evaluate: Evaluate the received adapter on the held-out part and report it in the reply.
         fold_version: Version of the frozen weights to train on; 0 is the base model.
-        sparsity: Share of the update's entries that is sent; 1 is all.
         class_shares: Each class's share of all clients' examples; empty where the server does not know them.
+        sparsity: Share of the update that is sent; 1 is all.
+        sparsity_by: What that is a share of: entries, or components.
     """
 
     round: int
@@ -42,6 +45,7 @@ class Instruction:
     fold_version: int = 0
     sparsity: float = 1.0
     class_shares: tuple[float, ...] = ()
+    sparsity_by: By = "entries"
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -56,6 +60,7 @@ class Instruction:
                 "fold-version": self.fold_version,
                 "sparsity": self.sparsity,
                 "class-shares": list(self.class_shares),
+                "sparsity-by": self.sparsity_by,
             }
         )
 
@@ -83,6 +88,7 @@ class Instruction:
             fold_version=int(values["fold-version"]),  # type: ignore[arg-type]
             sparsity=float(values["sparsity"]),  # type: ignore[arg-type]
             class_shares=tuple(values["class-shares"]),  # type: ignore[arg-type]
+            sparsity_by=cast(By, values["sparsity-by"]),
         )
 
 

@@ -29,6 +29,8 @@ NAMES = [
     "fedrot",
     "florist",
     "cellm",
+    "lora-a2",
+    "fedrpca",
     "refactor",
     "cyclic",
 ]

@@ -5,7 +5,7 @@ import torch
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.state import AdapterState, flatten
-from bora_fl.wire.sparsity import sparsify
+from bora_fl.wire.sparsity import component_change, keep_components, sparsify
 
 
 def states(dtype=torch.float32):
@@ -73,3 +73,55 @@ def test_states_of_different_shapes_are_refused():
     trained, received = states()
     with pytest.raises(ValueError, match="different tensors"):
         sparsify(AdapterState(trained.layers, {}), received, 0.5)
+
+
+def two_layers():
+    """A round in which B trained in one layer far more than in the other."""
+    g = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    received = AdapterState(
+        {n: BlockFactors(draw(8, 3), draw(2, 2, 3), draw(3, 10), 2.0) for n in "ab"}, {"h": draw(2)}
+    )
+    layers = {
+        n: BlockFactors(f.B + size * draw(8, 3), f.sigma, f.A, 2.0)
+        for (n, f), size in zip(received.layers.items(), (0.1, 5.0), strict=True)
+    }
+    return AdapterState(layers, {"h": draw(2)}), received
+
+
+def test_the_change_of_a_component_is_that_of_its_product():
+    (trained, received), (_, other) = two_layers(), two_layers()
+    f, old = trained.layers["a"], received.layers["b"]  # all three factors differ
+    for new, before in ((f, old), (f, received.layers["a"]), (f, other.layers["a"])):
+        for k, found in enumerate(component_change(new, before)):
+            one, two = (BlockFactors(x.B[:, [k]], x.sigma[..., [k]], x.A[[k]], 2.0).dense() for x in (new, before))
+            torch.testing.assert_close(found, (one - two).square().sum(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.1, 1), (0.5, 3), (0.51, 4), (1.0, 6)])
+def test_components_of_all_layers_compete(fraction, kept):
+    trained, received = two_layers()
+    sparse = keep_components(trained, received, fraction)
+    moved = {
+        n: [bool((f.B[:, k] != received.layers[n].B[:, k]).any()) for k in range(3)] for n, f in sparse.layers.items()
+    }
+    assert sum(moved["a"]) + sum(moved["b"]) == kept
+    assert sum(moved["b"]) == min(kept, 3)  # where training moved most
+    assert torch.equal(sparse.tensors["h"], trained.tensors["h"])
+    for n, f in sparse.layers.items():
+        for k in range(3):
+            source = (trained if moved[n][k] else received).layers[n]
+            assert torch.equal(f.B[:, k], source.B[:, k])
+    left, cut = component_change(trained.layers["a"], received.layers["a"]), torch.tensor(moved["a"])
+    assert cut.all() or not cut.any() or left[cut].min() >= left[~cut].max()
+
+
+def test_components_need_the_same_tensors_and_a_share():
+    trained, received = two_layers()
+    with pytest.raises(ValueError, match="fraction = 0"):
+        keep_components(trained, received, 0.0)
+    with pytest.raises(ValueError, match="different tensors"):
+        keep_components(trained, AdapterState(received.layers, {}), 0.5)
