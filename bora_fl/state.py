@@ -32,11 +32,13 @@ class ClientUpdate:
         client: The client's stable id (partition id in a simulation, else the node id).
         weight: Its share before normalization: positive and finite.
         state: What it trained, in full (factors the strategy froze are as they were sent).
+        grams: Layer to the Gram matrix of its inputs (`bora_fl.blocks.gram`), where the strategy asks for them.
     """
 
     client: int
     weight: float
     state: AdapterState
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def flatten(state: AdapterState) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from bora_fl.blocks import at_rank
+from bora_fl.blocks.gram import Kind
+from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.losses import prior_shift
 from bora_fl.client.private import train_privately_for_a_round
@@ -28,7 +30,14 @@ from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.records import Instruction, from_arrays, part_of, state_of, to_arrays
 from bora_fl.wire.refusals import Code, Refused, refuse_as
-from bora_fl.wire.release import ClientRelease, EvaluationRelease, LocalRelease, PlainRelease, RecordRelease
+from bora_fl.wire.release import (
+    ClientRelease,
+    EvaluationRelease,
+    GramRelease,
+    LocalRelease,
+    PlainRelease,
+    RecordRelease,
+)
 from bora_fl.wire.schema import FOLDS
 from bora_fl.wire.sparsity import keep_components, sparsify
 
@@ -66,6 +75,8 @@ def train_round(
             round does not fit the site's policy or budget.
     """
     instruction, sent = _read(content)
+    if instruction.gram and _withheld(site, policy):
+        raise Refused(Code.STATISTICS_WITHHELD, "Gram matrices of the layers' inputs are asked for")
     model, received = _receive(site, content, instruction, sent, who, memory)
     data = _data(site, who)
     mode = site.settings.privacy.mode
@@ -77,7 +88,31 @@ def train_round(
     if instruction.sparsity < 1:
         keep = keep_components if instruction.sparsity_by == "components" else sparsify
         release = replace(release, state=keep(release.state, received, instruction.sparsity))
-    return release.content(sent, instruction.shares & instruction.trains, instruction.round)
+    reply = release.content(sent, instruction.shares & instruction.trains, instruction.round)
+    if instruction.gram:
+        reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
+    return reply
+
+
+def _withheld(site: Site, policy: SitePolicy | None) -> bool:
+    """Whether sums over the records stay at the site: no noise protects them, or the policy does not release them."""
+    return site.settings.privacy.mode != "none" or (policy is not None and not policy.head_statistics)
+
+
+def _input_grams(
+    site: Site, model: FederatedModel, data: ClientData, instruction: Instruction, who: ClientIdentity, kind: Kind
+) -> GramRelease:
+    settings, device = site.settings, settle(model.model)
+    grams = input_grams(
+        model,
+        data.train,
+        kind,
+        settings.strategy.gram_examples,
+        settings.train.evaluation_batch_size,
+        derive(settings.run.seed, "grams", instruction.round, who.partition),
+        lambda: autocast(device, settings.train.precision),
+    )
+    return GramRelease(grams)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,10 @@ class StrategySettings(_Group):
     residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")
     threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist)")
     sparse_scale: NonNegative = Field(2.0, description="what fedrpca multiplies the clients' sparse part by")
+    gram: Literal["blocks", "diagonal"] = Field(
+        "blocks", description="Gram matrices of the layers' inputs (regmean): diagonal blocks, or diagonals alone"
+    )
+    gram_examples: Count = Field(256, description="training examples a client takes its Gram matrices over (regmean)")
     upload_fraction: Fraction = Field(
         0.25, description="share of its update's entries (cellm) or components (lora-a2) sent"
     )

@@ -196,6 +196,10 @@ class FederatedModel:
         for scales in self._scales.values():
             scales.requires_grad_("tensors" in trains)
 
+    def adapted_layers(self) -> dict[str, nn.Module]:
+        """The layers with block factors, by the names that they have in the state."""
+        return {name: self._layers[name] for name in self._factors}
+
     def factor_parameters(self) -> list[nn.Parameter]:
         """The adapter factors that train now, layer by layer."""
         return [p for parts in self._factors.values() for p in parts.values() if p.requires_grad]

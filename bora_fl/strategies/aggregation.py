@@ -60,6 +60,11 @@ class Aggregator:
         """The parts that may leave a client; a reply holds those of them that were trained."""
         return self.preset.shares
 
+    @property
+    def gram(self) -> Literal["", "blocks", "diagonal"]:
+        """What of the Gram matrices of their layers' inputs clients send; empty for nothing."""
+        return self.settings.gram if self.preset.gram else ""
+
     def refuses(self, update: ClientUpdate, state: ServerState) -> str:
         """Why this update cannot be merged, in words; empty if it can."""
         for name, current in state.current.layers.items():
@@ -137,6 +142,7 @@ class Aggregator:
                 self._layer_round(name, factors, state, round, trains),
                 updates=[update.state.layers[name] for update in chosen],
                 weights=weights,
+                grams=[u.grams[name] for u in chosen] if all(name in u.grams for u in chosen) else [],
                 carried=state.carried.get(name),
             )
             for name, factors in state.current.layers.items()
@@ -250,6 +256,11 @@ def build(settings: Settings) -> Aggregator:
     refusals = (
         (generic and row.no_generic, f"adapter.method = {method!r}", row.no_generic + "; use fedavg or cellm"),
         (method == "lora" and row.no_lora, "adapter.method = 'lora'", row.no_lora),
+        (
+            row.gram and settings.privacy.mode != "none",
+            f"privacy.mode = {settings.privacy.mode!r}",
+            "clients send Gram matrices of their inputs, which no noise protects; use refactor",
+        ),
         (
             strategy.residual != "drop" and not row.fits,
             f"strategy.residual = {strategy.residual!r}",

@@ -276,6 +276,7 @@ class FederatedStrategy(Strategy):
             sparsity=self.settings.strategy.upload_fraction if self.aggregator.preset.sparse else 1.0,
             class_shares=self.state.class_shares,
             sparsity_by=self.aggregator.preset.sparse or "entries",
+            gram=self.aggregator.gram if kind == "train" else "",
         )
         messages = []
         for node in nodes:
@@ -292,7 +293,7 @@ class FederatedStrategy(Strategy):
 
     def _sent(self, server_round: int) -> Sent:
         parts = self.aggregator.trains(server_round) & self.aggregator.shares()
-        return Sent(server_round, self.state, parts, self.nodes.partition)
+        return Sent(server_round, self.state, parts, self.nodes.partition, self.aggregator.gram)
 
     @property
     def _solves_again(self) -> bool:

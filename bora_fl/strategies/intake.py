@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from flwr.app import Message
 
@@ -15,7 +16,7 @@ from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import content_digest, size
-from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_reply, require_positive_sigma
+from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_grams, read_reply, require_positive_sigma
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,14 @@ class Sent:
         state: The state that the clients were sent.
         parts: The parts that a reply holds, of A, sigma, B and tensors.
         partition: A node's partition; None for a node that is not known.
+        gram: What of the Gram matrices a reply holds; empty for nothing.
     """
 
     round: int
     state: ServerState
     parts: Trains
     partition: Callable[[int], int | None]
+    gram: Literal["", "blocks", "diagonal"] = ""
 
 
 def take_in(
@@ -124,7 +127,8 @@ def take_in(
             if client is None:
                 raise RejectedReplyError(node, "the node serves no partition of this federation")
             weight = reported["num-examples"] if weighting == "examples" else 1.0
-            update = ClientUpdate(client, weight, state)
+            grams = read_grams(message, sent.state.current, sent.gram) if sent.gram else {}
+            update = ClientUpdate(client, weight, state, grams)
             if reason := refuses(update, sent.state):
                 raise RejectedReplyError(node, reason)
         except RejectedReplyError as reply:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 from bora_fl.blocks import BlockFactors, merge
 from bora_fl.config import StrategySettings
 
@@ -22,6 +24,7 @@ class LayerRound:
         weights: One positive weight per update; they sum to one.
         trains: The parts that were (or will be) trained this round.
         rank: The global adapter's rank in this layer.
+        grams: One Gram matrix of the layer's inputs per update (`bora_fl.blocks.gram`); empty where any has none.
         carried: What an earlier round's rank could not hold, if it is kept on the server.
         sigma_transform: `"exp_norm"` (Sigma must stay positive with `mean|log Sigma| = 1`) or `"identity"`.
         settings: The strategy's settings.
@@ -33,6 +36,7 @@ class LayerRound:
     trains: Trains = ALL
     updates: Sequence[BlockFactors] = ()
     weights: Sequence[float] = ()
+    grams: Sequence[Tensor] = ()
     carried: BlockFactors | None = None
     sigma_transform: str = "exp_norm"
     settings: StrategySettings = field(default_factory=StrategySettings)

@@ -7,6 +7,7 @@ from bora_fl.strategies.alignment import fedrot
 from bora_fl.strategies.averaging import average, hetlora, lora_fair, share_right
 from bora_fl.strategies.layer_merge import ALL, LayerRule, RestRule, Trains
 from bora_fl.strategies.refactoring import flexlora, florist, keep_rest, refactor
+from bora_fl.strategies.regmean import regmean
 from bora_fl.strategies.robust_pca import fedrpca
 from bora_fl.strategies.single_factor import core_only, mean_of_trained, orthonormal_frozen_side, singular_rows
 from bora_fl.strategies.stacking import flora, fold_rest
@@ -41,6 +42,7 @@ class Preset:
         folds: Part of the merge goes into the clients' frozen weights.
         rest: What becomes of what the merge misses; `keep_rest` where `strategy.residual` says.
         sparse: What clients send only the share `strategy.upload-fraction` of; empty where they send all.
+        gram: Clients send the Gram matrices of their layers' inputs too; `privacy.mode = none` alone allows it.
         same_rank: Why clients of different ranks cannot take part; empty where they can.
         no_server_optimizer: Why a server optimizer cannot act on it; empty where it can.
         no_generic: Why it cannot merge PEFT methods without block factors; empty where it can.
@@ -62,6 +64,7 @@ class Preset:
     folds: bool = False
     rest: RestRule | None = None
     sparse: Literal["", "entries", "components"] = ""
+    gram: bool = False
     same_rank: str = ""
     no_server_optimizer: str = ""
     no_generic: str = _NO_FACTORS
@@ -285,6 +288,19 @@ _ROWS = (
         "the residual is dropped, carried to the next merge or added to the clients' frozen weights",
         refactor,
         rest=keep_rest,
+    ),
+    Preset(
+        "regmean",
+        "best block factors for the mean product, weighed by the layers' inputs",
+        "RegMean: Dataless Knowledge Fusion by Merging Weights of Language Models; Jin, Ren, Preotiuc-Pietro, Cheng; "
+        "ICLR 2023, arXiv:2212.09849",
+        "M = (Σ w_k delta_W^k G_k)(Σ w_k G_k)⁻¹, then min tr (M - fit) Ḡ (M - fit)ᵀ over B, Sigma, A of rank r; "
+        "G_k = E[x xᵀ] at client k",
+        "adapters are merged round by round and refactorized, where the paper merges whole layers once; for b > 1 G_k "
+        "is its diagonal blocks",
+        regmean,
+        gram=True,
+        blocks="b = 1 takes G whole; for b > 1 only block-diagonal G keeps the block form",
     ),
     Preset(
         "cyclic",

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Literal, cast
 
 import safetensors.numpy
 import safetensors.torch
@@ -35,6 +35,7 @@ class Instruction:
         class_shares: Each class's share of all clients' examples; empty where the server does not know them.
         sparsity: Share of the update that is sent; 1 is all.
         sparsity_by: What that is a share of: entries, or components.
+        gram: What of the Gram matrices of the layers' inputs is sent; empty for nothing.
     """
 
     round: int
@@ -46,6 +47,7 @@ class Instruction:
     sparsity: float = 1.0
     class_shares: tuple[float, ...] = ()
     sparsity_by: By = "entries"
+    gram: Literal["", "blocks", "diagonal"] = ""
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -61,6 +63,7 @@ class Instruction:
                 "sparsity": self.sparsity,
                 "class-shares": list(self.class_shares),
                 "sparsity-by": self.sparsity_by,
+                "gram": self.gram,
             }
         )
 
@@ -89,6 +92,7 @@ class Instruction:
             sparsity=float(values["sparsity"]),  # type: ignore[arg-type]
             class_shares=tuple(values["class-shares"]),  # type: ignore[arg-type]
             sparsity_by=cast(By, values["sparsity-by"]),
+            gram=cast(Any, values["gram"]),
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bora_fl.privacy.policy import Mode
 from bora_fl.state import AdapterState
 from bora_fl.wire.records import reply_content, to_arrays
-from bora_fl.wire.schema import HEADS, METRICS, REPLY, SCHEMA
+from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA
 
 NOTHING = "nothing"
 TRUSTED = "the server is trusted"
@@ -165,6 +165,21 @@ class HeadLossesRelease:
     def content(self) -> RecordDict:
         """As a reply's content."""
         return RecordDict({METRICS: MetricRecord({**_named(self)})})
+
+
+@dataclass(frozen=True)
+class GramRelease:
+    """Beside a trained state: what went into each adapted layer (`bora_fl.blocks.gram`), exactly; ``none`` alone.
+
+    Attributes:
+        grams: Layer to its packed Gram matrix.
+    """
+
+    grams: Annotated[Mapping[str, Tensor], NOTHING]
+
+    def content(self) -> RecordDict:
+        """What a reply holds beside the state."""
+        return RecordDict({GRAMS: to_arrays(self.grams)})
 
 
 def _named(release: "_Release | EvaluationRelease | StatisticsRelease | HeadLossesRelease") -> dict[str, Any]:

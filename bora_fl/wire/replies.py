@@ -8,10 +8,11 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
+from bora_fl.blocks.gram import Kind, unpacked
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
 from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.refusals import explain
-from bora_fl.wire.schema import HEADS, METRICS, REPLY, SCHEMA, STATE
+from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA, STATE
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
 
@@ -122,6 +123,25 @@ def read_statistics(message: Message, round: int) -> dict[str, Tensor]:
     if HEADS not in message.content.array_records:
         raise RejectedReplyError(node, "no sums for the head in the reply")
     return _arrays(node, message.content.array_records[HEADS])
+
+
+def read_grams(message: Message, sent: AdapterState, kind: Kind) -> dict[str, Tensor]:
+    """The Gram matrices of a train reply, one for every layer.
+
+    Raises:
+        RejectedReplyError: If a layer has none, or one is no Gram matrix of its inputs.
+    """
+    node = message.metadata.src_node_id
+    if GRAMS not in message.content.array_records:
+        raise RejectedReplyError(node, "no Gram matrices in the reply")
+    found = _arrays(node, message.content.array_records[GRAMS])
+    if found.keys() != sent.layers.keys():
+        odd = sorted(found.keys() ^ sent.layers.keys())
+        raise RejectedReplyError(node, f"Gram matrices: {odd[0]!r} is on one side only")
+    try:
+        return {name: unpacked(found[name], f.num_blocks, f.shape[1], kind) for name, f in sent.layers.items()}
+    except ValueError as error:
+        raise RejectedReplyError(node, str(error)) from error
 
 
 def read_head_losses(message: Message, count: int) -> tuple[list[float], float]:

@@ -11,6 +11,7 @@ Kind = Literal["train", "evaluate", "head-statistics", "head-losses"]
 """What a message may ask a site to work on."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 STATE, FOLDS, INSTRUCTION, REPLY, METRICS, HEADS = "state", "folds", "instruction", "reply", "metrics", "heads"
+GRAMS = "grams"
 HEAD = "head"
 """The record of a message that says which sums the head is to be solved from."""
 

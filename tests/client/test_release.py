@@ -13,7 +13,7 @@ from bora_fl.privacy.policy import Metric, Mode
 from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.strategies.base import RunFailedError
 from bora_fl.wire.refusals import Code, Refusal
-from bora_fl.wire.release import NAMED, EvaluationRelease, Release
+from bora_fl.wire.release import NAMED, EvaluationRelease, GramRelease, Release
 from bora_fl.wire.schema import METRICS, REPLY, refusal
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
@@ -124,6 +124,15 @@ def test_a_train_reply_holds_what_the_table_lists(mode: str, named: bool, sent):
         assert fields_of(content) == listed("train", mode, named or mode == "none")
         if mode in ("record", "local") or (mode == "client" and not named):
             assert content.metric_records[METRICS]["num-examples"] == 1
+
+
+def test_gram_matrices_leave_beside_the_state_where_they_are_asked_for(sent):
+    trained = [content for kind, content in sent("none", strategy__name="regmean") if kind == "train"]
+    assert len(trained) == 3
+    assert all(fields_of(c) == listed("train", "none", True) | listed("grams", "none", True) for c in trained)
+    (cells,) = (cells for (kind, _), cells in table().items() if kind == "grams")
+    assert protections(GramRelease)["grams"] == cells["none"]
+    assert all(cells[mode] == ABSENT for mode in MODES[1:])
 
 
 @pytest.mark.parametrize("mode", MODES)

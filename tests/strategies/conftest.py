@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors
+from bora_fl.blocks.gram import gram_of
 from bora_fl.config import AdapterSettings, RunSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import Aggregator, build
@@ -85,10 +86,25 @@ class Federation:
         parts = aggregator.trains(round)
         given = list(weights) or [1.0 + k for k in range(clients)]
         updates = [
-            ClientUpdate(10 + k, given[k], self.train(state.current, parts, 1000 * seed + k + 1))
+            ClientUpdate(
+                10 + k,
+                given[k],
+                self.train(state.current, parts, 1000 * seed + k + 1),
+                self.grams(aggregator.gram, 1000 * seed + k + 1),
+            )
             for k in range(clients)
         ]
         return state, updates
+
+    def grams(self, kind: str, seed: int) -> dict[str, Tensor]:
+        """Gram matrices of inputs that are stronger in some directions than in others."""
+        g = torch.Generator().manual_seed(seed)
+        found = {}
+        for name, (_, n) in LAYERS.items():
+            x = torch.randn(64, n, generator=g, dtype=torch.float64) * torch.linspace(0.2, 2.0, n)
+            if kind:
+                found[name] = gram_of(x @ torch.randn(n, n, generator=g, dtype=torch.float64), self.blocks, kind) / 64
+        return found
 
 
 def model(state: ServerState) -> dict[str, Tensor]:

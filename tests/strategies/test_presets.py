@@ -30,6 +30,7 @@ NAMES = [
     "florist",
     "cellm",
     "lora-a2",
+    "regmean",
     "fedrpca",
     "refactor",
     "cyclic",
