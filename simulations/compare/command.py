@@ -14,7 +14,9 @@ from bora_fl.config import ConfigError, Scalar, overrides
 from bora_fl.simulations.compare.scenarios import SCENARIOS, near_misses
 
 if TYPE_CHECKING:
+    from bora_fl.simulations.compare.plan import CompareRun
     from bora_fl.simulations.compare.results import Results
+    from bora_fl.simulations.grid import Outcome
 
 # Clients are evaluated after the merge, not before they train: the last round counts too.
 BASE: dict[str, Scalar] = {
@@ -69,7 +71,11 @@ def compare(
     output: Annotated[Path, typer.Option(help="folder of the runs and the report; run again to go on")] = Path(
         "runs/compare"
     ),
-    strategies: Annotated[str, typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them")] = "",
+    suite: Annotated[str, typer.Option(help="a comparison by name: standard, retention; options still win")] = "",
+    strategies: Annotated[
+        str,
+        typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them; method/strategy is one variant"),
+    ] = "",
     scenarios: Annotated[str, typer.Option(help="comma-separated, or all; --list shows them")] = "",
     methods: Annotated[
         str,
@@ -77,11 +83,24 @@ def compare(
             help="comma-separated: bora, ravan, dense-core, lora, dora, gralora, vera, full or another of PEFT"
         ),
     ] = "bora",
-    seeds: Annotated[int, typer.Option(help="number of seeds, from 0")] = 3,
+    seeds: Annotated[int, typer.Option(help="number of seeds, from 0; 0 is the suite's, else 3")] = 0,
     clients: Annotated[
         int, typer.Option(help="clients where the scenario has no number of its own; 0 is 8, quick 3")
     ] = 0,
-    baseline: Annotated[str, typer.Option(help="strategy, or method/strategy, that differences are from")] = "fedavg",
+    baseline: Annotated[
+        str, typer.Option(help="strategy, or method/strategy, that differences are from; the first if not given")
+    ] = "",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="search each variant's learning rate, on seeds of its own")
+    ] = False,
+    rates: Annotated[str, typer.Option(help="multiples of each variant's learning rate that --tune tries")] = "0.3,1,3",
+    tune_seeds: Annotated[int, typer.Option(help="number of seeds for --tune, from 1000")] = 2,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="also local only, central, and IID: retention, of every variant")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would run and how long it takes, and stop")
+    ] = False,
     privacy: Annotated[
         str, typer.Option(help="epsilons per record, and none: DP-SGD at each of them, such as none,6,3")
     ] = "",
@@ -105,11 +124,19 @@ def compare(
         return
     # The rest needs torch, which the command's help does not.
     from bora_fl.data import fetch
-    from bora_fl.simulations.compare import report, results
+    from bora_fl.simulations.compare import report, results, tuning
     from bora_fl.simulations.compare.plan import plan
+    from bora_fl.simulations.compare.references import reference_runs
+    from bora_fl.simulations.compare.suites import suite as named_suite
+    from bora_fl.simulations.compare.timing import in_words, seconds_left
     from bora_fl.simulations.grid import run_grid
 
-    chosen = overrides(run_config)
+    chosen, base, named = overrides(run_config), QUICK if quick else BASE, named_suite(suite) if suite else None
+    if named:
+        strategies, scenarios = strategies or named.strategies, scenarios or named.scenarios
+        seeds, tune, baselines = seeds or named.seeds, tune or named.tune, baselines or named.baselines
+        base = {**base, **named.config}
+    factors = tuning.factors_of(rates)
     if not 0 <= target <= 1:
         raise ConfigError(f"--target {target:g}: an accuracy is between 0 and 1; 0 takes the baseline's own")
     if workers < 0:
@@ -117,11 +144,11 @@ def compare(
     all_strategies = QUICK_STRATEGIES if quick else PRIVATE_STRATEGIES if privacy else "all"
     all_scenarios = QUICK_SCENARIOS if quick else "natural" if privacy else "all"
     laid_out = plan(
-        (QUICK if quick else BASE) | (PRIVATE if privacy else {}),
+        base | (PRIVATE if privacy else {}),
         strategies=_names("--strategies", strategies or all_strategies),
         scenarios=_scenario_names(scenarios or all_scenarios),
         methods=_names("--methods", methods),
-        seeds=seeds,
+        seeds=seeds or 3,
         clients=clients or (QUICK_CLIENTS if quick else CLIENTS),
         root=output.expanduser().resolve(),
         threads=threads,
@@ -129,23 +156,44 @@ def compare(
         chosen=chosen,
     )
     reference = _baseline(baseline, [str(v) for v in laid_out.variants])
+    against = next(v for v in laid_out.variants if str(v) == reference)
     for data in {run.settings.data.name for run in laid_out.runs}:
         if data.startswith("embedded:"):
             fetch(data)  # once, before the workers ask for it
     for reason in laid_out.reasons():
         console.print(f"skipped: {reason}", highlight=False, markup=False)
-    at_once = min(workers or max(1, _cores() // threads), len(laid_out.runs))
+    at_once = max(1, workers or _cores() // threads)
     root = laid_out.runs[0].root
-    console.print(f"{len(laid_out.runs)} runs, {at_once} at once, in {root}", highlight=False, soft_wrap=True)
-    ended = run_grid(laid_out.runs, root, workers=at_once, threads=threads, console=console, title="comparing")
-    against = next(v for v in laid_out.variants if str(v) == reference)
+    trials = tuning.tuning_runs(laid_out, factors, tune_seeds) if tune else []
+    beside = reference_runs(laid_out, against) if baselines else []
+    counts = f"{len(laid_out.runs)} runs, {len(trials)} to tune them and {len(beside)} beside them, {at_once} at once"
+    console.print(f"{counts}, in {root}", highlight=False, soft_wrap=True)
+    if dry_run or suite:
+        left = seconds_left([*trials, *laid_out.runs, *beside], at_once)
+        console.print(f"about {in_words(left)} left on this machine as busy as it is now", highlight=False)
+    if dry_run:
+        return
+
+    def run_all(runs: list[CompareRun], title: str) -> list[tuple[CompareRun, Outcome]]:
+        return run_grid(runs, root, workers=min(at_once, len(runs)), threads=threads, console=console, title=title)
+
+    if trials:
+        tried = run_all(trials, "tuning")
+        best = tuning.choose(tried)
+        for line in tuning.at_edge(tried, best):
+            console.print(f"note: {line}", highlight=False, markup=False)
+        laid_out = tuning.tuned(laid_out, best)
+        beside = reference_runs(laid_out, against) if baselines else []
+    ended = run_all(laid_out.runs, "comparing")
+    lost = [(run, end) for run, end in run_all(beside, "baselines") if end.status != "finished"] if beside else []
     found = results.collect(laid_out, ended, against, target or None)
     paths = [*results.write(found, root), *report.write(found, root)]
     _show(found)
     for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
-    if found.failures:
-        console.print(f"[bold red]{len(found.failures)} of {len(found.outcomes)} runs failed[/]; see report.html")
+    failed = len(found.failures) + len(lost)
+    if failed:
+        console.print(f"[bold red]{failed} of {len(ended) + len(beside)} runs failed[/]; see report.html and run.log")
         sys.exit(1)
 
 
@@ -162,6 +210,8 @@ def _scenario_names(text: str) -> list[str]:
 
 
 def _baseline(name: str, variants: list[str]) -> str:
+    if not name:
+        return variants[0]
     for variant in variants:
         if name in (variant, variant.partition("/")[2]):
             return variant
@@ -185,6 +235,7 @@ def _show_scenarios() -> None:
 
 def _show(found: "Results") -> None:
     from bora_fl.simulations.compare.figures import interval
+    from bora_fl.simulations.compare.report import against_what
 
     for scenario in found.plan.scenarios:
         if not (summaries := found.of(scenario.name)):
@@ -194,6 +245,9 @@ def _show(found: "Results") -> None:
             "strategy",
             "accuracy %",
             "difference",
+            "over round 0",
+            "retention %",
+            "rate",
             "loss",
             "worst client %",
             "merge error %",
@@ -206,6 +260,9 @@ def _show(found: "Results") -> None:
                 found.plan.label(s.variant),
                 interval(s.accuracy, 100),
                 interval(s.difference, 100, sign=True),
+                interval(s.gain, 100, sign=True),
+                interval(s.retention, 100),
+                f"{s.learning_rate:g}",
                 interval(s.loss, digits=3),
                 interval(s.client_accuracy_min, 100),
                 interval(s.merge_error, 100, 2),
@@ -213,3 +270,4 @@ def _show(found: "Results") -> None:
                 "-" if s.epsilon is None else f"{s.epsilon:.2f} per {s.epsilon_unit}",
             )
         console.print(table)
+        console.print(f"  {against_what(found, scenario.name)}", highlight=False, soft_wrap=True)

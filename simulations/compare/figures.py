@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bora_fl.simulations.compare.intervals import Estimate
-from bora_fl.simulations.compare.results import Results, Row
+from bora_fl.simulations.compare.results import Results
+from bora_fl.simulations.compare.rows import Row
 
 _AXES: dict[str, Callable[[Row], float]] = {
     "round": lambda row: row.round,

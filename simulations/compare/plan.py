@@ -17,8 +17,9 @@ from bora_fl.strategies.presets import PRESETS
 # Methods with what they need to train well from the defaults, which are made for low-rank adapters.
 METHODS: dict[str, dict[str, Scalar]] = {
     "bora": {},
-    "ravan": {},
-    "dense-core": {},
+    # As many trained numbers in a square layer of width 384 as r = b = 8 has.
+    "ravan": {"adapter.rank": 40, "adapter.num-blocks": 4, "adapter.alpha": 40.0},
+    "dense-core": {"adapter.rank": 10, "adapter.num-blocks": 8, "adapter.alpha": 10.0},
     "lora": {},
     "dora": {},
     "gralora": {},
@@ -69,6 +70,7 @@ class CompareRun(grid.Run):
         seed: The run seed: the partition, the clients sampled, the order of the data and all noise derive from it.
         num_clients: Number of clients.
         node_configs: More node config by partition.
+        purpose: What it is run for where it is not compared itself: tune, reference, local-<client>.
         settings: Everything else.
         root: The comparison's folder.
     """
@@ -80,18 +82,22 @@ class CompareRun(grid.Run):
     settings: Settings
     root: Path
     node_configs: dict[int, dict[str, Scalar]] = field(default_factory=dict)
+    purpose: str = ""
 
     @property
     def name(self) -> str:
-        """Scenario, method, strategy, seed."""
-        return f"{self.scenario}/{self.variant.method}-{self.variant.strategy}/seed-{self.seed}"
+        """Scenario, purpose, method, strategy, seed."""
+        place = "/".join(filter(None, (self.scenario, self.purpose)))
+        return f"{place}/{self.variant.method}-{self.variant.strategy}/seed-{self.seed}"
 
     @property
     def identity(self) -> dict[str, object]:
-        """The settings, the number of clients and their ranks."""
+        """The settings, the number of clients, their ranks and, of a client alone, which one it is."""
         config = {key: value for key, value in self.settings.flat().items() if key not in _NO_IDENTITY}
-        ranks = {str(i): node["rank"] for i, node in self.node_configs.items()}
-        return {"config": config, "num_clients": self.num_clients, "ranks": ranks}
+        ranks = {str(i): node["rank"] for i, node in self.node_configs.items() if "rank" in node}
+        found: dict[str, object] = {"config": config, "num_clients": self.num_clients, "ranks": ranks}
+        alone = [node["partition-id"] for node in self.node_configs.values() if "partition-id" in node]
+        return found | ({"client": alone[0], "of": self.node_configs[0]["num-partitions"]} if alone else {})
 
     @property
     def run_settings(self) -> Settings:
@@ -133,7 +139,7 @@ class CompareRun(grid.Run):
         return len(read_rows(self.folder / "metrics.jsonl"))
 
     def __str__(self) -> str:
-        return f"{self.scenario} {self.variant} seed {self.seed}"
+        return " ".join(filter(None, (self.scenario, self.purpose, str(self.variant), f"seed {self.seed}")))
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ def plan(
 
     Args:
         base: Run config of all runs, before the scenario's own keys.
-        strategies: Names of presets, or ``all``.
+        strategies: Names of presets, or ``all``; ``method/strategy`` is one variant, whatever the methods are.
         scenarios: Names of scenarios.
         methods: Adapter methods.
         seeds: Seeds 0 … seeds - 1.
@@ -198,7 +204,7 @@ def plan(
     chosen = chosen or {}
     rows = [at_epsilon(scenario(s), e) for s in dict.fromkeys(scenarios) for e in dict.fromkeys(privacy or ("none",))]
     _check_chosen(chosen, rows)
-    variants = [Variant(m, s) for m in dict.fromkeys(methods) for s in _strategies(strategies)]
+    variants = _variants(methods, strategies)
     for name, value in (("--seeds", seeds), ("--clients", clients), ("--threads", threads)):
         if value < 1:
             raise ConfigError(f"{name} {value}: give at least 1")
@@ -228,13 +234,17 @@ def plan(
     return result
 
 
-def _strategies(names: Sequence[str]) -> list[str]:
-    if list(names) == ["all"]:
-        return list(PRESETS)
-    for name in names:
-        if name not in PRESETS:
-            raise ConfigError(f"--strategies {name!r}: no such strategy; {near_misses(name, [*PRESETS, 'all'])}")
-    return list(dict.fromkeys(names))
+def _variants(methods: Sequence[str], strategies: Sequence[str]) -> list[Variant]:
+    """Every method under every strategy, and the pairs that are named, in their order."""
+    names = list(PRESETS) if list(strategies) == ["all"] else list(strategies)
+    crossed = [name for name in names if "/" not in name]
+    found = [Variant(m, s) for m in methods for s in crossed]
+    found += [Variant(*name.split("/", 1)) for name in names if "/" in name]
+    for variant in found:
+        if variant.strategy not in PRESETS:
+            known = near_misses(variant.strategy, [*PRESETS, "all"])
+            raise ConfigError(f"--strategies {variant.strategy!r}: no such strategy; {known}")
+    return list(dict.fromkeys(found))
 
 
 def _check_chosen(chosen: dict[str, Scalar], scenarios: Sequence[Scenario]) -> None:

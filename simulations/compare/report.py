@@ -12,12 +12,16 @@ from matplotlib.figure import Figure
 from bora_fl.paths import write_atomically
 from bora_fl.simulations.compare.figures import draw, interval
 from bora_fl.simulations.compare.intervals import Estimate
+from bora_fl.simulations.compare.references import References
 from bora_fl.simulations.compare.results import Results, Summary
 
 _COLUMNS = (
     "strategy",
     "accuracy %",
     "difference, points",
+    "over round 0, points",
+    "retention %",
+    "learning rate",
     "loss",
     "difference in loss",
     "clients' mean %",
@@ -35,6 +39,11 @@ _NOTES = (
     "Accuracy and loss are of the server's model on the central test set after the last round. A difference is paired "
     "by seed with the baseline {baseline} and bold where its interval excludes zero; nothing is corrected for the "
     "number of comparisons.",
+    "Over round 0: accuracy less that of the model before round 1, paired by seed: what training added to the start. "
+    "Retention: accuracy as a share of the variant's own with the examples dealt at random, seed by seed.",
+    "Zero rounds, local only, IID federated and central are of the baseline {baseline}: the model before round 1; "
+    "clients that train alone, their mean; the same federation with its examples dealt at random; one client with all "
+    "the data and the steps of all. All are on the central test set.",
     "± is half a 95 % Student t interval over seeds. Runs with one seed share the partition, the clients sampled, the "
     "order of the data and the initial adapter.",
     "Strategies marked * keep part of the adapter on the clients: no server model is their result, and their "
@@ -76,10 +85,23 @@ def markdown(results: Results) -> str:
         if summaries := results.of(scenario.name):
             lines += ["", f"## {scenario.name}: {scenario.summary}", ""]
             lines += _table(_COLUMNS, [_details(s, results) for s in summaries])
+            lines += ["", against_what(results, scenario.name)]
     lines += [""] + [f"- {note.format(baseline=results.plan.label(results.baseline))}" for note in _NOTES]
     if results.failures:
         lines += ["", "## Without a result", ""] + [f"- {run}: {reason}" for run, reason in results.failures]
     return "\n".join(lines) + "\n"
+
+
+def against_what(results: Results, scenario: str) -> str:
+    """The accuracies that a scenario's are read against, in a line."""
+    found = results.references.get(scenario, References())
+    named = {
+        "zero rounds": found.floor,
+        "local only": found.local,
+        "IID federated": found.iid,
+        "central": found.central,
+    }
+    return "read against (%): " + ", ".join(f"{name} {interval(value, 100)}" for name, value in named.items())
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -122,6 +144,9 @@ def _details(summary: Summary, results: Results) -> list[str]:
         results.plan.label(summary.variant),
         interval(summary.accuracy, 100),
         _difference(summary.difference, 100, 1),
+        _difference(summary.gain, 100, 1),
+        interval(summary.retention, 100),
+        "-" if summary.learning_rate is None else f"{summary.learning_rate:g}",
         interval(summary.loss, digits=3),
         _difference(summary.loss_difference, 1, 3),
         interval(summary.client_accuracy, 100),
@@ -165,6 +190,7 @@ def _page(results: Results, figures: dict[str, list[tuple[str, Figure]]]) -> str
         target = next((s.target for s in results.of(scenario.name) if not s.variant.personal), None)
         parts.append(f"<h2>{html.escape(scenario.name)}: {html.escape(scenario.summary)}</h2>")
         parts.append(f"<p class=note>Target accuracy: {'-' if target is None else f'{100 * target:.1f} %'}</p>")
+        parts.append(f"<p>{html.escape(against_what(results, scenario.name))}</p>")
         parts += [_image(figure, f"{scenario.name}: {name}") for name, figure in figures[scenario.name]]
         parts.append(_html_table(_COLUMNS, [_details(s, results) for s in results.of(scenario.name)]))
     if results.failures:

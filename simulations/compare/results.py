@@ -1,70 +1,17 @@
-"""What the runs measured: rows by round, and their summary over seeds."""
+"""What the runs measured: their summary over seeds."""
 
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bora_fl.paths import write_atomically
-from bora_fl.report import read_rows
-from bora_fl.simulations.compare.intervals import Estimate, estimate, paired, spread
+from bora_fl.simulations.compare.intervals import Estimate, estimate, paired
 from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant
-from bora_fl.simulations.grid import Outcome
-
-
-@dataclass(frozen=True)
-class Row:
-    """One round of one run; bytes and seconds add up from the first round on.
-
-    Attributes:
-        scenario: Name of the scenario.
-        method: Adapter method.
-        strategy: Name of the strategy.
-        seed: Run seed.
-        round: From 1.
-        accuracy: Of the server's model on the central test set; None in rounds without evaluation, and for strategies
-            whose result lies with the clients.
-        loss: Likewise.
-        train_loss: Mean over clients of the loss while training.
-        client_accuracy: Mean over clients, by examples, on what each held out, after the merge.
-        client_accuracy_min: The worst client's.
-        client_accuracy_sd: Standard deviation over clients.
-        merge_error: ‖what clients receive next - mean of their products‖ / ‖mean of their products‖.
-        rank: Of the adapter, mean over layers.
-        bytes_up: All clients to the server.
-        bytes_down: The server to all clients, evaluation left out.
-        seconds: Wall clock.
-        server_seconds: Of merging.
-        clients: Replies that were merged.
-        rejected: Rejected replies.
-        epsilon: The largest ε that a client reports: what its ledger holds it to; None without privacy.
-        epsilon_median: The clients' median.
-        epsilon_unit: Whose presence is hidden: record or client.
-    """
-
-    scenario: str
-    method: str
-    strategy: str
-    seed: int
-    round: int
-    accuracy: float | None
-    loss: float | None
-    train_loss: float | None
-    client_accuracy: float | None
-    client_accuracy_min: float | None
-    client_accuracy_sd: float | None
-    merge_error: float | None
-    rank: float | None
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    server_seconds: float
-    clients: int
-    rejected: int
-    epsilon: float | None = None
-    epsilon_median: float | None = None
-    epsilon_unit: str = ""
+from bora_fl.simulations.compare.references import References, reference_runs, references, retention
+from bora_fl.simulations.compare.rows import Row, rows_of
+from bora_fl.simulations.grid import Outcome, is_finished
 
 
 @dataclass(frozen=True)
@@ -92,6 +39,9 @@ class Summary:
         reached: How many seeds got there.
         epsilon: The largest ε of any client in any seed; None without privacy.
         epsilon_unit: Whose presence is hidden.
+        learning_rate: What the variant trained with.
+        gain: Accuracy after the last round less that of round 0, paired by seed.
+        retention: Accuracy as a share of the variant's own with the examples dealt at random, if that was run.
     """
 
     scenario: str
@@ -114,46 +64,9 @@ class Summary:
     reached: int
     epsilon: float | None = None
     epsilon_unit: str = ""
-
-
-def rows_of(run: CompareRun) -> list[Row]:
-    """The rounds of one run, from its ``metrics.jsonl``."""
-    up = down = 0
-    seconds = server_seconds = 0.0
-    rows = []
-    for found in read_rows(run.folder / "metrics.jsonl"):
-        central = run.settings.run.evaluates(found["round"]) and not run.variant.personal
-        clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
-        up, down = up + found["bytes_up"], down + found["bytes_down"]
-        seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]
-        spent = found.get("epsilon") or {}
-        rows.append(
-            Row(
-                run.scenario,
-                run.variant.method,
-                run.variant.strategy,
-                run.seed,
-                found["round"],
-                accuracy=found["accuracy"] if central else None,
-                loss=found["loss"] if central else None,
-                train_loss=found["train_loss"],
-                client_accuracy=found["client_accuracy"],
-                client_accuracy_min=found["client_accuracy_min"],
-                client_accuracy_sd=spread(clients) if clients else None,
-                merge_error=found["strategy"].get("merge_error") if "rank" in found["strategy"] else None,
-                rank=found["strategy"].get("rank"),
-                bytes_up=up,
-                bytes_down=down,
-                seconds=seconds,
-                server_seconds=server_seconds,
-                clients=found["clients"],
-                rejected=found["rejected"],
-                epsilon=spent.get("largest"),
-                epsilon_median=spent.get("median"),
-                epsilon_unit=spent.get("unit", ""),
-            )
-        )
-    return rows
+    learning_rate: float | None = None
+    gain: Estimate | None = None
+    retention: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +79,7 @@ class Results:
         rows: Of the finished runs.
         summaries: Scenario by scenario, in the plan's order.
         baseline: What differences are from.
+        references: Scenario to the accuracies that its own are read against.
     """
 
     plan: Plan
@@ -173,6 +87,7 @@ class Results:
     rows: list[Row]
     summaries: list[Summary]
     baseline: Variant
+    references: dict[str, References] = field(default_factory=dict)
 
     def of(self, scenario: str) -> list[Summary]:
         """The summaries of a scenario."""
@@ -203,20 +118,26 @@ def collect(
         baseline: What differences are from.
         target: The accuracy that ``megabytes_to_target`` asks for; None is the baseline's own.
     """
+    runs: dict[tuple[str, Variant], list[CompareRun]] = {}
     finished: dict[tuple[str, Variant], dict[int, list[Row]]] = {}
     for run, end in outcomes:
         if end.status == "finished":
+            runs.setdefault((run.scenario, run.variant), []).append(run)
             finished.setdefault((run.scenario, run.variant), {})[run.seed] = rows_of(run)
+    beside = reference_runs(plan, baseline)
+    done = {run.folder: run for group in [*runs.values(), beside] for run in group if is_finished(run)}
     summaries: list[Summary] = []
     for scenario in plan.scenarios:
         reference = finished.get((scenario.name, baseline), {})
-        summaries += [
-            _summarize(scenario.name, variant, seeds, reference, target)
-            for variant in plan.variants
-            if (seeds := finished.get((scenario.name, variant)))
-        ]
+        for variant in plan.variants:
+            if seeds := finished.get((scenario.name, variant)):
+                found = _summarize(scenario.name, variant, seeds, reference, target)
+                own = runs[scenario.name, variant]
+                rate = own[0].settings.train.learning_rate
+                summaries.append(replace(found, learning_rate=rate, retention=retention(own, done)))
     rows = [row for seeds in finished.values() for one in seeds.values() for row in one]
-    return Results(plan, outcomes, rows, summaries, baseline)
+    read_against = {row.name: references(runs.get((row.name, baseline), []), done) for row in plan.scenarios}
+    return Results(plan, outcomes, rows, summaries, baseline, read_against)
 
 
 def _summarize(
@@ -259,6 +180,7 @@ def _summarize(
         target=target,
         megabytes_to_target=estimate(to_target),
         reached=len(to_target),
+        gain=paired(_last(seeds, "accuracy"), _first(seeds)),
         epsilon=max(_last(seeds, "epsilon").values(), default=None),
         epsilon_unit=next((rows[-1].epsilon_unit for rows in seeds.values()), ""),
     )
@@ -268,6 +190,12 @@ def _last(seeds: Mapping[int, Sequence[Row]], field: str) -> dict[int, float]:
     """A field after the last round, by seed, where it was measured."""
     found = {seed: getattr(rows[-1], field) for seed, rows in seeds.items()}
     return {seed: float(value) for seed, value in found.items() if value is not None}
+
+
+def _first(seeds: Mapping[int, Sequence[Row]]) -> dict[int, float]:
+    """Accuracy of round 0, by seed, where it was measured."""
+    found = {seed: rows[0] for seed, rows in seeds.items()}
+    return {seed: row.accuracy for seed, row in found.items() if row.round == 0 and row.accuracy is not None}
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -286,6 +214,7 @@ def write(results: Results, folder: Path) -> list[Path]:
         "format": 2,
         "baseline": str(results.baseline),
         "scenarios": {row.name: row.summary for row in results.plan.scenarios},
+        "references": {name: asdict(found) for name, found in results.references.items()},
         "summaries": [asdict(summary) for summary in results.summaries],
         "skipped": _skipped(results.plan.skipped.items()),
         "runs": [

@@ -78,6 +78,16 @@ def dirichlet(alpha: str) -> Scenario:
 
 _MODERATE: dict[str, Scalar] = {"data.partition": "dirichlet", "data.alpha": 0.5}
 
+# RAVAN's protocol (arXiv:2506.05568), reduced: 20 Newsgroups, Dirichlet(.3), 20 clients, 3 a round, q and v.
+_NEWSGROUPS: dict[str, Scalar] = {
+    "data.name": "embedded:newsgroups20",
+    "data.partition": "dirichlet",
+    "data.alpha": 0.3,
+    "strategy.fraction-train": 0.15,
+    "strategy.fraction-evaluate": 0.15,
+    "adapter.target-modules": "query,value",
+}
+
 _ROWS = (
     Scenario("natural", "four silos, a domain each", {"data.partition": "natural"}, num_clients=4),
     dirichlet("0.1"),
@@ -97,6 +107,19 @@ _ROWS = (
         "forty clients, a fifth of them each round",
         _MODERATE | {"strategy.fraction-train": 0.2},
         num_clients=40,
+    ),
+    Scenario("iid", "examples dealt at random", {"data.partition": "iid"}),
+    Scenario(
+        "newsgroups",
+        "20 Newsgroups, Dirichlet(0.3), 20 clients, three of them each round, from a random head",
+        _NEWSGROUPS | {"head.init": "random"},
+        num_clients=20,
+    ),
+    Scenario(
+        "newsgroups-solved",
+        "20 Newsgroups, Dirichlet(0.3), 20 clients, three of them each round, from the solved head",
+        _NEWSGROUPS | {"head.init": "closed-form"},
+        num_clients=20,
     ),
     Scenario("mixed-ranks", "clients of a quarter, half and all of the rank", _MODERATE, rank_shares=(0.25, 0.5, 1)),
 )

@@ -1,0 +1,87 @@
+import pytest
+from typer.testing import CliRunner
+
+from bora_fl.cli import cli
+from bora_fl.config import ConfigError
+from bora_fl.simulations.compare import timing
+from bora_fl.simulations.compare.suites import SUITES, suite
+from bora_fl.simulations.compare.timing import in_words, seconds_left
+
+from .made_up import finish, lay_out
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_variant_of_a_suite_can_run_in_every_scenario(name, tmp_path):
+    row = suite(name)
+    found = lay_out(
+        tmp_path,
+        dict(row.config),
+        strategies=row.strategies.split(","),
+        scenarios=row.scenarios.split(","),
+        seeds=row.seeds,
+    )
+    assert not found.skipped
+    assert len(found.runs) == len(found.variants) * len(found.scenarios) * row.seeds
+    assert len(found.variants) == len(row.strategies.split(","))
+
+
+def test_an_unknown_suite_lists_near_misses():
+    with pytest.raises(ConfigError, match=r"--suite 'standart'.*standard"):
+        suite("standart")
+
+
+def test_a_method_and_strategy_are_one_variant(tmp_path):
+    found = lay_out(tmp_path, strategies=["fedavg", "lora/ffa", "lora/fedavg"], methods=["bora", "lora"])
+    assert [str(v) for v in found.variants] == ["bora/fedavg", "lora/fedavg", "lora/ffa"]
+    with pytest.raises(ConfigError, match=r"--strategies 'ffaa'.*ffa"):
+        lay_out(tmp_path, strategies=["lora/ffaa"])
+
+
+def test_time_left_scales_with_the_steps_of_what_is_not_finished(tmp_path, monkeypatch):
+    runs = lay_out(tmp_path, scenarios=["dirichlet-1", "few-clients"]).runs  # four clients, and three
+    monkeypatch.setattr(timing, "_one_round", lambda run: (2.0, 0.5))
+    steps = sum(run.cost for run in runs)
+    assert seconds_left(runs, 2) == pytest.approx((2.0 * len(runs) + 0.5 * steps) / 2)
+    finish(runs[0], 0.5)  # in ten seconds
+    assert seconds_left(runs, 1) == pytest.approx((steps - runs[0].cost) * 10 / runs[0].cost)
+    for run in runs:
+        finish(run, 0.5)
+    assert seconds_left(runs, 1) == 0.0
+
+
+def test_one_round_is_measured_where_nothing_is_finished(tiny_config, tmp_path):
+    config = {k: v for k, v in tiny_config.items() if k not in ("strategy.name", "run.output-dir")}
+    runs = lay_out(tmp_path, config | {"train.local-steps": 1, "run.num-rounds": 50}, clients=2, seeds=1).runs
+    fixed, scale = timing._one_round(runs[0])
+    assert 0 < fixed < 60
+    assert 0 < scale < 60
+    assert not runs[0].folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5, "1 min"), (3540, "59 min"), (3600, "1 h 00 min"), (12000, "3 h 20 min")]
+)
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_one_round", lambda run: (0.0, 1.0))
+    monkeypatch.setattr("bora_fl.data.fetch", lambda name: None)
+    arguments = [
+        "compare",
+        "--suite",
+        "retention",
+        "--dry-run",
+        "--seeds",
+        "1",
+        "--workers",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
+    ended = CliRunner().invoke(cli, arguments)
+    assert ended.exit_code == 0, ended.output
+    assert "18 runs, 108 to tune them and" in ended.output
+    assert "left on this machine" in ended.output
+    assert not list(tmp_path.rglob("metrics.jsonl"))
