@@ -93,3 +93,30 @@ def unflatten_factors(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Bloc
             raise ValueError(f"layer {layer!r} holds {sorted(found)}; it must hold {sorted([*PARTS, 'scaling'])}")
         layers[layer] = BlockFactors(found["B"], found["sigma"], found["A"], float(found["scaling"]))
     return layers
+
+
+def flatten_deltas(layers: Mapping[str, BlockFactors]) -> dict[str, Tensor]:
+    """Base deltas by layer as named tensors: the factors, or ``<layer>/dense [m, n]`` where that is smaller.
+
+    A stack of many clients' factors holds `(m + n) R + b² R` numbers with `R = Σ_k r_k`, the weight's delta `m n`.
+    """
+    flat: dict[str, Tensor] = {}
+    for layer, factors in layers.items():
+        m, n = factors.shape
+        if sum(getattr(factors, part).numel() for part in PARTS) <= m * n:
+            flat |= flatten_factors({layer: factors}, "")
+        else:
+            flat[f"{layer}/dense"] = factors.to(torch.promote_types(factors.B.dtype, torch.float32)).dense()
+    return flat
+
+
+def unflatten_deltas(flat: Mapping[str, Tensor], prefix: str = "") -> dict[str, BlockFactors | Tensor]:
+    """The inverse of `flatten_deltas` for the entries under `prefix`.
+
+    Raises:
+        ValueError: If a layer lacks a part.
+    """
+    dense = {name for name in flat if name.startswith(prefix) and name.endswith("/dense")}
+    layers: dict[str, BlockFactors | Tensor] = {**unflatten_factors({n: flat[n] for n in flat.keys() - dense}, prefix)}
+    layers |= {name.removeprefix(prefix).removesuffix("/dense"): flat[name] for name in dense}
+    return dict(sorted(layers.items()))

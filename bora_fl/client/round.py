@@ -28,7 +28,7 @@ from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.privacy.policy import EVALUATION, PROTECTED, SitePolicy, released
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.records import Instruction, from_arrays, part_of, state_of, to_arrays
+from bora_fl.wire.records import Instruction, folds_of, from_arrays, keep, part_of, read_message, to_arrays
 from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.release import (
     ClientRelease,
@@ -38,7 +38,6 @@ from bora_fl.wire.release import (
     PlainRelease,
     RecordRelease,
 )
-from bora_fl.wire.schema import FOLDS
 from bora_fl.wire.sparsity import keep_components, sparsify
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def train_round(
         Refused: If frozen weights cannot be brought to the round's version, the message cannot be understood, or the
             round does not fit the site's policy or budget.
     """
-    instruction, sent = _read(content)
+    instruction, sent = _read(content, memory)
     if instruction.gram and _withheld(site, policy):
         raise Refused(Code.STATISTICS_WITHHELD, "Gram matrices of the layers' inputs are asked for")
     model, received = _receive(site, content, instruction, sent, who, memory)
@@ -85,10 +84,13 @@ def train_round(
     train_by = {"record": _train_by_record, "local": _train_locally}.get(mode, _train_openly)
     release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
     _remember(memory, release.state, instruction)
+    keep(memory, flatten(sent), instruction.keeps)
     if instruction.sparsity < 1:
-        keep = keep_components if instruction.sparsity_by == "components" else sparsify
-        release = replace(release, state=keep(release.state, received, instruction.sparsity))
-    reply = release.content(sent, instruction.shares & instruction.trains, instruction.round)
+        cut = keep_components if instruction.sparsity_by == "components" else sparsify
+        release = replace(release, state=cut(release.state, received, instruction.sparsity))
+    # What is masked is summed entry by entry, so it must be there in full.
+    sparse = instruction.sparsity < 1 and not site.settings.privacy.secure_aggregation
+    reply = release.content(sent, instruction.shares & instruction.trains, instruction.round, sparse=sparse)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
     return reply
@@ -229,14 +231,15 @@ def receive(
     Raises:
         Refused: If the message cannot be understood or the data cannot be read.
     """
-    instruction, sent = _read(content)
+    instruction, sent = _read(content, memory)
     model, _ = _receive(site, content, instruction, sent, who, memory)
     return instruction, model, _data(site, who)
 
 
-def _read(content: RecordDict) -> tuple[Instruction, AdapterState]:
+def _read(content: RecordDict, memory: RecordDict) -> tuple[Instruction, AdapterState]:
+    instruction, flat = read_message(content, memory)
     with refuse_as(Code.MESSAGE_INVALID):
-        return Instruction.read(content), state_of(content)
+        return instruction, unflatten(flat)
 
 
 def _data(site: Site, who: ClientIdentity) -> ClientData:
@@ -266,8 +269,8 @@ def _receive(
     memory: RecordDict,
 ) -> tuple[FederatedModel, AdapterState]:
     """Bring the model to what was sent: folds into the frozen weights, local factors, the client's own rank."""
-    if FOLDS in content.array_records:
-        site.store_folds(instruction.run_id, from_arrays(content.array_records[FOLDS]))
+    if folds := folds_of(content):
+        site.store_folds(instruction.run_id, folds)
     held = site.held_folds(instruction.run_id, instruction.fold_version)
     if held < instruction.fold_version:
         text = f"this site holds the folds up to version {held}, the round needs version {instruction.fold_version}"

@@ -6,8 +6,7 @@ Whatever else a reply holds is left out: examples, timings, ε. A client that ca
 goes on as if it had vanished.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 import numpy as np
@@ -16,12 +15,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common import FitRes, NDArray, NDArrays, Parameters, Status, ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
+from torch import Tensor
 
 from bora_fl.client.refusing import require_done
 from bora_fl.config import Settings
 from bora_fl.heads import ClassSums
 from bora_fl.privacy import masks
-from bora_fl.wire.records import from_arrays, part_of
+from bora_fl.wire.records import from_arrays, part_of, read_message
 from bora_fl.wire.refusals import IN_CLEAR, Code, Refused, refuse_as
 from bora_fl.wire.schema import HEADS, METRICS, STATE, Kind, asked_under_masks
 
@@ -48,9 +48,13 @@ def answer(message: Message, context: Context, settings: Settings, work: Callabl
         raise Refused(Code.PROTOCOL_MISMATCH, IN_CLEAR)
 
     def done(inner: Message, _: Context) -> Message:
-        reply, kind = require_done(work(inner)), asked_under_masks(inner.content)
-        to_mask = _update if kind == "train" else partial(_for_the_head, kind=kind)
-        return Message(to_mask(reply, inner.content, settings), reply_to=inner)
+        kind = asked_under_masks(inner.content)
+        if kind == "train":
+            _, sent = read_message(inner.content, context.state)  # before training, which replaces what is kept
+            content = _update(require_done(work(inner)), sent, settings)
+        else:
+            content = _for_the_head(require_done(work(inner)), settings, kind)
+        return Message(content, reply_to=inner)
 
     with refuse_as(Code.PROTOCOL_MISMATCH):
         reply = protocol.secaggplus_mod(message, context, done).content
@@ -61,7 +65,7 @@ def answer(message: Message, context: Context, settings: Settings, work: Callabl
     return content
 
 
-def _for_the_head(reply: RecordDict, sent: RecordDict, settings: Settings, kind: Kind) -> RecordDict:
+def _for_the_head(reply: RecordDict, settings: Settings, kind: Kind) -> RecordDict:
     """Sums over the client's examples, in units of ``privacy.max-examples``; every client has weight 1."""
     most = settings.privacy.max_examples
     if kind == "head-statistics":
@@ -76,10 +80,10 @@ def _for_the_head(reply: RecordDict, sent: RecordDict, settings: Settings, kind:
     return _result([vector / most], 1)
 
 
-def _update(reply: RecordDict, sent: RecordDict, settings: Settings) -> RecordDict:
+def _update(reply: RecordDict, before: Mapping[str, Tensor], settings: Settings) -> RecordDict:
     """The weight and the vector that the protocol masks."""
     privacy = settings.privacy
-    before, after = from_arrays(sent.array_records[STATE]), from_arrays(reply.array_records[STATE])
+    after = from_arrays(reply.array_records[STATE])
     metrics = reply.metric_records[METRICS]
     update: NDArrays = []
     for name in sorted(after):

@@ -14,7 +14,7 @@ from bora_fl.data import ClientData, client_data, load_dataset
 from bora_fl.device import set_threads
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
 from bora_fl.paths import cache_folder, path_part, write_atomically
-from bora_fl.state import unflatten_factors
+from bora_fl.state import unflatten_deltas
 from bora_fl.wire.refusals import Code, refuse_as
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Site:
             fold = _read_fold(run_id, v)
             if fold is None:
                 raise ValueError(f"fold {v} is not on this site any more")
-            layers = unflatten_factors(fold, "")
+            layers = unflatten_deltas(fold)
             for name in layers:
                 if name not in self._originals:
                     self._originals[name] = model.save_base(name)

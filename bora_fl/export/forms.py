@@ -15,7 +15,7 @@ from bora_fl.models.pooling import PooledClassification
 from bora_fl.models.result import write_labels
 from bora_fl.models.saving import save_pooled, save_sentence_transformers
 from bora_fl.server.checkpoint import load_newest
-from bora_fl.state import AdapterState, unflatten_factors
+from bora_fl.state import AdapterState, unflatten_deltas
 
 
 def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
@@ -53,7 +53,7 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[Fe
     weights = load_base(named, names, settings.run.seed)
     model = FederatedModel(weights, settings.adapter, named, settings.run.seed, keep_head=settings.solves_head)
     for fold in checkpoint.folds:
-        model.add_to_base(unflatten_factors(fold, ""))
+        model.add_to_base(unflatten_deltas(fold))
     adapter = settings.adapter  # a strategy's state may be of a lower rank
     current = checkpoint.state.current
     layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in current.layers.items()}

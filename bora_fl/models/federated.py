@@ -250,17 +250,19 @@ class FederatedModel:
             flat = {f"{version}/{name}": t for version, fold in enumerate(folds, 1) for name, t in fold.items()}
             save_file(flat, folder / "folds.safetensors")
 
-    def add_to_base(self, layers: Mapping[str, BlockFactors]) -> None:
-        """Add each layer's delta_W to its frozen weight, one layer at a time.
+    def add_to_base(self, layers: Mapping[str, BlockFactors | Tensor]) -> None:
+        """Add each layer's delta_W, as factors or dense, to its frozen weight, one layer at a time.
 
         Raises:
             ConfigError: If a frozen weight cannot be written, as under some quantizations.
         """
         from bora_fl.adapters.base_weight import add_to_base
 
-        for name, factors in layers.items():
+        for name, delta in layers.items():
+            if isinstance(delta, BlockFactors):
+                delta = delta.to(torch.promote_types(delta.B.dtype, torch.float32)).dense()
             try:
-                add_to_base(self._layers[name], factors.to(torch.promote_types(factors.B.dtype, torch.float32)).dense())
+                add_to_base(self._layers[name], delta)
             except TypeError as error:
                 raise ConfigError(
                     f"the strategy changes the frozen weights, and in layer {name!r} {error}; or choose a strategy.name"

@@ -15,7 +15,7 @@ from bora_fl.config import ConfigError, Settings, parse
 from bora_fl.models.base import load_base
 from bora_fl.models.federated import FederatedModel
 from bora_fl.paths import write_atomically
-from bora_fl.state import unflatten_factors
+from bora_fl.state import unflatten_deltas
 
 ABOUT, LABELS = "bora_fl.json", "labels.json"
 _KEPT = ("model.", "adapter.", "run.seed", "data.text-column", "data.response-column")
@@ -91,7 +91,7 @@ def load_result(result: Result, base: str = "") -> FederatedModel:
     if folds.is_file():
         flat = load_file(folds)
         for version in sorted({int(name.partition("/")[0]) for name in flat}):
-            loaded.add_to_base(unflatten_factors(flat, f"{version}/"))
+            loaded.add_to_base(unflatten_deltas(flat, f"{version}/"))
     if settings.adapter.method == "full":
         for file in sorted(result.folder.glob("model*.safetensors")):  # a large model lies in several
             loaded.model.load_state_dict(load_file(file), strict=False)

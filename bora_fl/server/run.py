@@ -26,7 +26,7 @@ from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import MANIFEST, Checkpoint, CheckpointError, load_newest, save
 from bora_fl.server.model_card import model_card
 from bora_fl.server.output_folder import held, refuse_another_run
-from bora_fl.state import AdapterState, unflatten_factors
+from bora_fl.state import AdapterState, unflatten_deltas
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.head import HeadLayout
@@ -194,7 +194,7 @@ class Server(Observer):
 
     def _bring_to(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> None:
         for fold in folds[self._folded :]:
-            self.model.add_to_base(unflatten_factors(fold, ""))
+            self.model.add_to_base(unflatten_deltas(fold))
         self._folded = len(folds)
         adapter = self.settings.adapter  # a strategy's state, or a client's, may be of a lower rank
         layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in state.layers.items()}

@@ -14,7 +14,7 @@ from bora_fl.blocks import BlockFactors, merge, normalize_sigma
 from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.layer_merge import LayerMerge, LayerRound, Trains
+from bora_fl.strategies.layer_merge import ALL, LayerMerge, LayerRound, Trains
 from bora_fl.strategies.presets import PRESETS, Preset
 from bora_fl.strategies.products import sizes
 from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
@@ -64,6 +64,19 @@ class Aggregator:
     def gram(self) -> Literal["", "blocks", "diagonal"]:
         """What of the Gram matrices of their layers' inputs clients send; empty for nothing."""
         return self.settings.gram if self.preset.gram else ""
+
+    def keeps(self, round: int, *, secure: bool = False) -> Trains:
+        """The parts that clients keep of what a round sends, since the next message may leave out what did not change.
+
+        They are those that no client moves; where updates are sparse, all of them, since few entries change then.
+
+        Args:
+            round: From 1.
+            secure: Whether updates are masked, and so sent and received in full.
+        """
+        if self.preset.sparse and self.settings.upload_fraction < 1 and not secure:
+            return ALL
+        return ALL - (self.trains(round) & self.preset.shares)
 
     def refuses(self, update: ClientUpdate, state: ServerState) -> str:
         """Why this update cannot be merged, in words; empty if it can."""

@@ -13,10 +13,11 @@ from flwr.serverapp.strategy import Result, Strategy
 from bora_fl.config import Settings
 from bora_fl.privacy.accounting import summarize
 from bora_fl.report import ClientMetrics, Evaluation, RoundReport, epsilon_of, mean_train_loss
-from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten
+from bora_fl.state import AdapterState, flatten, flatten_deltas, unflatten
 from bora_fl.strategies.aggregation import Aggregator, build
 from bora_fl.strategies.best import Best, keeps_best
 from bora_fl.strategies.client_privacy import ClientPrivacy
+from bora_fl.strategies.downlink import Downlink
 from bora_fl.strategies.exchange import exchange
 from bora_fl.strategies.head import HeadLayout, Solved, solve
 from bora_fl.strategies.intake import Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
@@ -25,7 +26,7 @@ from bora_fl.strategies.observer import Deltas, Observer, Recorder, RunFailedErr
 from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import Instruction, from_arrays, size, to_arrays
-from bora_fl.wire.schema import FOLDS, INSTRUCTION, STATE
+from bora_fl.wire.schema import INSTRUCTION
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class FederatedStrategy(Strategy):
         self.nodes = Nodes(settings.strategy, settings.run.seed)
         self.state = ServerState.start(AdapterState())
         self.folds: Deltas = []
-        self._held: dict[int, int] = {}
+        self._downlink = Downlink()
         self._asked = 0
         self._train_config, self._evaluate_config = ConfigRecord(), ConfigRecord()
         self._keeps_best = keeps_best(settings, self.aggregator.shares())
@@ -146,7 +147,7 @@ class FederatedStrategy(Strategy):
             intake = self._take_in_securely(number, messages, grid)
         else:
             intake = self.take_in(number, exchange(grid, messages, timeout))
-        self._held |= intake.held
+        self._downlink.settle(intake.accepted, intake.held)
         self._note(number - 1, intake.metrics)
         # 3. Merge them.
         merged = self.merge(number, intake, self._asked)
@@ -277,18 +278,16 @@ class FederatedStrategy(Strategy):
             class_shares=self.state.class_shares,
             sparsity_by=self.aggregator.preset.sparse or "entries",
             gram=self.aggregator.gram if kind == "train" else "",
+            keeps=self.aggregator.keeps(max(round, 1), secure=self.settings.privacy.secure_aggregation),
         )
-        messages = []
-        for node in nodes:
-            content = RecordDict({STATE: arrays, INSTRUCTION: instruction.record()})
+        messages, flat = [], flatten(self.state.current)
+        for node, records, base in self._downlink.parcels(nodes, flat, arrays, self.folds):
+            content = RecordDict({**records, INSTRUCTION: replace(instruction, base=base).record()})
             if config:
                 content["config"] = config
-            lacking = self.folds[self._held.get(node, 0) :]
-            if lacking:
-                first = self._held.get(node, 0) + 1
-                flat = {f"{v}/{name}": t for v, fold in enumerate(lacking, first) for name, t in fold.items()}
-                content[FOLDS] = to_arrays(flat)
             messages.append(Message(content, dst_node_id=node, message_type=kind))
+        if kind == "train":
+            self._downlink.expect(nodes, flat, instruction.keeps)
         return messages
 
     def _sent(self, server_round: int) -> Sent:
@@ -331,8 +330,8 @@ class FederatedStrategy(Strategy):
         privacy = self.settings.privacy
         max_weight = privacy.max_examples if self.settings.strategy.weighting == "examples" else 1
         found = self._secure_mean(grid, messages, server_round, max_weight)
-        for node in found.failures.keys() - found.nodes:
-            self._held.pop(node, None)  # it may have lacked base deltas, which it is sent with the next round
+        # They may have lacked what they are sent with the next round.
+        self._downlink.forget(found.failures.keys() - found.nodes, folds=True)
         return take_in_securely(found, self._sent(server_round), report_loss=privacy.mode == "none")
 
     def _secure_mean(self, grid: Grid, messages: Iterable[Message], round: int, max_weight: int) -> SecureMean:
@@ -349,7 +348,9 @@ class FederatedStrategy(Strategy):
         else:
             messages = list(self.configure_evaluate(number, arrays, self._evaluate_config, grid))
         replies = exchange(grid, messages, self.settings.strategy.timeout) if messages else []
-        return take_in_evaluations(replies, self.nodes.partition)
+        measured, rejected = take_in_evaluations(replies, self.nodes.partition)
+        self._downlink.forget(map(int, rejected))
+        return measured, rejected
 
     def _note(self, number: int, metrics: Mapping[int, ClientMetrics]) -> Best | None:
         """Keep what clients have evaluated, if it is the best so far; the best so far."""
@@ -362,7 +363,7 @@ class FederatedStrategy(Strategy):
     def _advance(self, state: ServerState) -> None:
         """Go on with a state, and keep its base delta if it is a new one."""
         if state.fold_version > self.state.fold_version:
-            self.folds.append(flatten_factors(state.fold, ""))
+            self.folds.append(flatten_deltas(state.fold))
         self.state = state
 
     # --- Flower's interface ------------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ class FederatedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Take in and merge the replies to `configure_train`, for a loop that is not `run`."""
         intake = self.take_in(server_round, replies)
-        self._held |= intake.held
+        self._downlink.settle(intake.accepted, intake.held)
         merged = self.merge(server_round, intake, self._asked)
         self._advance(merged.state)
         if not merged.changed:

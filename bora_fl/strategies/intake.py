@@ -32,6 +32,7 @@ class Intake:
         metrics: Client to what it reported.
         rejected: Client or node to the reason why its reply is not among the updates.
         held: Node to the newest base delta it holds.
+        accepted: Nodes whose replies passed every check, screening apart.
         bytes_up: Size of the replies.
         train_loss: Mean training loss, where clients report it under secure aggregation.
         digests: Node to the digest of its reply, as it came.
@@ -43,6 +44,7 @@ class Intake:
     metrics: dict[int, ClientMetrics] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    accepted: frozenset[int] = frozenset()
     bytes_up: int = 0
     train_loss: float | None = None
     digests: dict[str, str] = field(default_factory=dict)
@@ -112,6 +114,7 @@ def take_in(
     rejected: dict[str, str] = {}
     held: dict[int, int] = {}
     digests: dict[str, str] = {}
+    nodes: set[int] = set()
     bytes_up = 0
     received = sorted(replies, key=lambda m: m.metadata.src_node_id)
     for message in received:
@@ -137,6 +140,7 @@ def take_in(
             rejected[str(node)] = reply.reason
             continue
         held[node] = sent.state.fold_version
+        nodes.add(node)
         accepted[client] = update
         metrics[client] = ClientMetrics.read(reported)
     updates, screened = screen(
@@ -144,7 +148,9 @@ def take_in(
     )
     rejected |= {str(client): reason for client, reason in screened.items()}
     kept = {client: metrics[client] for client in metrics if client not in screened}
-    return Intake(tuple(updates), len(updates), len(received), kept, rejected, held, bytes_up, digests=digests)
+    return Intake(
+        tuple(updates), len(updates), len(received), kept, rejected, held, frozenset(nodes), bytes_up, digests=digests
+    )
 
 
 def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Intake:
@@ -165,6 +171,7 @@ def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Int
         updates=(ClientUpdate(0, 1.0, state),),
         clients=len(found.nodes),
         held=dict.fromkeys(found.nodes, sent.state.fold_version),
+        accepted=frozenset(found.nodes),
         train_loss=train_loss if report_loss else None,
     )
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import safetensors.numpy
 import safetensors.torch
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
@@ -17,8 +16,12 @@ from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 from bora_fl.wire.sparsity import By
+from bora_fl.state import AdapterState, flatten
+from bora_fl.wire.deltas import GAPS, VALUES, apply, difference, digest, not_whole
+from bora_fl.wire.refusals import Code, Refused, refuse_as
+from bora_fl.wire.schema import FOLDS, INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
 
-PACKED = "safetensors"
+PACKED, KEPT = "safetensors", "received-state"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Instruction:
         sparsity: Share of the update that is sent; 1 is all.
         sparsity_by: What that is a share of: entries, or components.
         gram: What of the Gram matrices of the layers' inputs is sent; empty for nothing.
+        keeps: Parts of the state that the client keeps, since the next message may leave out what did not change.
+        base: Digest of the entries that are not whole in this message, and are completed from what the client keeps;
+            empty if all are whole.
     """
 
     round: int
@@ -48,6 +54,8 @@ class Instruction:
     class_shares: tuple[float, ...] = ()
     sparsity_by: By = "entries"
     gram: Literal["", "blocks", "diagonal"] = ""
+    keeps: frozenset[str] = frozenset()
+    base: str = ""
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -64,6 +72,8 @@ class Instruction:
                 "class-shares": list(self.class_shares),
                 "sparsity-by": self.sparsity_by,
                 "gram": self.gram,
+                "keeps": sorted(self.keeps),
+                "base": self.base,
             }
         )
 
@@ -93,6 +103,8 @@ class Instruction:
             class_shares=tuple(values["class-shares"]),  # type: ignore[arg-type]
             sparsity_by=cast(By, values["sparsity-by"]),
             gram=cast(Any, values["gram"]),
+            keeps=frozenset(values["keeps"]),  # type: ignore[arg-type]
+            base=str(values["base"]),
         )
 
 
@@ -102,12 +114,13 @@ def to_arrays(flat: Mapping[str, Tensor]) -> ArrayRecord:
     Flower stores, signs and requests every array as two objects of its own, on each of the four ways of a round; for
     the 50 tensors of a small adapter that costs more than its training. Half precision travels as float32.
     """
-    wide = {
-        name: tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).contiguous().numpy()
-        for name, tensor in flat.items()
-    }
+    wide = {name: _wide(tensor.detach()).cpu().contiguous().numpy() for name, tensor in flat.items()}
     data = safetensors.numpy.save(wide)
     return ArrayRecord({PACKED: Array(dtype="uint8", shape=(len(data),), stype=PACKED, data=data)})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def from_arrays(record: ArrayRecord) -> dict[str, Tensor]:
@@ -142,27 +155,73 @@ def part_of(name: str) -> str:
     return "tensors" if name.startswith("tensors/") else name.rpartition("/")[2]
 
 
-def state_of(content: RecordDict) -> AdapterState:
-    """The adapter state that a message carries.
+def read_message(content: RecordDict, memory: RecordDict) -> tuple[Instruction, dict[str, Tensor]]:
+    """What a message asks for, and the flattened state that it carries, completed from what the client keeps.
 
     Raises:
-        ValueError: If it carries none, or one with parts missing.
+        Refused: If it cannot be understood, or leaves out what is not in the client's memory.
     """
+    with refuse_as(Code.MESSAGE_INVALID):
+        instruction = Instruction.read(content)
+        return instruction, _complete(content, instruction.base, memory)
+
+
+def keep(memory: RecordDict, sent: Mapping[str, Tensor], parts: frozenset[str]) -> None:
+    """Keep these parts of a received state, and nothing of an earlier one, for messages that leave them out."""
+    memory.pop(KEPT, None)
+    if kept := shared(sent, parts):
+        memory[KEPT] = to_arrays(kept)
+
+
+def _complete(content: RecordDict, base: str, memory: RecordDict) -> dict[str, Tensor]:
     if STATE not in content.array_records:
         raise ValueError("the message carries no adapter state")
-    return unflatten(from_arrays(content.array_records[STATE]))
+    sent = from_arrays(content.array_records[STATE])
+    if not base:
+        return sent
+    held = from_arrays(memory.array_records[KEPT]) if KEPT in memory.array_records else {}
+    changed = {name.rpartition("@")[0] for name in sent if name.endswith((GAPS, VALUES))}
+    if not changed <= held.keys():
+        raise Refused(Code.STATE_MISSING)
+    flat = held | apply(sent, held)
+    if digest(not_whole(flat, sent)) != base:
+        raise Refused(Code.STATE_MISSING)
+    return flat
+
+
+def fold_record_name(version: int) -> str:
+    """The name of the record of a message that holds a base delta."""
+    return f"{FOLDS}-{version}"
+
+
+def folds_of(content: RecordDict) -> dict[str, Tensor]:
+    """The base deltas that a message carries, ``<version>/<layer>/<part>`` to tensor."""
+    folds: dict[str, Tensor] = {}
+    for name, record in content.array_records.items():
+        if name.startswith(f"{FOLDS}-"):
+            folds |= from_arrays(record)
+    return folds
 
 
 def reply_content(
-    state: AdapterState, sent: AdapterState, parts: frozenset[str], round: int, metrics: Mapping[str, float | int]
+    state: AdapterState,
+    sent: AdapterState,
+    parts: frozenset[str],
+    round: int,
+    metrics: Mapping[str, float | int],
+    *,
+    sparse: bool = False,
 ) -> RecordDict:
     """A train reply: the shared parts, the round they belong to, and the metrics (with ``num-examples``, the weight).
 
     A client whose rank differs from what was sent replies with every factor, since the server could not fill them in.
+    With `sparse` a tensor of which few entries changed is sent as these alone.
     """
     flat, reference = flatten(state), flatten(sent)
     same = all(flat[name].shape == reference[name].shape for name in flat)
     entries = shared(flat, parts) if same else {**flat}
+    if sparse and same:
+        entries = difference(entries, reference, omit=False)
     entries |= {name: t for name, t in flat.items() if name.endswith("/scaling") and not name.startswith("tensors/")}
     return RecordDict(
         {

@@ -66,6 +66,10 @@ class Code(StrEnum):
     )
     DATA_UNREADABLE = "data-unreadable", "the site's data cannot be read, or lacks what the run config names"
     MODEL_UNAVAILABLE = "model-unavailable", "the base model cannot be loaded or adapted at the site"
+    STATE_MISSING = (
+        "state-missing",
+        "the site does not hold the part of the adapter that was not sent again; it is sent with the next round",
+    )
     FOLDS_MISSING = "folds-missing", "the site lacks folds of the frozen weights"
     RANK_MISMATCH = (
         "rank-mismatch",

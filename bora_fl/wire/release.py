@@ -40,9 +40,9 @@ class _Release:
         """The numbers beside the state; one that is None stays at the site."""
         return {name: value for name, value in _named(self).items() if name != "state" and value is not None}
 
-    def content(self, sent: AdapterState, parts: frozenset[str], round: int) -> RecordDict:
+    def content(self, sent: AdapterState, parts: frozenset[str], round: int, *, sparse: bool = False) -> RecordDict:
         """As a reply's content; see `reply_content`."""
-        return reply_content(self.state, sent, parts, round, self.metrics())
+        return reply_content(self.state, sent, parts, round, self.metrics(), sparse=sparse)
 
 
 @dataclass(frozen=True, kw_only=True)

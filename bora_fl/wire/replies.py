@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bora_fl.blocks.gram import Kind, unpacked
 from bora_fl.state import PARTS, AdapterState, flatten, unflatten
+from bora_fl.wire.deltas import apply
 from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.refusals import explain
 from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA, STATE
@@ -73,8 +74,12 @@ def read_reply(
     metrics = _metrics(node, content.metric_records.get(METRICS, MetricRecord()))
     if STATE not in content.array_records:
         raise RejectedReplyError(node, "no adapter state in the reply")
-    flat = _arrays(node, content.array_records[STATE])
-    return _complete(node, flat, flatten(sent), parts, max_rank), metrics
+    flat, reference = _arrays(node, content.array_records[STATE]), flatten(sent)
+    try:
+        flat = apply(flat, reference)
+    except ValueError as error:
+        raise RejectedReplyError(node, str(error)) from error
+    return _complete(node, flat, reference, parts, max_rank), metrics
 
 
 def require_positive_sigma(node: int, state: AdapterState) -> None:

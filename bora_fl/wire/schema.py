@@ -6,7 +6,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from bora_fl.wire.refusals import Refusal
 
-SCHEMA = 2
+SCHEMA = 3
 Kind = Literal["train", "evaluate", "head-statistics", "head-losses"]
 """What a message may ask a site to work on."""
 KINDS: tuple[Kind, ...] = get_args(Kind)

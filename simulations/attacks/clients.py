@@ -20,7 +20,8 @@ from bora_fl.client.round import train_round
 from bora_fl.client.site import Site, site
 from bora_fl.config import parse
 from bora_fl.data import ClientData, Encoded
-from bora_fl.wire.records import from_arrays, part_of, to_arrays
+from bora_fl.wire.deltas import apply
+from bora_fl.wire.records import from_arrays, part_of, read_message, to_arrays
 from bora_fl.wire.schema import STATE
 
 TARGET_CLASS, TRIGGER_TOKENS, STAMPED = 0, 2, 0.5
@@ -137,15 +138,16 @@ def attacked(attack: Attack, attackers: frozenset[int]) -> ClientApp:
         here = site(parse(context.run_config))
         if attack.poison is not None:
             here = cast(Site, _Poisoned(here, attack.poison))
+        _, sent = read_message(message.content, context.state)
         content = train_round(here, message.content, who, context.state)
         if attack.forge is not None:
-            _forge(content, message.content, attack.forge)
+            _forge(content, sent, attack.forge)
         return Message(content, reply_to=message)
 
     return app
 
 
-def _forge(reply: RecordDict, received: RecordDict, forge: Forge) -> None:
-    sent, trained = (from_arrays(content.array_records[STATE]) for content in (received, reply))
+def _forge(reply: RecordDict, sent: Mapping[str, Tensor], forge: Forge) -> None:
+    trained = apply(from_arrays(reply.array_records[STATE]), sent)
     with torch.no_grad():
         reply[STATE] = to_arrays({name: forge(name, sent[name], tensor) for name, tensor in trained.items()})

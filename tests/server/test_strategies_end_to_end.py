@@ -11,6 +11,9 @@ from bora_fl.server.run import Server
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.presets import PRESETS
 
+FREEZES = {"ffa": 0.7, "rolora": 0.7, "fedsa": 0.6, "fed-sb": 0.6, "fedsvd": 0.9}
+"""Share of the first round's bytes above which later rounds of a strategy that leaves parts alone never are."""
+
 
 @pytest.mark.parametrize("strategy", sorted(PRESETS))
 def test_a_strategy_runs_and_its_adapter_is_whole(strategy: str, tiny_config):
@@ -18,6 +21,9 @@ def test_a_strategy_runs_and_its_adapter_is_whole(strategy: str, tiny_config):
     folder = simulate(config, 3)
     rows = training_rows(folder / "metrics.jsonl")
     assert [row["rejected"] for row in rows] == [0, 0, 0]
+    first, *later = (row["bytes_down"] for row in rows)
+    if strategy in FREEZES:
+        assert all(bytes_down < FREEZES[strategy] * first for bytes_down in later)
     assert all(torch.isfinite(t).all() for t in load_file(folder / "adapter" / "adapter_model.safetensors").values())
     folds = folder / "adapter" / "folds.safetensors"
     assert folds.is_file() == PRESETS[strategy].folds

@@ -53,7 +53,7 @@ def test_an_instruction_survives_the_wire():
 
 
 def test_another_schema_is_named():
-    with pytest.raises(ValueError, match="schema 99, this site 2"):
+    with pytest.raises(ValueError, match="schema 99, this site 3"):
         Instruction.read(RecordDict({INSTRUCTION: ConfigRecord({"schema": 99})}))
 
 
