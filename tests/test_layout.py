@@ -39,6 +39,7 @@ FLOWER = {
     "bora_fl/client/round.py",
     "bora_fl/client/secure_aggregation.py",
     "bora_fl/strategies/base.py",
+    "bora_fl/strategies/downlink.py",
     "bora_fl/strategies/exchange.py",
     "bora_fl/strategies/head.py",
     "bora_fl/strategies/intake.py",
@@ -52,6 +53,7 @@ FLOWER = {
     "simulations/process.py",
     "simulations/ray_backend.py",
     "simulations/attacks/clients.py",
+    "simulations/benchmarks/wire.py",
     "simulations/faults/replies.py",
 }
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,18 @@ from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.privacy.policy import EVALUATION, PROTECTED, SitePolicy, released
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.records import Instruction, folds_of, from_arrays, keep, part_of, read_message, to_arrays
+from bora_fl.wire.records import (
+    Instruction,
+    Pack,
+    changes,
+    folds_of,
+    from_arrays,
+    keep,
+    part_of,
+    plain,
+    read_message,
+    to_arrays,
+)
 from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.release import (
     ClientRelease,
@@ -39,10 +50,11 @@ from bora_fl.wire.release import (
     RecordRelease,
 )
 from bora_fl.wire.sparsity import keep_components, sparsify
+from bora_fl.wire.updates import Coding
 
 log = logging.getLogger(__name__)
 
-LOCAL = "local-factors"
+LOCAL, LOST = "local-factors", "codec-lost"
 
 OnStep = Callable[[str, int, int], None]
 """Told what is being done, how many steps of it, out of how many; what it raises ends the round."""
@@ -88,9 +100,8 @@ def train_round(
     if instruction.sparsity < 1:
         cut = keep_components if instruction.sparsity_by == "components" else sparsify
         release = replace(release, state=cut(release.state, received, instruction.sparsity))
-    # What is masked is summed entry by entry, so it must be there in full.
-    sparse = instruction.sparsity < 1 and not site.settings.privacy.secure_aggregation
-    reply = release.content(sent, instruction.shares & instruction.trains, instruction.round, sparse=sparse)
+    pack = _packing(site, instruction, who, memory)
+    reply = release.content(sent, instruction.shares & instruction.trains, instruction.round, pack)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
     return reply
@@ -323,6 +334,27 @@ def _remember(memory: RecordDict, trained: AdapterState, instruction: Instructio
     }
     if local:
         memory[LOCAL] = to_arrays(local)
+
+
+def _packing(site: Site, instruction: Instruction, who: ClientIdentity, memory: RecordDict) -> Pack:
+    """How the reply's tensors travel; what a codec loses is kept for the next reply."""
+    settings = site.settings
+    if settings.privacy.secure_aggregation:
+        return plain  # what is masked is summed entry by entry, so it must be there in full
+    if instruction.sparsity < 1:
+        return changes
+    coding = Coding.of(settings)
+
+    def pack(entries: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = memory.array_records.get(LOST)
+        lost = from_arrays(kept) if kept is not None and instruction.feedback else {}
+        seed = derive(settings.run.seed, "codec", instruction.round, who.partition)
+        packed, rest = coding.encode(entries, sent, lost, seed)
+        if instruction.feedback:
+            memory[LOST] = to_arrays(lost | rest)
+        return packed
+
+    return pack if coding.codec.stages else plain
 
 
 def _recall(memory: RecordDict, sent: AdapterState, instruction: Instruction) -> AdapterState:

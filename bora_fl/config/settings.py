@@ -209,6 +209,17 @@ class StrategySettings(_Group):
     screening_examples: Count = Field(256, description="examples of the central test set kept for max-loss-increase")
 
 
+class WireSettings(_Group):
+    """What travels."""
+
+    codec: str = Field(
+        "float32",
+        description="how clients send updates: float32, or stages of topk:SHARE, lowrank:RANK, fp16, bf16, int8, int4 "
+        "joined by +",
+    )
+    feedback: bool = Field(True, description="clients add what the codec lost to their next update")
+
+
 class PrivacySettings(_Group):
     """Differential privacy; see docs/privacy.md."""
 
@@ -264,6 +275,7 @@ class Settings(_Group):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     strategy: StrategySettings = StrategySettings()
+    wire: WireSettings = WireSettings()
     privacy: PrivacySettings = PrivacySettings()
     run: RunSettings = RunSettings()
 
@@ -342,6 +354,12 @@ class Settings(_Group):
             raise ValueError(
                 f"strategy.max-loss-increase = {self.strategy.max_loss_increase} with data.test-split = '': the server "
                 "has no examples to measure a loss on; set data.test-split, or strategy.max-loss-increase to 0"
+            )
+        if self.privacy.secure_aggregation and self.wire.codec != "float32":
+            raise ValueError(
+                f"wire.codec = {self.wire.codec!r} with privacy.secure-aggregation = true: masked updates are "
+                "summed entry by entry, and a codec would leave entries out or scale each client's in its own way; set "
+                "wire.codec to float32"
             )
         if self.privacy.secure_aggregation and self.privacy.mode == "client":
             raise ValueError(

@@ -20,6 +20,7 @@ from bora_fl.strategies.products import sizes
 from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
 from bora_fl.strategies.server_optimizers import server_step
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.wire.codecs import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +290,13 @@ def build(settings: Settings) -> Aggregator:
             f"strategy.server-learning-rate = {strategy.server_learning_rate:g} with {strategy.server_optimizer}",
             "an adaptive step moves every entry by about that much a round, and entries are far below 1; try 0.01",
         ),
+        (
+            row.sparse and settings.wire.codec != "float32",
+            f"wire.codec = {settings.wire.codec!r}",
+            "it sends changed entries as they are; set wire.codec to float32, or use fedavg with topk",
+        ),
     )
+    Codec.parse(settings.wire.codec)
     for refused, key, why in refusals:
         if refused:
             raise ValueError(f"{key} with strategy.name = {strategy.name!r}: {why}")

@@ -279,6 +279,7 @@ class FederatedStrategy(Strategy):
             sparsity_by=self.aggregator.preset.sparse or "entries",
             gram=self.aggregator.gram if kind == "train" else "",
             keeps=self.aggregator.keeps(max(round, 1), secure=self.settings.privacy.secure_aggregation),
+            feedback=self.settings.wire.feedback and not self.aggregator.preset.no_server_optimizer,
         )
         messages, flat = [], flatten(self.state.current)
         for node, records, base in self._downlink.parcels(nodes, flat, arrays, self.folds):

@@ -17,6 +17,7 @@ from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import content_digest, size
 from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_grams, read_reply, require_positive_sigma
+from bora_fl.wire.updates import Coding
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def take_in(
         held_out_loss: Loss of an adapter on the examples kept for screening.
         refuses: Why an update cannot take part, in words; empty if it can.
     """
-    adapter, weighting = settings.adapter, settings.strategy.weighting
+    adapter, weighting, coding = settings.adapter, settings.strategy.weighting, Coding.of(settings)
     accepted: dict[int, ClientUpdate] = {}
     metrics: dict[int, ClientMetrics] = {}
     rejected: dict[str, str] = {}
@@ -123,7 +124,7 @@ def take_in(
             bytes_up += size(message.content)
             digests[str(node)] = content_digest(message.content)
         try:
-            state, reported = read_reply(message, sent.state.current, sent.parts, sent.round, adapter.rank)
+            state, reported = read_reply(message, sent.state.current, sent.parts, sent.round, adapter.rank, coding)
             if adapter.transform == "exp_norm":
                 require_positive_sigma(node, state)
             client = sent.partition(node)

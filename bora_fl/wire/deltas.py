@@ -16,7 +16,7 @@ from torch import Tensor
 
 GAPS, VALUES = "@gaps", "@values"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GAPS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+GAP_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def difference(flat: Mapping[str, Tensor], base: Mapping[str, Tensor], *, omit: bool = True) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def difference(flat: Mapping[str, Tensor], base: Mapping[str, Tensor], *, omit: 
         changed = (_bits(tensor) != _bits(held)).flatten().nonzero()[:, 0]
         if omit and not len(changed):
             continue
-        gaps = _gaps(changed)
+        gaps = to_gaps(changed)
         values = tensor.detach().flatten()[changed]
         smaller = gaps.nbytes + values.nbytes < tensor.nbytes
         sent |= {f"{name}{GAPS}": gaps, f"{name}{VALUES}": values} if smaller else {name: tensor}
@@ -54,17 +54,11 @@ def apply(sent: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, T
         gaps, values, held = sent.get(f"{name}{GAPS}"), sent.get(f"{name}{VALUES}"), base.get(name)
         if gaps is None or values is None or held is None or name in whole:
             raise ValueError(f"{name[:200]!r} was sent as changed values that fit nothing")
-        if gaps.dtype not in _GAPS or gaps.dim() != 1 or gaps.shape != values.shape or values.dtype != held.dtype:
+        if gaps.dtype not in GAP_DTYPES or gaps.dim() != 1 or gaps.shape != values.shape or values.dtype != held.dtype:
             raise ValueError(
                 f"{name}: {tuple(gaps.shape)} {gaps.dtype} gaps and {tuple(values.shape)} {values.dtype} values"
             )
-        gaps = gaps.long()
-        # Each gap below the length, no sum of them overflows.
-        if bool(((gaps < 0) | (gaps >= held.numel())).any()) or len(gaps) > held.numel():
-            raise ValueError(f"{name}: a position is out of range")
-        positions = (gaps + 1).cumsum(0) - 1
-        if len(positions) and int(positions[-1]) >= held.numel():
-            raise ValueError(f"{name}: a position is out of range")
+        positions = positions_of(gaps, held.numel())
         flat = held.detach().flatten().clone()
         flat[positions] = values
         whole[name] = flat.reshape(held.shape)
@@ -86,12 +80,28 @@ def not_whole(flat: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[st
     return {name: tensor for name, tensor in flat.items() if name not in sent}
 
 
+def positions_of(gaps: Tensor, length: int) -> Tensor:
+    """The positions in a tensor of so many entries.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    gaps = gaps.long()
+    # With each gap below the length, no sum of them overflows.
+    possible = len(gaps) <= length and not bool(((gaps < 0) | (gaps >= length)).any())
+    positions = (gaps + 1).cumsum(0) - 1
+    if not possible or (len(positions) and int(positions[-1]) >= length):
+        raise ValueError(f"a position is out of range of {length} entries")
+    return positions
+
+
 def _bits(tensor: Tensor) -> Tensor:
     """The entries as whole numbers: zeros of both signs differ, and a NaN equals itself."""
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()])
 
 
-def _gaps(positions: Tensor) -> Tensor:
+def to_gaps(positions: Tensor) -> Tensor:
+    """Rising positions as gaps."""
     gaps = positions.diff(prepend=positions.new_full((1,), -1)) - 1
     largest = int(gaps.max()) if len(gaps) else 0
-    return gaps.to(next(dtype for dtype in _GAPS if largest <= torch.iinfo(dtype).max))
+    return gaps.to(next(dtype for dtype in GAP_DTYPES if largest <= torch.iinfo(dtype).max))

@@ -1,7 +1,7 @@
 """Adapter states, instructions and replies as Flower records, versioned."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -12,14 +12,11 @@ from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
 from bora_fl.paths import path_part
-from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.refusals import Code, Refused
-from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
-from bora_fl.wire.sparsity import By
 from bora_fl.state import AdapterState, flatten
 from bora_fl.wire.deltas import GAPS, VALUES, apply, difference, digest, not_whole
 from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.schema import FOLDS, INSTRUCTION, METRICS, REPLY, SCHEMA, STATE
+from bora_fl.wire.sparsity import By
 
 PACKED, KEPT = "safetensors", "received-state"
 
@@ -42,6 +39,7 @@ class Instruction:
         keeps: Parts of the state that the client keeps, since the next message may leave out what did not change.
         base: Digest of the entries that are not whole in this message, and are completed from what the client keeps;
             empty if all are whole.
+        feedback: Add what the codec lost of earlier updates; false where these were in other coordinates.
     """
 
     round: int
@@ -56,6 +54,7 @@ class Instruction:
     gram: Literal["", "blocks", "diagonal"] = ""
     keeps: frozenset[str] = frozenset()
     base: str = ""
+    feedback: bool = True
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -73,6 +72,7 @@ class Instruction:
                 "sparsity-by": self.sparsity_by,
                 "gram": self.gram,
                 "keeps": sorted(self.keeps),
+                "feedback": self.feedback,
                 "base": self.base,
             }
         )
@@ -105,6 +105,7 @@ class Instruction:
             gram=cast(Any, values["gram"]),
             keeps=frozenset(values["keeps"]),  # type: ignore[arg-type]
             base=str(values["base"]),
+            feedback=bool(values["feedback"]),
         )
 
 
@@ -203,25 +204,37 @@ def folds_of(content: RecordDict) -> dict[str, Tensor]:
     return folds
 
 
+Pack = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def plain(entries: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are."""
+    return {**entries}
+
+
+def changes(entries: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each tensor the entries that changed, bit for bit, where that is smaller."""
+    return difference(entries, sent, omit=False)
+
+
 def reply_content(
     state: AdapterState,
     sent: AdapterState,
     parts: frozenset[str],
     round: int,
     metrics: Mapping[str, float | int],
-    *,
-    sparse: bool = False,
+    pack: Pack = plain,
 ) -> RecordDict:
     """A train reply: the shared parts, the round they belong to, and the metrics (with ``num-examples``, the weight).
 
     A client whose rank differs from what was sent replies with every factor, since the server could not fill them in.
-    With `sparse` a tensor of which few entries changed is sent as these alone.
+    All others send what `pack` makes of the shared tensors, given these and what was sent.
     """
     flat, reference = flatten(state), flatten(sent)
     same = all(flat[name].shape == reference[name].shape for name in flat)
     entries = shared(flat, parts) if same else {**flat}
-    if sparse and same:
-        entries = difference(entries, reference, omit=False)
+    if same:
+        entries = pack(entries, reference)
     entries |= {name: t for name, t in flat.items() if name.endswith("/scaling") and not name.startswith("tensors/")}
     return RecordDict(
         {

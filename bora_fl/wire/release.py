@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bora_fl.privacy.policy import Mode
 from bora_fl.state import AdapterState
-from bora_fl.wire.records import reply_content, to_arrays
+from bora_fl.wire.records import Pack, plain, reply_content, to_arrays
 from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA
 
 NOTHING = "nothing"
@@ -40,9 +40,9 @@ class _Release:
         """The numbers beside the state; one that is None stays at the site."""
         return {name: value for name, value in _named(self).items() if name != "state" and value is not None}
 
-    def content(self, sent: AdapterState, parts: frozenset[str], round: int, *, sparse: bool = False) -> RecordDict:
+    def content(self, sent: AdapterState, parts: frozenset[str], round: int, pack: Pack = plain) -> RecordDict:
         """As a reply's content; see `reply_content`."""
-        return reply_content(self.state, sent, parts, round, self.metrics(), sparse=sparse)
+        return reply_content(self.state, sent, parts, round, self.metrics(), pack)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from bora_fl.wire.deltas import apply
 from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.refusals import explain
 from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA, STATE
+from bora_fl.wire.updates import Coding
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
 
@@ -49,7 +50,12 @@ def _reply_record(message: Message) -> ConfigRecord:
 
 
 def read_reply(
-    message: Message, sent: AdapterState, parts: frozenset[str], round: int, max_rank: int
+    message: Message,
+    sent: AdapterState,
+    parts: frozenset[str],
+    round: int,
+    max_rank: int,
+    coding: Coding | None = None,
 ) -> tuple[AdapterState, dict[str, float]]:
     """Check a train reply and complete it with what the client was sent.
 
@@ -59,6 +65,7 @@ def read_reply(
         parts: The parts that the reply must hold.
         round: The round it must belong to.
         max_rank: The federation's rank; a client may train a smaller one.
+        coding: How updates may be coded.
 
     Returns:
         The client's full state, and its metrics as floats.
@@ -76,7 +83,7 @@ def read_reply(
         raise RejectedReplyError(node, "no adapter state in the reply")
     flat, reference = _arrays(node, content.array_records[STATE]), flatten(sent)
     try:
-        flat = apply(flat, reference)
+        flat = apply(coding.decode(flat, reference) if coding else flat, reference)
     except ValueError as error:
         raise RejectedReplyError(node, str(error)) from error
     return _complete(node, flat, reference, parts, max_rank), metrics

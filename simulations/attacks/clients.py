@@ -23,6 +23,7 @@ from bora_fl.data import ClientData, Encoded
 from bora_fl.wire.deltas import apply
 from bora_fl.wire.records import from_arrays, part_of, read_message, to_arrays
 from bora_fl.wire.schema import STATE
+from bora_fl.wire.updates import Coding
 
 TARGET_CLASS, TRIGGER_TOKENS, STAMPED = 0, 2, 0.5
 FLIPPED, SCALED = -5.0, 100.0
@@ -141,13 +142,13 @@ def attacked(attack: Attack, attackers: frozenset[int]) -> ClientApp:
         _, sent = read_message(message.content, context.state)
         content = train_round(here, message.content, who, context.state)
         if attack.forge is not None:
-            _forge(content, sent, attack.forge)
+            _forge(content, sent, attack.forge, Coding.of(here.settings))
         return Message(content, reply_to=message)
 
     return app
 
 
-def _forge(reply: RecordDict, sent: Mapping[str, Tensor], forge: Forge) -> None:
-    trained = apply(from_arrays(reply.array_records[STATE]), sent)
+def _forge(reply: RecordDict, sent: Mapping[str, Tensor], forge: Forge, coding: Coding) -> None:
+    trained = apply(coding.decode(from_arrays(reply.array_records[STATE]), sent), sent)
     with torch.no_grad():
         reply[STATE] = to_arrays({name: forge(name, sent[name], tensor) for name, tensor in trained.items()})

@@ -22,6 +22,7 @@ BENCHMARKS = {
     ),
     "merging": ("bora_fl.simulations.benchmarks.merging", "merging and refactorizing: planted optima, time, memory"),
     "server": ("bora_fl.simulations.benchmarks.server", "what a round costs the server, by the number of clients"),
+    "wire": ("bora_fl.simulations.benchmarks.wire", "bytes a client and round by strategy, and codecs"),
     "worker": ("bora_fl.simulations.benchmarks.worker", "rounds over loopback with and without warm workers"),
     "closed-form-head": ("bora_fl.simulations.benchmarks.closed_form_head", "the solved head, no training"),
     "private-step": ("bora_fl.simulations.benchmarks.private_step", "a DP-SGD step against a plain one and Opacus"),

@@ -20,6 +20,7 @@ from bora_fl.blocks import BlockFactors
 from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.presets import PRESETS
 from bora_fl.strategies.server_state import ServerState
 
 
@@ -81,6 +82,12 @@ def _measure(adapter: Adapter, strategy: str, clients: int, results: "multiproce
     results.put(Cost(seconds, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
 
 
+def _base_delta(adapter: Adapter, strategy: str, clients: int) -> int:
+    """Bytes of the base delta of a round, which every client is sent: the smaller of the stack and the dense one."""
+    folds = PRESETS[strategy].folds
+    return adapter.layers * min(clients * adapter.layer_bytes, 4 * adapter.side**2) if folds else 0
+
+
 def measure(adapter: Adapter, strategy: str, clients: int) -> Cost:
     """Merge one layer of an adapter from this many clients, in a fresh process."""
     context = multiprocessing.get_context("spawn")
@@ -112,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     cost.seconds * adapter.layers,
                     clients * size / 1e9,
                     cost.memory / 1e9,
-                    2 * clients * size / 1e9,
+                    clients * (2 * size + _base_delta(adapter, strategy, clients)) / 1e9,
                 )
                 table.add_row(strategy, str(clients), *(f"{number:.3g}" for number in numbers))
         console.print(table)

@@ -29,6 +29,13 @@ def test_a_strategy_runs_and_its_adapter_is_whole(strategy: str, tiny_config):
     assert folds.is_file() == PRESETS[strategy].folds
 
 
+def test_a_codec_composes_with_a_strategy(tiny_config):
+    options = {"wire.codec": "topk:0.2+int8", "train.local-steps": 1, "run.num-rounds": 2, "head.init": "random"}
+    rows = training_rows(simulate(tiny_config | options, 2) / "metrics.jsonl")
+    assert [row["rejected"] for row in rows] == [0, 0]
+    assert rows[-1]["strategy"]["update_norm"] > 0
+
+
 @pytest.mark.parametrize("options", [{"strategy.residual": "fold"}, {"strategy.residual": "carry"}])
 def test_the_residual_can_be_kept(options, tiny_config):
     config = tiny_config | {"strategy.name": "refactor", "train.local-steps": 2, "strategy.residual-rank": 2} | options
