@@ -81,6 +81,19 @@ def test_bench_hands_over_options_and_the_exit_code():
         call("bench", "coast")
 
 
+def test_bench_all_runs_each_and_says_which_failed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "bora_fl.simulations.benchmarks.command.BENCHMARKS",
+        {"cost": ("this", "first"), "lost": ("no_such_module", "second"), "last": ("this", "third")},
+    )
+    code, text = call("bench", "all")
+    assert code == 1
+    assert "first" in text
+    assert "third" in text
+    assert "failed: lost" in text
+    assert capfd.readouterr().out.count("Beautiful is better than ugly") == 2
+
+
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What `bora-fl run` would start in a folder with a federation.toml."""

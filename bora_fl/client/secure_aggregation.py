@@ -50,7 +50,7 @@ def answer(message: Message, context: Context, settings: Settings, work: Callabl
     def done(inner: Message, _: Context) -> Message:
         kind = asked_under_masks(inner.content)
         if kind == "train":
-            _, sent = read_message(inner.content, context.state)  # before training, which replaces what is kept
+            sent = read_message(inner.content, context.state)[1]  # before training, which replaces what is kept
             content = _update(require_done(work(inner)), sent, settings)
         else:
             content = _for_the_head(require_done(work(inner)), settings, kind)

@@ -1,6 +1,12 @@
 """``bora-fl bench``: every benchmark by name."""
 
 import importlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -28,12 +34,14 @@ BENCHMARKS = {
     "private-step": ("bora_fl.simulations.benchmarks.private_step", "a DP-SGD step against a plain one and Opacus"),
 }
 
+NEEDS_GPU = "gpu-check"
+
 console = Console()
 
 
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="the benchmark; its own options follow, such as --help")] = "",
+    name: Annotated[str, typer.Argument(help="the benchmark, or all; its own options follow, such as --help")] = "",
     show: Annotated[bool, typer.Option("--list", help="list the benchmarks and leave")] = False,
 ) -> None:
     """Run a benchmark on this machine and print its table."""
@@ -43,7 +51,28 @@ def bench(
             table.add_row(row, summary)
         console.print(table)
         return
+    if name == "all":
+        raise typer.Exit(run_all(row for row in BENCHMARKS if row != NEEDS_GPU))
     if name not in BENCHMARKS:
         raise ConfigError(f"bench {name}: no such benchmark; use one of {', '.join(BENCHMARKS)}")
     code = importlib.import_module(BENCHMARKS[name][0]).main(context.args)
     raise typer.Exit(code or 0)
+
+
+def run_all(names: Iterable[str]) -> int:
+    """Run benchmarks one after the other, each in a process of its own, below a line that says where.
+
+    Returns:
+        0, or 1 if one failed; the others are run all the same.
+    """
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "flwr"))
+    console.print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}")
+    failed = []
+    for name in names:
+        module, summary = BENCHMARKS[name]
+        console.rule(f"{name}: {summary}")
+        if subprocess.run([sys.executable, "-m", module], check=False).returncode:
+            failed.append(name)
+    if failed:
+        console.print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.config import Settings, parse
+from bora_fl.config import Scalar, Settings, parse
 from bora_fl.simulations.engine import identify
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.strategies.base import FederatedStrategy
@@ -115,11 +115,17 @@ class Watch(Observer):
         self.rows.append((report.bytes_up, report.bytes_down))
 
 
-def measure(changed: dict[str, Any], clients: int, rounds: int) -> list[tuple[float, float]]:
+def measure(changed: Mapping[str, Scalar], clients: int, rounds: int) -> list[tuple[float, float]]:
     """Kilobytes up and down a client, round by round."""
-    method = changed.get("adapter.method", "bora")
+    method = str(changed.get("adapter.method", "bora"))
     settings = parse(
-        {"adapter.rank": RANK, "adapter.num-blocks": BLOCKS, "run.num-rounds": rounds, "head.init": "random"} | changed
+        {
+            "adapter.rank": RANK,
+            "adapter.num-blocks": BLOCKS,
+            "run.num-rounds": rounds,
+            "head.init": "random",
+            **changed,
+        }
     )
     watch = Watch()
     strategy = FederatedStrategy(settings, observer=watch)
@@ -139,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table(title=f"kB a client and round, {chosen.clients} clients")
     for name in ("strategy", "up", "down, round 1", "down, later rounds"):
         table.add_column(name, justify="left" if name == "strategy" else "right")
-    cases: dict[str, dict[str, Any]] = {name: {"strategy.name": name} for name in PRESETS if name != "cellm"}
+    cases: dict[str, dict[str, Scalar]] = {name: {"strategy.name": name} for name in PRESETS if name != "cellm"}
     cases["fed-sb, identity"] = {"strategy.name": "fed-sb", "adapter.sigma-transform": "identity"}
     for method in ("bora", "lora"):
         for share in (1.0, 0.25, 0.05):
