@@ -6,6 +6,7 @@ import sys
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
 from bora_fl.config import parse
 from bora_fl.server.run import Server
 
