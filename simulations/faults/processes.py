@@ -1,5 +1,6 @@
 """Faults of processes and machines, injected into a deployment over loopback while it trains."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ Injection = Callable[[Deployment], float]
 
 
 def _loopback(
-    injection: Injection, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
+    injection: Injection, more: Mapping[str, Scalar] | None, absent: tuple[int, ...], workers: bool
 ) -> Callable[[Path], Verdict]:
     """Start a run, inject the fault, and see the run to its end, resuming it if it stops.
 
@@ -30,11 +31,12 @@ def _loopback(
             the moment.
         more: More run config.
         absent: Sites that are not there at the start.
+        workers: Whether sites have workers; without, every message starts a ClientApp that trains by itself.
     """
 
     def inject(folder: Path) -> Verdict:
         config = CONFIG | dict(more or {})
-        with Deployment(folder, absent=absent) as deployment:
+        with Deployment(folder, absent=absent, workers=workers) as deployment:
             run = deployment.submit(config)
             moment = injection(deployment)
             before = len(deployment.rounds())
@@ -85,17 +87,38 @@ def _received(site: Site) -> int:
     return site.node.log.read_text(errors="replace").count(TRAINING) if site.node.log.is_file() else 0
 
 
+def _clientapp(site: Site) -> psutil.Process | None:
+    """The site's ClientApp once it has its message: it imports torch after that, to train."""
+    app = _app(site.executor, "flwr-clientapp")
+    with contextlib.suppress(psutil.Error):
+        if app and any("libtorch" in part.path for part in app.memory_maps()):
+            return app
+    return None
+
+
 def _at_work(site: Site) -> bool:
+    """Whether the site trains: its worker has a job, or without a worker its ClientApp computes."""
+    if site.worker is None:
+        return (app := _clientapp(site)) is not None and _computes(app)
     try:
         return bool(site.work().current)
     except WorkerError:
         return False
 
 
+def _computes(process: psutil.Process, seconds: float = 3.0) -> bool:
+    """Whether a process uses the processor, and does not merely wait."""
+    with contextlib.suppress(psutil.Error):
+        before = sum(process.cpu_times()[:2])
+        time.sleep(seconds)
+        return sum(process.cpu_times()[:2]) - before > 0.05
+    return False
+
+
 def _await_training(deployment: Deployment, site: Site) -> None:
-    """Wait until a site's worker is at work on the round in which faults are injected."""
+    """Wait until a site is at work on the round in which faults are injected."""
     _until(deployment, lambda: _received(site) >= ROUND, f"round {ROUND}")
-    _until(deployment, lambda: _at_work(site), "the worker to train")
+    _until(deployment, lambda: _at_work(site), "the site to train")
 
 
 def _restart(*services: Service) -> float:
@@ -107,7 +130,7 @@ def _restart(*services: Service) -> float:
 
 
 def _before_reply(deployment: Deployment, site: Site) -> None:
-    """The node is stopped while its worker trains, until there is nothing left to do but to reply."""
+    """The node is stopped while the site trains, until there is nothing left to do but to reply."""
     _await_training(deployment, site)
     site.node.signal(signal.SIGSTOP)
     _until(deployment, lambda: not _at_work(site), "the end of the training")
@@ -148,6 +171,14 @@ def _kill_worker(_: Deployment, site: Site) -> float:
     assert site.worker is not None
     site.worker.kill()
     return _restart(site.worker)
+
+
+def _kill_clientapp(_: Deployment, site: Site) -> float:
+    process = _clientapp(site)
+    if process is None:
+        raise DeploymentError("there is no ClientApp to kill")
+    process.kill()
+    return time.monotonic()
 
 
 def _kill_superlink(deployment: Deployment, _: Site) -> float:
@@ -218,22 +249,33 @@ def _other_policy(deployment: Deployment) -> float:
 
 
 def _fault(
-    summary: str, injection: Injection, more: Mapping[str, Scalar] | None = None, absent: tuple[int, ...] = ()
+    summary: str,
+    injection: Injection,
+    more: Mapping[str, Scalar] | None = None,
+    absent: tuple[int, ...] = (),
+    *,
+    workers: bool = True,
 ) -> Fault:
-    return Fault(summary, "loopback", _loopback(injection, more, absent))
+    where = "loopback" if workers else "loopback, no workers"
+    return Fault(summary, where, _loopback(injection, more, absent, workers))
 
 
 # A SuperNode that is killed is let in again only once the SuperLink has missed its heartbeats, about 50 s later.
 LONGER: dict[str, Scalar] = {"run.num-rounds": 4, "run.evaluate-every": 4}
+KILLS: dict[str, tuple[str, Callable[[Deployment, Site], float], Mapping[str, Scalar] | None]] = {
+    "site": ("a site is killed {}, up again after 5 s", _kill_site, LONGER),
+    "worker": ("a site's worker is killed {}, up again after 5 s", _kill_worker, None),
+    "clientapp": ("a site's ClientApp is killed {}", _kill_clientapp, None),
+    "superlink": ("the SuperLink is killed {}, up again after 10 s", _kill_superlink, None),
+    "serverapp": ("the ServerApp is killed {}", _kill_serverapp, None),
+}
 PROCESS_FAULTS: dict[str, Fault] = {
-    f"{name}-{stage}": _fault(f"{what} is killed {when}{again}", _at(at, kill), more)
-    for name, what, again, kill, more in (
-        ("site", "a site", ", up again after 5 s", _kill_site, LONGER),
-        ("worker", "a site's worker", ", up again after 5 s", _kill_worker, None),
-        ("superlink", "the SuperLink", ", up again after 10 s", _kill_superlink, None),
-        ("serverapp", "the ServerApp", "", _kill_serverapp, None),
-    )
+    f"{name}-{stage}{suffix}": _fault(summary.format(when), _at(at, kill), more, workers=not suffix)
+    for suffix in ("", "-no-worker")
+    for name, (summary, kill, more) in KILLS.items()
     for stage, (when, at) in STAGES.items()
+    # A ClientApp trains only where there is no worker, and is gone once its site has replied.
+    if name != ("worker" if suffix else "clientapp") and (name, stage) != ("clientapp", "after-reply")
 } | {
     "worker-stopped": _fault("a site's worker is stopped (SIGSTOP) for 60 s while it trains", _stopped_worker),
     "other-policy": _fault("a site's policy trusts another model than the run's", _other_policy, None, (1,)),

@@ -47,6 +47,8 @@ def test_the_bench_can_tell_a_wrong_adapter(tiny, tmp_path: Path):
 def test_every_fault_is_in_the_catalogue():
     wanted = {
         *(f"{what}-{stage}" for what in ("site", "worker", "superlink", "serverapp") for stage in STAGES),
+        *(f"{what}-{stage}-no-worker" for what in ("site", "superlink", "serverapp") for stage in STAGES),
+        *("clientapp-mid-round-no-worker", "clientapp-before-reply-no-worker"),
         *("superlink-75s", "worker-stopped", "other-policy", "truncated-ledger", "fifty-clients"),
         *("full-disk", "slow-site", "site-leaves", "site-joins-late", "other-schema", "garbage", "nan"),
         *("huge-weight", "negative-weight", "old-round", "scaled-100"),
