@@ -123,7 +123,7 @@ class RoundReport:
     strategy: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
     replies: Mapping[str, str] = field(default_factory=dict)
-    """Node to the digest of its reply: for the audit log alone."""
+    """Node, and the question where it was one for the head, to the digest of its reply: for the audit log alone."""
 
     def row(self) -> dict[str, Any]:
         """As a line of ``metrics.jsonl``."""

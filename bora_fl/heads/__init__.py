@@ -1,13 +1,22 @@
 """The closed-form classification head: solved from sums over all clients' examples, which no partition changes."""
 
 from bora_fl.heads.features import collect, head_metrics
-from bora_fl.heads.private import public_clip_norm, release, release_noise, solve_private
+from bora_fl.heads.private import (
+    bounded,
+    check_release,
+    public_clip_norm,
+    release,
+    release_noise,
+    solve_private,
+)
 from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
 from bora_fl.heads.sums import ClassSums
 
 __all__ = [
     "ClassSums",
     "Head",
+    "bounded",
+    "check_release",
     "choose",
     "collect",
     "gcv_penalty",

@@ -14,6 +14,8 @@ common mean (James and Stein, 1961), negative eigenvalues of Σ_w are set to 0, 
 """
 
 import math
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +33,10 @@ from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise
 SHARES = (0.1, 0.6, 0.3)
 # λ over the spectral norm of the noise on Σ_w.
 PENALTY = 0.5
+# Standard deviations of the noise beyond which a release is none.
+_FAR = 6.0
+# Times the median client's examples that one client's release counts for at most.
+_HEAVIEST = 10.0
 # Quantile of the norms of public texts' features that C is.
 _QUANTILE = 0.95
 
@@ -67,6 +73,54 @@ def noise_stds(noise_multiplier: float, clients: int = 1) -> tuple[float, float,
     """Standard deviations of the noise on counts, sums and the triangle, in the sum of several clients' releases."""
     stds = [noise_multiplier * math.sqrt(clients / share) for share in SHARES]
     return stds[0], stds[1], stds[2]
+
+
+def check_release(sums: ClassSums, noise_multiplier: float) -> None:
+    """Check that some examples, with features of a norm of at most 1, can have these noised sums.
+
+    No count is below 0, no class's sum is longer than the class's count, and the eigenvalues of the Gram matrix lie
+    between 0 and the number of examples: each up to 6 standard deviations of the noise, which an honest client exceeds
+    with a probability of about 1e-9 an entry.
+
+    Args:
+        sums: A client's release.
+        noise_multiplier: σ of it.
+
+    Raises:
+        ValueError: If none can.
+    """
+    counts_std, sums_std, gram_std = noise_stds(noise_multiplier)
+    classes, dim = sums.sums.shape
+    if float(sums.counts.min()) < -_FAR * counts_std:
+        raise ValueError("the head's noised counts are further below 0 than the noise reaches")
+    longest = sums.counts.clamp(min=0) + _FAR * counts_std + (math.sqrt(dim) + _FAR) * sums_std
+    if bool((sums.sums.norm(dim=1) > longest).any()):
+        raise ValueError("the head's noised sums are longer than as many examples' features can be")
+    # As in `solve_private`, a symmetric matrix of noise has a spectral norm of about √(2 d) times `gram_std`.
+    reach = (math.sqrt(2 * dim) + _FAR) * gram_std
+    most = float(sums.counts.sum()) + _FAR * math.sqrt(classes) * counts_std + reach
+    eigenvalues = torch.linalg.eigvalsh(sums.gram)
+    if float(eigenvalues[0]) < -reach or float(eigenvalues[-1]) > most:
+        raise ValueError("the head's noised Gram matrix is that of no such examples")
+
+
+def bounded(releases: Mapping[int, ClassSums], noise_multiplier: float) -> dict[int, ClassSums]:
+    """Let no client's release count for more than ten times the median client's examples.
+
+    A larger one is scaled down, so that a client which lies about its counts moves the head no further than one with
+    so many examples can, and a large honest one is not lost. It is post-processing, and costs no privacy.
+
+    Args:
+        releases: By client, each of which passes `check_release`.
+        noise_multiplier: σ; a median below the noise of a total counts as that.
+    """
+    totals = {who: float(sums.counts.sum()) for who, sums in releases.items()}
+    if not totals:
+        return {}
+    classes = len(next(iter(releases.values())).counts)
+    floor = math.sqrt(classes) * noise_stds(noise_multiplier)[0]
+    most = _HEAVIEST * max(statistics.median_low(totals.values()), floor)
+    return {who: sums.times(most / totals[who]) if totals[who] > most else sums for who, sums in releases.items()}
 
 
 def solve_private(

@@ -52,6 +52,10 @@ class ClassSums:
     def __add__(self, other: "ClassSums") -> "ClassSums":
         return ClassSums(self.counts + other.counts, self.sums + other.sums, self.gram + other.gram)
 
+    def times(self, factor: float) -> "ClassSums":
+        """The sums as of `factor` times as many such examples."""
+        return ClassSums(self.counts * factor, self.sums * factor, self.gram * factor)
+
     def to_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """What is sent: ``counts [C]`` and ``sums [C, d]`` in float64, and ``gram [d (d + 1) / 2]``.
 

@@ -12,12 +12,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
 from bora_fl.config import Settings
-from bora_fl.heads import ClassSums, Head, choose, interpolate, lda, release_noise, scaled, solve_private
+from bora_fl.heads import (
+    ClassSums,
+    Head,
+    bounded,
+    check_release,
+    choose,
+    interpolate,
+    lda,
+    release_noise,
+    scaled,
+    solve_private,
+)
 from bora_fl.state import AdapterState
 from bora_fl.strategies.screening import heavy
 from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.strategies.server_state import ServerState
-from bora_fl.wire.records import size, to_arrays
+from bora_fl.wire.records import content_digest, size, to_arrays
 from bora_fl.wire.replies import RejectedReplyError, read_head_losses, read_statistics
 from bora_fl.wire.schema import HEAD, HEADS
 
@@ -70,6 +81,7 @@ class Solved:
         rejected: Node to the reason why its reply does not count.
         bytes_up: Size of the replies.
         bytes_down: Size of the messages.
+        digests: Node and kind of message to the digest of the reply, as it came.
     """
 
     state: ServerState
@@ -78,6 +90,7 @@ class Solved:
     rejected: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 Ask = Callable[[str, Mapping[str, ConfigRecord | ArrayRecord]], list[Message]]
@@ -106,20 +119,22 @@ def solve(
         exchange: Sends them, and returns the replies in an order that does not depend on node ids.
         secure: Sends them under secure aggregation, in the place of `exchange`; what a client answers is not seen.
     """
+    noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
     shape, ratio = state.current.tensors[layout.weight].shape, settings.strategy.max_weight_ratio
+    digests: dict[str, str] = {}
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
     if secure:
         found = secure(sent)
         sums, clients, rejected, up = _unmasked(found, shape, most), len(found.nodes), found.rejected(), found.bytes_up
     else:
         replies = exchange(sent)
-        sums, clients, rejected = total(replies, shape, round, max_ratio=ratio if exact else 0.0, exact=exact)
-        up = _bytes(replies)
+        sums, clients, rejected = total(replies, shape, round, max_ratio=ratio, noise_multiplier=noise)
+        up, digests = _bytes(replies), _digests(replies, STATISTICS)
     down = _bytes(sent)
     if sums is None:
         log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
-        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
+        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down, digests=digests)
     try:
         heads = candidates(layout, state.current, sums, clients, settings, trained=round > 0)
         heads = {name: head for name, head in heads.items() if head.is_finite()}
@@ -128,7 +143,7 @@ def solve(
         heads = {}
     if not heads:
         rejected["head"] = "no finite head can be solved from the sums, so it stays as it is"
-        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down)
+        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down, digests=digests)
     name = next(iter(heads))
     if len(heads) > 1:
         sent = ask("train" if secure else LOSSES, {HEADS: to_arrays(_flat(heads))})
@@ -143,14 +158,20 @@ def solve(
             replies = exchange(sent)
             name, unmeasured = best(heads, replies, ratio)
             rejected, up = rejected | unmeasured, up + _bytes(replies)
+            digests |= _digests(replies, LOSSES)
     if exact:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
-    return Solved(layout.put(state, heads[name]), name, clients, rejected, up, down)
+    return Solved(layout.put(state, heads[name]), name, clients, rejected, up, down, digests)
 
 
 def total(
-    replies: Iterable[Message], shape: Sequence[int], round: int, *, max_ratio: float = 0.0, exact: bool = True
+    replies: Iterable[Message],
+    shape: Sequence[int],
+    round: int,
+    *,
+    max_ratio: float = 0.0,
+    noise_multiplier: float = 0.0,
 ) -> tuple[ClassSums | None, int, dict[str, str]]:
     """Add up the clients' sums, in the order of the replies.
 
@@ -158,8 +179,10 @@ def total(
         replies: Replies to `STATISTICS`.
         shape: ``[C, d]``.
         round: The round they must belong to.
-        max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off.
-        exact: Whether the sums are without noise, so that sums which no examples can have are rejected.
+        max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off. Noised
+            ones are scaled down instead, see `bora_fl.heads.bounded`.
+        noise_multiplier: Of each client's release; 0 for sums without noise. Sums that no examples can have are
+            rejected in either case.
 
     Returns:
         The total, of how many clients, and node to the reason why its reply is rejected.
@@ -169,7 +192,9 @@ def total(
         node = message.metadata.src_node_id
         try:
             sums = ClassSums.from_tensors(read_statistics(message, round), shape[0], shape[1])
-            if exact:
+            if noise_multiplier:
+                check_release(sums, noise_multiplier)
+            else:
                 sums.check()
         except RejectedReplyError as reply:
             rejected[str(node)] = reply.reason
@@ -177,9 +202,12 @@ def total(
             rejected[str(node)] = str(error)
         else:
             found[node] = sums
-    for node, reason in heavy({node: float(sums.counts.sum()) for node, sums in found.items()}, max_ratio).items():
-        rejected[str(node)] = reason
-        del found[node]
+    if noise_multiplier:
+        found = bounded(found, noise_multiplier)
+    else:
+        for node, reason in heavy({node: float(s.counts.sum()) for node, s in found.items()}, max_ratio).items():
+            rejected[str(node)] = reason
+            del found[node]
     return functools.reduce(operator.add, found.values()) if found else None, len(found), rejected
 
 
@@ -245,6 +273,12 @@ def _flat(heads: Mapping[str, Head]) -> dict[str, Tensor]:
     """The heads as named tensors ``<position>/weight`` and ``<position>/bias``."""
     flat = {f"{k}/weight": head.weight.float() for k, head in enumerate(heads.values())}
     return flat | {f"{k}/bias": head.bias.float() for k, head in enumerate(heads.values()) if head.bias is not None}
+
+
+def _digests(replies: Iterable[Message], kind: str) -> dict[str, str]:
+    """As the sites log them: one kind of question may be put to a node beside another in the same round."""
+    name = kind.rpartition(".")[2].replace("_", "-")
+    return {f"{m.metadata.src_node_id} {name}": content_digest(m.content) for m in replies if m.has_content()}
 
 
 def _bytes(messages: Iterable[Message]) -> int:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bora_fl.heads import ClassSums, lda, release, solve_private
+from bora_fl.heads import ClassSums, bounded, check_release, lda, release, solve_private
 from bora_fl.heads.features import clip
 from bora_fl.heads.private import SHARES, noise_stds
 from bora_fl.privacy.gaussian import SeededRandomness
@@ -81,6 +81,44 @@ def test_much_noise_gives_a_finite_head(noise: float, bias: bool):
     head = solve_private(release(clipped_sums(x, y, 5.0), noise, SeededRandomness(0)), noise, 1, 5.0, bias=bias)
     assert torch.isfinite(head(x)).all()
     assert (head.bias is None) is not bias
+
+
+@pytest.mark.parametrize("noise", [0.5, 30.0])
+@pytest.mark.parametrize("examples", [1, 400])
+def test_honest_releases_pass(noise: float, examples: int):
+    x, y = problem(400)
+    sums = clipped_sums(x[:examples], y[:examples], 0.5)
+    for seed in range(50):
+        sent = release(sums, noise, SeededRandomness(seed)).to_tensors()
+        check_release(ClassSums.from_tensors(sent, 3, x.shape[1]), noise)
+
+
+def test_releases_of_no_examples_are_rejected():
+    x, y = problem(400)
+    honest = release(clipped_sums(x, y, 5.0), 1.0, SeededRandomness(0))
+    lies = {
+        "below 0": ClassSums(honest.counts - 1000, honest.sums, honest.gram),
+        "longer": ClassSums(honest.counts, honest.sums * 1000, honest.gram),
+        "Gram": ClassSums(honest.counts, honest.sums, honest.gram * 1000),
+        "no such": ClassSums(honest.counts, honest.sums, honest.gram - 1000 * torch.eye(len(honest.gram))),
+    }
+    for words, lie in lies.items():
+        with pytest.raises(ValueError, match=words):
+            check_release(lie, 1.0)
+
+
+def test_no_release_counts_for_more_than_ten_medians():
+    """A client that claims a million times the examples of another class than they have, and passes every check."""
+    x, y = problem(400)
+    honest = {k: release(clipped_sums(x[k::4], y[k::4], 5.0), 1.0, SeededRandomness(k)) for k in range(4)}
+    lie = clipped_sums(x, torch.zeros_like(y), 5.0).times(1e6)
+    check_release(lie, 1.0)
+    kept = bounded(honest | {4: lie}, 1.0)
+    assert all(kept[k] is honest[k] for k in honest)
+    median = sorted(float(sums.counts.sum()) for sums in honest.values())[2]
+    assert float(kept[4].counts.sum()) == pytest.approx(10 * median)
+    torch.testing.assert_close(kept[4].gram / kept[4].counts.sum(), lie.gram / lie.counts.sum())
+    assert bounded({}, 1.0) == {}
 
 
 def test_without_noise_there_is_nothing_to_repair():

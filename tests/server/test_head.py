@@ -132,6 +132,25 @@ def test_a_lie_about_the_sums_is_rejected_and_the_others_count(lie: str, solved,
     assert row["accuracy"] > 0.9
 
 
+def test_a_lie_about_noised_sums_is_rejected_or_bounded(solved, tmp_path):
+    """Under record-level privacy: counts below 0, and a million times the examples."""
+    factors = {0: -1e6, 1: 1e6}
+
+    def tamper(reply: Message, partition: int) -> Message:
+        if partition in factors and reply.metadata.message_type == STATISTICS:
+            flat = from_arrays(reply.content.array_records[HEADS])
+            reply.content[HEADS] = to_arrays({name: t * factors[partition] for name, t in flat.items()})
+        return reply
+
+    private = {"privacy.mode": "record", "privacy.delta": 1e-3, "privacy.accountant": "rdp", "privacy.epsilon": 8.0}
+    private |= {"strategy.weighting": "uniform", "privacy.ledger-dir": str(tmp_path / "ledger")}
+    (row,) = read_rows(simulate(solved | private, 3, tamper=tamper) / "metrics.jsonl")
+    assert row["head"] == "solved"
+    assert 1 <= row["rejected"] <= 2
+    assert row["clients"] == 3 - row["rejected"]
+    assert all("noised" in reason for reason in row["reasons"].values())
+
+
 def test_losses_that_are_none_do_not_choose_the_head(tiny_config):
     def tamper(reply: Message, partition: int) -> Message:
         if partition == 0 and reply.metadata.message_type == LOSSES:
@@ -161,7 +180,8 @@ def test_sums_from_which_no_head_can_be_solved_do_not_end_the_run(mode: str, val
     private["privacy.ledger-dir"] = str(tmp_path / "ledger")
     rows = read_rows(simulate(tiny_config | private | {"head.init": "auto"}, 1, tamper=tamper) / "metrics.jsonl")
     assert [(row["round"], row["head"]) for row in rows] == [(0, ""), (1, ""), (2, ""), (3, "")]
-    assert "no finite head" in rows[0]["reasons"]["head"]
+    wanted = "no finite head" if mode == "none" else "noised sums are longer"
+    assert any(wanted in reason for reason in rows[0]["reasons"].values())
 
 
 def test_one_client_s_claim_does_not_choose_the_head(tiny_config):
