@@ -30,7 +30,7 @@ from bora_fl.privacy.gaussian import Randomness
 from bora_fl.seeds import derive
 
 LENGTH = 8
-_EVERYTHING = frozenset({"A", "sigma", "B", "tensors"})
+EVERYTHING = frozenset({"A", "sigma", "B", "tensors"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Audit:
         claimed: ε of the client's ledger after training; infinity without privacy.
         found: The lower bound.
         noise_multiplier: z of the training; 0 without privacy.
-        fell: Mean fall of the loss over the canaries that were trained on, and over the others.
+        fell: Mean score over the canaries that were included, and over the others: how far a record's loss fell, or
+            how far what was released lies in a client's direction.
         unit: Whose presence was hidden.
     """
 
@@ -73,17 +74,17 @@ def run_audit(
     """
     if settings.privacy.mode not in ("record", "none"):
         raise ConfigError(
-            f"privacy.mode = {settings.privacy.mode!r}: canaries are records, so an audit is of record, or of none"
+            f"privacy.mode = {settings.privacy.mode!r}: these canaries are records, of which record is audited, or none"
         )
     if canaries < 32:
         raise ConfigError(f"--canaries {canaries}: too few to find anything; give 32 or more")
     settings = settings.model_copy(update={"head": HeadSettings(init="random")})  # its sums are no training
     site = Site(settings)
     model, data = site.model(), site.data(0, 1).train
-    drawn = make_canaries(data, canaries, _vocabulary(model), derive(settings.run.seed, "canaries", 0))
+    drawn = make_canaries(data, canaries, vocabulary(model), derive(settings.run.seed, "canaries", 0))
     included = draw_inclusion(canaries, inclusion)
     records = concatenate(data, drawn.select(torch.nonzero(included).flatten().numpy()))
-    model.train_only(_EVERYTHING)
+    model.train_only(EVERYTHING)
     before = losses(model, drawn)
     claimed, noise = _train(model, records, settings)
     fall = before - losses(model, drawn)
@@ -91,11 +92,19 @@ def run_audit(
     return Audit(claimed, found, noise, (float(fall[included].mean()), float(fall[~included].mean())))
 
 
-def make_canaries(like: Encoded, count: int, vocabulary: int, seed: int) -> Encoded:
-    """Random tokens between the first and last of an ordinary example, with random classes if there are classes."""
+def make_canaries(like: Encoded, count: int, words: int, seed: int, length: int = LENGTH) -> Encoded:
+    """Random tokens between the first and last of an ordinary example, with random classes if there are classes.
+
+    Args:
+        like: Ordinary examples.
+        count: How many.
+        words: Size of the vocabulary.
+        seed: Of the draws.
+        length: Tokens of each.
+    """
     generator = np.random.default_rng(seed)
-    length = min(LENGTH, like.max_length)
-    tokens = generator.integers(0, vocabulary, (count, length), dtype=np.int32)
+    length = min(length, like.max_length)
+    tokens = generator.integers(0, words, (count, length), dtype=np.int32)
     first, last = like.begin[0], like.begin[0] + like.lengths[0] - 1
     tokens[:, 0], tokens[:, -1] = like.tokens[first], like.tokens[last]
     classes = None
@@ -158,5 +167,6 @@ def _train(model: FederatedModel, records: Encoded, settings: Settings) -> tuple
     return claimed, noise
 
 
-def _vocabulary(model: FederatedModel) -> int:
+def vocabulary(model: FederatedModel) -> int:
+    """Tokens that the model knows."""
     return int(model.model.get_input_embeddings().weight.shape[0])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bora_fl.config import Scalar, overrides, parse
+from bora_fl.config import Scalar, Settings, overrides, parse
 
 # One client whose few records the canaries are half of, trained for long: what gives a lower bound its best chance.
 BASE: dict[str, Scalar] = {
@@ -23,6 +23,7 @@ BASE: dict[str, Scalar] = {
     "run.num-rounds": 1,
     "run.threads": 1,
 }
+PER_CLIENT = ("client", "local")
 console = Console()
 
 
@@ -31,6 +32,9 @@ def audit(
     noise: Annotated[
         bool, typer.Option(help="--no-noise trains without privacy, to see what an audit can find")
     ] = True,
+    trials: Annotated[
+        int, typer.Option("--time", help="instead: this often, the time of a round with a long record and without it")
+    ] = 0,
     confidence: Annotated[float, typer.Option(help="probability with which the bound holds")] = 0.95,
     run_config: Annotated[
         list[str] | None,
@@ -41,14 +45,20 @@ def audit(
 ) -> None:
     """Audit a privacy claim: a lower bound of epsilon from canaries in one training run.
 
-    Trains one client with DP-SGD, as a federation would, and compares what its ledger claims with what can be found. A
-    bound above the claim refutes it (exit code 1). A small bound proves nothing.
+    Trains one client with DP-SGD, as a federation would, and compares what its ledger claims with what can be found;
+    with -c privacy.mode=client or local, canaries are clients that each send an update of their own. A bound above the
+    claim refutes it (exit code 1). A small bound proves nothing.
     """
-    # These need torch, which the command's help does not.
-    from bora_fl.simulations.audit.canaries import run_audit
-
     settings = parse(BASE | ({} if noise else {"privacy.mode": "none"}) | overrides(run_config))
-    result = run_audit(settings, canaries, confidence=confidence)
+    if trials:
+        _tell_times(settings, trials)
+        return
+    # These need torch, which the command's help does not.
+    if settings.privacy.mode in PER_CLIENT:
+        from bora_fl.simulations.audit.updates import run_update_audit as run
+    else:
+        from bora_fl.simulations.audit.canaries import run_audit as run
+    result = run(settings, canaries, confidence=confidence)
     found, (within, without) = result.found, result.fell
     claim = (
         f"{result.claimed:.3f} per {result.unit} at delta {settings.privacy.delta:g}, noise multiplier "
@@ -63,10 +73,29 @@ def audit(
             f"{found.epsilon:.3f} per {result.unit} at confidence {found.confidence:g}, {found.correct} of "
             f"{found.guesses} guesses right, {found.canaries} canaries",
         ),
-        ("loss fell by", f"{within:.3f} for canaries trained on, {without:.3f} for the others"),
+        (
+            "loss fell by" if result.unit == "record" else "mean score",
+            f"{within:.3f} for canaries that were included, {without:.3f} for the others",
+        ),
         ("verdict", "the claim is REFUTED" if result.refuted else "the claim is not refuted, which does not prove it"),
     )
     for name, text in rows[: 3 if math.isinf(result.claimed) else 4]:
         console.print(f"{name:16} {text}", highlight=False, soft_wrap=True)
     if result.refuted:
         raise typer.Exit(1)
+
+
+def _tell_times(settings: Settings, trials: int) -> None:
+    """Print what the time of a reply tells."""
+    from bora_fl.simulations.audit.timing import run_time_audit
+
+    found = run_time_audit(settings, trials)
+    within, without = found.seconds
+    rows = (
+        ("allowed", f"AUC {found.allowed:.3f} at epsilon {settings.privacy.epsilon:g} per record"),
+        ("reply at once", f"AUC {found.at_once:.3f} over {trials} rounds with a long record and {trials} without it"),
+        ("on a schedule", f"AUC {found.scheduled:.3f} with reply-not-before = {found.every:.1f}"),
+        ("CPU seconds", f"{within:.3f} with the record, {without:.3f} without"),
+    )
+    for name, text in rows:
+        console.print(f"{name:16} {text}", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from bora_fl.deployment.certificates import SECRET, make_server, make_site
+from bora_fl.deployment.doctor.registration import check_registered
 from bora_fl.deployment.loopback import CONNECTION, Deployment, DeploymentError, Site, finished, free_port
 from bora_fl.deployment.processes import Service, tool
 from bora_fl.simulations.engine import simulate
@@ -83,8 +84,11 @@ def test_a_fine_tune_over_tls_equals_the_simulation_and_no_foreign_superexec_get
 @pytest.mark.parametrize("registered", [False, True], ids=["unregistered", "registered-with-another-key"])
 def test_a_node_without_a_registered_key_is_refused(registered: bool, deployment: Deployment, tmp_path: Path):
     stranger = Site(3 + registered, deployment)
+    asked = ("127.0.0.1", deployment.port, deployment.authority, stranger.folder / "keys" / "site.key")
+    assert check_registered(*asked).level == "fail"
     if registered:
         deployment.flwr("supernode", "register", str(stranger.public_key), CONNECTION)
+        assert check_registered(*asked).level == "pass"
         other, _, _ = make_site(tmp_path, "other")
         stranger = Site(5, deployment, key=other)
     stranger.node.start()

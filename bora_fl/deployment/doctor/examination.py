@@ -12,6 +12,7 @@ from bora_fl.config import ConfigError, Scalar, Settings
 from bora_fl.deployment.doctor import federation, machine, network, secrets, software
 from bora_fl.deployment.doctor.finding import Finding
 from bora_fl.deployment.doctor.policy import check_policy
+from bora_fl.deployment.doctor.registration import check_registered
 from bora_fl.deployment.doctor.worker import check_worker
 from bora_fl.paths import cache_folder
 
@@ -56,8 +57,11 @@ def examine(setup: Setup) -> Iterator[Finding]:
     server, site = setup.role in {"server", "all"}, setup.role in {"site", "all"}
     yield from software.check_versions()
     yield from _certificates(setup)
+    readable = False
     if setup.site_key and site:
-        yield secrets.check_site_key(setup.site_key)
+        key = secrets.check_site_key(setup.site_key)
+        readable = key.level != "fail"
+        yield key
     if setup.secret:
         yield secrets.check_private(setup.secret)
     if setup.client:
@@ -72,6 +76,8 @@ def examine(setup: Setup) -> Iterator[Finding]:
         yield reachable
         if answer:
             yield network.check_clock(answer.skew)
+            if site and setup.site_key and readable:
+                yield check_registered(host, port, setup.authority, setup.site_key, setup.client)
     elif site:
         yield Finding("SuperLink", "warn", "its address is not known", "give --superlink HOST:PORT or a connection")
     findings, settings = federation.check_config(setup.run_config)

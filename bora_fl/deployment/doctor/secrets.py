@@ -66,7 +66,7 @@ def check_site_key(path: Path) -> Finding:
         else Finding(
             subject,
             "pass",
-            f"a key that Flower takes ({key.curve.name}); only the server knows whether it is registered",
+            f"a key of the form that Flower takes ({key.curve.name})",
         )
     )
 

@@ -1,5 +1,6 @@
 import datetime
 import http.server
+import json
 import os
 import socket
 import ssl
@@ -11,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from bora_fl.deployment.certificates import make_client, make_server, make_site, sign
-from bora_fl.deployment.doctor import federation, machine, network, secrets, software
+from bora_fl.deployment.doctor import federation, machine, network, registration, secrets, software
 
 NOW = datetime.datetime.now(datetime.UTC)
 
@@ -30,6 +31,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+answers = [(400, 2003)]
+
+
 @pytest.fixture
 def superlink(server: Path) -> Iterator[int]:
     """A port that answers over TLS as a SuperLink's health page does."""
@@ -38,6 +42,14 @@ def superlink(server: Path) -> Iterator[int]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
+
+        def do_POST(self) -> None:
+            """What a SuperLink says of a node whose key it knows, or not, or of a bad proof."""
+            self.rfile.read(int(self.headers["content-length"]))
+            status, code = answers[0]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"code": code, "public_message": "refused", "detail": "refused"}).encode())
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -52,6 +64,25 @@ def superlink(server: Path) -> Iterator[int]:
         yield running.server_address[1]
         running.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "level", "words"),
+    [
+        ((400, 2003), "pass", "is registered"),
+        ((412, 2004), "fail", "is not registered"),
+        ((401, None), "fail", "not accepted"),
+        ((404, None), "warn", "not known"),
+    ],
+)
+def test_a_key_is_called_registered_only_if_the_server_says_so(
+    answer: tuple[int, int | None], level: str, words: str, superlink: int, server: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setitem(globals(), "answers", [answer])
+    key = make_site(tmp_path, "a")[0]
+    found = registration.check_registered("localhost", superlink, server / "ca.crt", key)
+    assert (found.level, words in found.text) == (level, True), found
+    assert "registered" not in secrets.check_site_key(key).text
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
