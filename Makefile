@@ -35,7 +35,7 @@ test-slow: $(VENV)/.developer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-deployment: $(VENV)/.developer
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m deployment $(PYTEST)
 
 # The type checker cannot follow a package whose __path__ is extended, so it is shown the layout of the wheel.
 lint: $(VENV)/.developer

@@ -79,8 +79,11 @@ def _app(service: Service, name: str) -> psutil.Process | None:
     """The app process that a SuperExec has started."""
     if service.pid is None:
         return None
-    children = psutil.Process(service.pid).children(recursive=True)
-    return next((child for child in children if any(name in part for part in child.cmdline()[:2])), None)
+    for child in psutil.Process(service.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may have just ended
+            if any(name in part for part in child.cmdline()[:2]):
+                return child
+    return None
 
 
 def _received(site: Site) -> int:
