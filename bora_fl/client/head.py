@@ -1,5 +1,7 @@
 """A client's part of the closed-form head: sums over its examples, and how the solved heads do on its held-out part."""
 
+import math
+
 import torch
 from flwr.app import RecordDict
 
@@ -11,7 +13,7 @@ from bora_fl.heads import Head, collect, head_metrics, release, release_noise
 from bora_fl.privacy.ledger import site_ledger
 from bora_fl.privacy.policy import SitePolicy, require_small_delta
 from bora_fl.wire.records import from_arrays
-from bora_fl.wire.refusals import Code, refuse_as
+from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.release import HeadLossesRelease, StatisticsRelease
 from bora_fl.wire.schema import HEAD, HEADS
 
@@ -47,6 +49,9 @@ def statistics(
         num_classes, clip_norm = int(asked["num-classes"]), float(asked["clip-norm"])  # type: ignore[arg-type]
     settings = site.settings
     private = settings.privacy.mode == "record"
+    # Fewer classes than labels, or a norm that is none, would fail on some records alone, and so tell of them.
+    if num_classes != model.model.config.num_labels or (private and not 0 < clip_norm < math.inf):
+        raise Refused(Code.MESSAGE_INVALID, f"the head's sums for {num_classes} classes and a norm of {clip_norm}")
     noise = release_noise(settings) if private else 0.0
     if private:
         require_small_delta(policy, settings, len(data.train))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from bora_fl.client.app import app
@@ -12,7 +12,7 @@ from bora_fl.config import ConfigError, parse
 from bora_fl.report import read_rows
 from bora_fl.server.checkpoint import load_newest
 from bora_fl.simulations.engine import InProcessGrid, simulate
-from bora_fl.strategies.head import LOSSES, STATISTICS
+from bora_fl.strategies.head import LOSSES, STATISTICS, HeadLayout
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import HEADS, METRICS, REPLY
@@ -149,6 +149,18 @@ def test_a_lie_about_noised_sums_is_rejected_or_bounded(solved, tmp_path):
     assert 1 <= row["rejected"] <= 2
     assert row["clients"] == 3 - row["rejected"]
     assert all("noised" in reason for reason in row["reasons"].values())
+
+
+@pytest.mark.parametrize("lie", [{"clip-norm": float("nan")}, {"clip-norm": 0.0}, {"num-classes": 1}])
+def test_a_server_that_asks_for_sums_which_some_records_spoil_is_refused(lie: dict, solved, tmp_path, monkeypatch):
+    """A norm of NaN told which classes have records, and fewer classes than there are whether any record is beyond."""
+    honest = HeadLayout.request
+    monkeypatch.setattr(HeadLayout, "request", lambda *a: ConfigRecord({**honest(*a), **lie}))
+    private = {"privacy.mode": "record", "privacy.delta": 1e-3, "privacy.accountant": "rdp"}
+    private |= {"strategy.weighting": "uniform", "privacy.ledger-dir": str(tmp_path / "ledger")}
+    with pytest.raises(RunFailedError, match="message-invalid"):
+        simulate(solved | private, 1)
+    assert not list((tmp_path / "ledger").glob("*.json"))
 
 
 def test_losses_that_are_none_do_not_choose_the_head(tiny_config):
