@@ -152,12 +152,12 @@ def config(
 
 @cli.command()
 def strategies() -> None:
-    """List the aggregation strategies."""
-    from bora_fl.strategies.presets import PRESETS
+    """List the aggregation strategies, installed packages' own among them."""
+    from bora_fl.strategies.catalogue import find, names
 
     table = Table("name", "what it does", title="strategies")
-    for name, preset in PRESETS.items():
-        table.add_row(name, preset.summary)
+    for name in names():
+        table.add_row(name, find(name).summary)
     console.print(table)
 
 

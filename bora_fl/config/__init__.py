@@ -4,6 +4,7 @@ Flower hands ServerApp and ClientApps a flat mapping of ``group.key`` to bool, i
 a frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines name the key, its value and the remedy.
 """
 
+from bora_fl.config import extensions
 from bora_fl.config.federation_file import FEDERATION_FILE, Federation, federation_text, read_federation
 from bora_fl.config.run_config import describe, overrides, parse, suggest
 from bora_fl.config.settings import (
@@ -33,6 +34,7 @@ __all__ = [
     "StrategySettings",
     "TrainSettings",
     "describe",
+    "extensions",
     "federation_text",
     "overrides",
     "parse",

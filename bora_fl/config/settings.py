@@ -155,7 +155,7 @@ class TrainSettings(_Group):
 class StrategySettings(_Group):
     """How the server merges."""
 
-    name: str = Field("refactor", description="a row of `bora-fl strategies`")
+    name: str = Field("refactor", description="a row of `bora-fl strategies`, or package.module:attribute")
     fraction_train: Fraction = Field(1.0, description="share of the nodes sampled each round")
     fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of nodes in a separate evaluation round"

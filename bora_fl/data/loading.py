@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bora_fl.config import ConfigError, DataSettings
+from bora_fl.config import ConfigError, DataSettings, extensions
 from bora_fl.data import files
 from bora_fl.data.embedded import PREFIX, fetch
 from bora_fl.seeds import derive
@@ -99,6 +99,8 @@ def source_fingerprint(settings: DataSettings, partition: int) -> str:
 
 @lru_cache(maxsize=8)
 def _source(key: str, name: str, subset: str) -> str:
+    if extensions.reference("data", name):
+        return "extension"  # whatever its name: no other name makes a client's records look new
     if name.startswith(PREFIX):
         paths = [fetch(name)]
     elif files.looks_local(name):
@@ -135,6 +137,8 @@ def _load(settings: DataSettings) -> RawData:
     with quiet():
         if settings.name.startswith(PREFIX):
             train, test = files.read_local(str(fetch(settings.name)), settings.train_split, settings.test_split)
+        elif extensions.reference("data", settings.name):
+            train, test = _read_extension(settings)
         elif files.looks_local(settings.name):
             train, test = files.read_local(settings.name, settings.train_split, settings.test_split)
         else:
@@ -146,6 +150,25 @@ def _load(settings: DataSettings) -> RawData:
         if test is not None:
             test = _subsample(checked[settings.test_split], settings.max_test_examples)
     return RawData(train, test, names)
+
+
+def _read_extension(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
+    """What a user's own function makes of the settings: a training split, and a test split if it has one."""
+    from datasets import Dataset
+
+    made = extensions.load("data", settings.name, "data.name =")(settings)
+    train, test = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(train, Dataset) or not isinstance(test, Dataset | None):
+        raise ConfigError(
+            f"data.name = {settings.name!r}: it gives {type(train).__name__} and {type(test).__name__}; return a "
+            "datasets.Dataset, or two of them, the second for testing"
+        )
+    if test is None and settings.test_split:
+        raise ConfigError(
+            f"data.test-split = {settings.test_split!r}: {settings.name!r} gives no test data; set data.test-split to "
+            '""'
+        )
+    return train, test if settings.test_split else None
 
 
 def _read_hub(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":

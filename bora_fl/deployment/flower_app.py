@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def app_table(app: Path) -> dict[str, Any]:
     return table
 
 
-def stage(app: Path, into: Path) -> Path:
+def stage(app: Path, into: Path, extensions: Sequence[Path] = ()) -> Path:
     """A copy of what a bundle takes of an app, or of the installed package.
 
     Flower matches every file below the app's folder against its ignore rules, an environment's fifty thousand included,
@@ -44,11 +44,14 @@ def stage(app: Path, into: Path) -> Path:
     Args:
         app: A checkout or an unpacked bundle; the working directory may be none.
         into: Folder to put the copy in.
+        extensions: Folders of packages, and files of modules, that go with it.
 
     Raises:
         ConfigError: As `app_table` does.
     """
     target = into / "app"
+    for path in extensions:
+        _copy(path, target / path.name)
     if app_table(app):
         _copy(app, target)
         return target
@@ -62,6 +65,9 @@ def stage(app: Path, into: Path) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
     for folder, folders, files in os.walk(source):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
         for name in files:

@@ -93,13 +93,12 @@ def proposal(
     Raises:
         ConfigError: For a strategy, a model, data or a column that cannot be used.
     """
-    from bora_fl.config import ConfigError, Settings
+    from bora_fl.config import Settings
     from bora_fl.data.guessing import guess_settings
     from bora_fl.models.guessing import guess_settings as of_model
-    from bora_fl.strategies.presets import PRESETS
+    from bora_fl.strategies.catalogue import find
 
-    if strategy not in PRESETS:
-        raise ConfigError(f"--strategy {strategy}: use one of {', '.join(PRESETS)}")
+    find(strategy, "--strategy")
     stem = Path(data.partition(":")[2] if data.startswith("embedded:") else data).stem
     default = Settings().flat()
     found = {key: default[key] for key in SHOWN} | guess_settings(data, task == "causal-lm", clients, columns)

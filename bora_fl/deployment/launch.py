@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bora_fl.config import Scalar, parse
+from bora_fl.config import Scalar, extensions, parse
 from bora_fl.deployment.flower_app import stage
 from bora_fl.deployment.processes import Service, exit_on_sigterm, tool
 from bora_fl.paths import state_folder
@@ -86,10 +86,10 @@ def submit(app: Path, run_config: Mapping[str, Scalar], connection: str, *, show
     Raises:
         LaunchError: If it does not start.
     """
-    overrides = " ".join(f"{key}={_toml(value)}" for key, value in run_config.items())
+    overrides = " ".join(f"{key}={_toml(value)}" for key, value in extensions.portable(run_config).items())
     with tempfile.TemporaryDirectory() as copy:
         options = ["--format", "json", *(["--run-config", overrides] if overrides else [])]
-        staged = str(stage(app, Path(copy)))
+        staged = str(stage(app, Path(copy), extensions.sources(run_config)))
         command = [tool("flwr"), "run", staged, connection, *options]
         submission = Service("submit", command, Path(copy), flower_environment())
         try:

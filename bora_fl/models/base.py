@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from bora_fl.config import ConfigError, ModelSettings
+from bora_fl.config import ConfigError, ModelSettings, extensions
 from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 from bora_fl.seeds import derive
 
@@ -31,8 +31,11 @@ def resolve(name: str) -> str:
     """Turn a model name into what ``from_pretrained`` takes: a hub id or a local folder.
 
     Raises:
-        ConfigError: For an unknown embedded model, or one whose package is not installed.
+        ConfigError: For an unknown embedded model, one whose package is not installed, or an extension that cannot be
+            imported.
     """
+    if extensions.reference("models", name):
+        return str(extensions.load("models", name, "model.name =")())
     if not name.startswith("embedded:"):
         return name
     if name not in EMBEDDED:

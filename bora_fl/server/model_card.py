@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bora_fl
-from bora_fl.config import Settings
+from bora_fl.config import Settings, extensions
 from bora_fl.models import EMBEDDED
 
 _LIBRARIES = ("torch", "transformers", "peft", "flwr")
@@ -60,7 +60,12 @@ def model_card(
 
 def _is_hub_id(settings: Settings) -> bool:
     name = settings.model.name
-    return name not in EMBEDDED and not Path(name).expanduser().exists() and not name.startswith((".", "/", "~"))
+    return (
+        not extensions.reference("models", name)
+        and name not in EMBEDDED
+        and not Path(name).expanduser().exists()
+        and not name.startswith((".", "/", "~"))
+    )
 
 
 def _base(settings: Settings) -> str:

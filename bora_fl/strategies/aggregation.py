@@ -1,6 +1,5 @@
 """The server's side of a strategy: pure functions from a state and the round's updates to the next state."""
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from bora_fl.blocks import BlockFactors, merge, normalize_sigma
 from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.catalogue import find
 from bora_fl.strategies.layer_merge import ALL, LayerMerge, LayerRound, Trains
 from bora_fl.strategies.presets import PRESETS, Preset
 from bora_fl.strategies.products import sizes
@@ -261,11 +261,7 @@ def build(settings: Settings) -> Aggregator:
         ValueError: For an unknown name, with near misses, or a combination that cannot be; names key, value and remedy.
     """
     strategy, method = settings.strategy, settings.adapter.method
-    row = PRESETS.get(strategy.name)
-    if row is None:
-        near = difflib.get_close_matches(strategy.name, PRESETS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise ValueError(f"strategy.name = {strategy.name!r}: no such strategy; {hint}")
+    row = find(strategy.name)
     generic = method not in BLOCK_METHODS
     refusals = (
         (generic and row.no_generic, f"adapter.method = {method!r}", row.no_generic + "; use fedavg or cellm"),

@@ -9,9 +9,10 @@ from bora_fl.models import peft_config
 from bora_fl.paths import delete, state_in
 from bora_fl.report import read_rows
 from bora_fl.simulations import grid
-from bora_fl.simulations.compare.scenarios import Scenario, at_epsilon, near_misses, scenario
+from bora_fl.simulations.compare.scenarios import Scenario, at_epsilon, scenario
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.catalogue import find
 from bora_fl.strategies.presets import PRESETS
 
 # Methods with what they need to train well from the defaults, which are made for low-rank adapters.
@@ -53,7 +54,7 @@ class Variant:
     @property
     def personal(self) -> bool:
         """Whether clients keep some of what they train, so that the server's own model is not the result."""
-        row = PRESETS[self.strategy]
+        row = find(self.strategy)
         return any(parts - row.shares for parts in row.schedule)
 
     def __str__(self) -> str:
@@ -241,9 +242,7 @@ def _variants(methods: Sequence[str], strategies: Sequence[str]) -> list[Variant
     found = [Variant(m, s) for m in methods for s in crossed]
     found += [Variant(*name.split("/", 1)) for name in names if "/" in name]
     for variant in found:
-        if variant.strategy not in PRESETS:
-            known = near_misses(variant.strategy, [*PRESETS, "all"])
-            raise ConfigError(f"--strategies {variant.strategy!r}: no such strategy; {known}")
+        find(variant.strategy, "--strategies")
     return list(dict.fromkeys(found))
 
 
@@ -268,8 +267,8 @@ def _impossible(settings: Settings, variant: Variant, mixed_ranks: bool) -> str:
         build(settings)
     except ValueError as error:
         return str(error)
-    if mixed_ranks and PRESETS[variant.strategy].same_rank:
-        return f"clients have different ranks: {PRESETS[variant.strategy].same_rank}"
+    if mixed_ranks and (why := find(variant.strategy).same_rank):
+        return f"clients have different ranks: {why}"
     if mixed_ranks and variant.method not in {"bora", "lora"}:
         return "clients have different ranks, and this method has no factors to cut"
     return ""

@@ -84,7 +84,7 @@ def test_a_deployment_has_data_at_its_sites(here: Path):
     ("arguments", "message"),
     [
         (["--task", "regression"], "--task regression: use one of classification, causal-lm"),
-        (["--strategy", "fedavgg"], "--strategy fedavgg: use one of .*fedavg"),
+        (["--strategy", "fedavgg"], "--strategy 'fedavgg': .*did you mean fedavg"),
         (["--data", "./none.csv"], r"data\.name = './none\.csv'"),
         (["--data", "odd.csv"], r"data\.label-column: none of the columns text, what .*--label-column"),
         (["--data", "odd.csv", "--label-column", "wat"], "--label-column wat: columns are text, what"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl.client.worker.address import Address, WorkerSettings
-from bora_fl.config import ConfigError, overrides, parse
+from bora_fl.config import ConfigError, extensions, overrides, parse
 from bora_fl.paths import state_folder
 
 console = Console()
@@ -53,6 +53,7 @@ def worker(
     if show_status:
         _show_status(settings)
         return
+    extensions.take_installed_only()  # the code that runs here is the site's
     chosen = overrides(run_config)
     which = _partition(partition)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
