@@ -21,7 +21,7 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"export", "predict"},
+    {"export", "predict", "testing"},
     {"simulations", "cli"},
 ]
 FLOWER = {

@@ -1,155 +1,18 @@
-"""Made-up federations: what the server sent and what clients made of it, in float64."""
+"""Fleets and dense oracles for the tests of strategies."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
-import torch
-from torch import Tensor
 
-from bora_fl.blocks import BlockFactors
-from bora_fl.blocks.gram import gram_of
-from bora_fl.config import AdapterSettings, RunSettings, Settings, StrategySettings
-from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.aggregation import Aggregator, build
-from bora_fl.strategies.server_state import ServerState
-
-LAYERS = {"query": (24, 16)}
-
-
-def in_range(log: Tensor, transform: str) -> Tensor:
-    return (log / log.abs().mean()).exp() if transform == "exp_norm" else log.exp()
-
-
-@dataclass
-class Federation:
-    """A fleet that trains in a made-up way: every trained factor drifts from what was sent, by a seeded amount."""
-
-    blocks: int
-    transform: str
-    plain: bool = False
-    rank: int = 4
-    drift: float = 0.4
-    dtype: torch.dtype = torch.float64
-
-    def built(self, name: str, seed: int = 0, **settings: Any) -> Aggregator:
-        """A strategy for this fleet."""
-        method = "lora" if self.plain else "bora"
-        adapter = AdapterSettings(method=method, num_blocks=self.blocks, sigma_transform=self.transform)
-        strategy = StrategySettings(name=name, **settings)
-        return build(Settings(strategy=strategy, adapter=adapter, run=RunSettings(seed=seed)))
-
-    def initial(self, seed: int = 0, trained: bool = True) -> AdapterState:
-        """The adapter before the round; `trained` makes B non-zero."""
-        g = torch.Generator().manual_seed(seed)
-        layers = {name: self._factors(g, m, n, trained) for name, (m, n) in LAYERS.items()}
-        return AdapterState(layers, {"head": torch.randn(3, 5, generator=g).to(self.dtype)})
-
-    def _factors(self, g: torch.Generator, m: int, n: int, trained: bool) -> BlockFactors:
-        b, r = self.blocks, self.rank
-        A = (2 * torch.rand(r, n, generator=g, dtype=self.dtype) - 1) / n**0.5
-        log = 2 * torch.rand(b, b, r, generator=g, dtype=self.dtype) - 1
-        sigma = torch.ones(b, b, r, dtype=self.dtype) if self.plain else in_range(log, self.transform)
-        B = torch.randn(m, r, generator=g, dtype=self.dtype) if trained else torch.zeros(m, r, dtype=self.dtype)
-        return BlockFactors(B, sigma, A, 2.0)
-
-    def train(self, sent: AdapterState, parts: frozenset[str], seed: int, size: float = 1.0) -> AdapterState:
-        """One client's state after local training of some parts."""
-        g = torch.Generator().manual_seed(seed)
-        layers = {}
-        for name, f in sent.layers.items():
-            noise = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (f.B, f.sigma, f.A)]
-            step = [self.drift * size * t.to(f.B.dtype) for t in noise]
-            sigma = f.sigma * step[1].exp()
-            sigma = in_range(sigma.log(), self.transform) if self.transform == "exp_norm" else sigma
-            layers[name] = BlockFactors(
-                f.B + step[0] if "B" in parts else f.B,
-                sigma if "sigma" in parts and not self.plain else f.sigma,
-                f.A + step[2] * f.A.std() if "A" in parts else f.A,
-                f.scaling,
-            )
-        noise_head = torch.randn(sent.tensors["head"].shape, generator=g, dtype=torch.float64)
-        return AdapterState(layers, {"head": sent.tensors["head"] + size * noise_head.to(self.dtype)})
-
-    def round(
-        self,
-        aggregator: Aggregator,
-        clients: int = 4,
-        round: int = 1,
-        seed: int = 0,
-        trained: bool = True,
-        weights: Sequence[float] = (),
-    ) -> tuple[ServerState, list[ClientUpdate]]:
-        """A prepared state and the updates of a round on it."""
-        state = aggregator.prepare(ServerState.start(self.initial(seed, trained)), round)
-        parts = aggregator.trains(round)
-        given = list(weights) or [1.0 + k for k in range(clients)]
-        updates = [
-            ClientUpdate(
-                10 + k,
-                given[k],
-                self.train(state.current, parts, 1000 * seed + k + 1),
-                self.grams(aggregator.gram, 1000 * seed + k + 1),
-            )
-            for k in range(clients)
-        ]
-        return state, updates
-
-    def grams(self, kind: str, seed: int) -> dict[str, Tensor]:
-        """Gram matrices of inputs that are stronger in some directions than in others."""
-        g = torch.Generator().manual_seed(seed)
-        found = {}
-        for name, (_, n) in LAYERS.items():
-            x = torch.randn(64, n, generator=g, dtype=torch.float64) * torch.linspace(0.2, 2.0, n)
-            if kind:
-                found[name] = gram_of(x @ torch.randn(n, n, generator=g, dtype=torch.float64), self.blocks, kind) / 64
-        return found
-
-
-def model(state: ServerState) -> dict[str, Tensor]:
-    """The change of every frozen weight that a client starts from: adapter plus fold, dense."""
-    return {
-        name: f.dense() + (state.fold[name].dense() if name in state.fold else 0.0)
-        for name, f in state.current.layers.items()
-    }
-
-
-def mean_product(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-    """The weighted mean of the clients' dense updates."""
-    total = sum(update.weight for update in updates)
-    return {
-        name: sum((u.weight / total * u.state.layers[name].dense() for u in updates), torch.tensor(0.0))
-        for name in updates[0].state.layers
-    }
-
-
-def gap(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Largest relative Frobenius distance over the layers."""
-    return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Dense oracles and distances."""
-
-    model: Callable[[ServerState], dict[str, Tensor]] = model
-    mean_product: Callable[[Sequence[ClientUpdate]], dict[str, Tensor]] = mean_product
-    gap: Callable[[dict[str, Tensor], dict[str, Tensor]], float] = gap
+from bora_fl.testing import fleets as made_up
+from bora_fl.testing.fleets import FLEETS, Federation
 
 
 @pytest.fixture
-def dense() -> Dense:
-    return Dense()
-
-
-FLEETS = {
-    "bora exp_norm": Federation(4, "exp_norm"),
-    "bora identity": Federation(4, "identity"),
-    "one block": Federation(1, "exp_norm"),
-    "one block identity": Federation(1, "identity"),
-    "lora": Federation(1, "identity", plain=True),
-}
+def dense() -> ModuleType:
+    """Dense oracles and distances."""
+    return made_up
 
 
 @pytest.fixture
