@@ -10,9 +10,14 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bora_fl.api import compare, export, load, predict, simulate
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "compare", "export", "load", "predict", "simulate"]
+_API = frozenset(__all__[1:])  # imported when they are asked for: importing this package costs no library
 
 # `kernels/` and `simulations/` stand at the top of a checkout and of a Flower App Bundle, yet are imported as
 # `bora_fl.kernels` and `bora_fl.simulations`: Hugging Face publishes a package that is imported as `kernels`.
@@ -22,23 +27,10 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_root / "kern
     __path__.append(str(_root))
 
 
-def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
-    """A run's model, ready to predict, and its tokenizer.
-
-    Args:
-        folder: A run's output folder, or the folder ``adapter`` in it.
-        base: Another place of the same base model, where the run's is not on this machine.
-
-    Returns:
-        The PEFT model (or the model, after full fine-tuning) in evaluation mode with the label names in its config, and
-        the tokenizer.
-
-    Raises:
-        ConfigError: If the folder holds no finished adapter, or the base model cannot be loaded.
-    """
-    from bora_fl.models.result import load
-
-    return load(folder, base)
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(importlib.import_module("bora_fl.api"), name)
+    raise AttributeError(f"module 'bora_fl' has no attribute {name!r}")
 
 
 class _RegisterAfterPeft(MetaPathFinder):

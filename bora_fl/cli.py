@@ -39,10 +39,10 @@ COMMANDS = {
     ),
     "faults": ("bora_fl.simulations.faults", "Inject faults into a federation and print what became of each run."),
     "predict": (
-        "bora_fl.predict",
+        "bora_fl.predicting",
         "Predict with a finished run: a label and its probability for each text, or a language model's response.",
     ),
-    "export": ("bora_fl.export", "Write a finished run as a merged model or as a LoRA adapter."),
+    "export": ("bora_fl.exporting", "Write a finished run as a merged model or as a LoRA adapter."),
     "bench": ("bora_fl.simulations.benchmarks", "Run a benchmark on this machine and print its table."),
     "worker": (
         "bora_fl.client.worker",

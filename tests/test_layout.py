@@ -21,8 +21,8 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"export", "predict", "testing"},
-    {"simulations", "cli"},
+    {"exporting", "predicting", "testing"},
+    {"simulations", "cli", "api"},
 ]
 FLOWER = {
     "bora_fl/wire/records.py",

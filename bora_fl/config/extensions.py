@@ -4,6 +4,7 @@ An entry point's name works wherever its package is installed. A reference works
 the working folder included, and goes with a run's bundle (`deployment.flower_app`).
 """
 
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -94,3 +95,11 @@ def sources(run_config: Mapping[str, Scalar]) -> list[Path]:
         origin = Path(spec.origin)
         paths.append(origin.parent if origin.name == "__init__.py" else origin)
     return list(dict.fromkeys(paths))
+
+
+def code_digest(run_config: Mapping[str, Scalar]) -> str:
+    """SHA-256 of the code that a run config's references need; empty without any."""
+    files = [
+        file for path in sources(run_config) for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))
+    ]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest() if files else ""

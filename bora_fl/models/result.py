@@ -103,7 +103,19 @@ def load_result(result: Result, base: str = "") -> FederatedModel:
 
 
 def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
-    """See `bora_fl.load`."""
+    """A run's model, ready to predict, and its tokenizer.
+
+    Args:
+        folder: A run's output folder, or the folder ``adapter`` in it.
+        base: Another place of the same base model, where the run's is not on this machine.
+
+    Returns:
+        The PEFT model (or the model, after full fine-tuning) in evaluation mode with the label names in its config, and
+        the tokenizer.
+
+    Raises:
+        ConfigError: If the folder holds no finished adapter, or the base model cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     result = read_result(Path(folder).expanduser())

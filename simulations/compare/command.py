@@ -1,6 +1,5 @@
 """``bora-fl compare``: strategies × scenarios × seeds, on the in-process engine."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl.config import ConfigError, Scalar, overrides
-from bora_fl.simulations.compare.scenarios import SCENARIOS, near_misses
+from bora_fl.granted import num_cores
+from bora_fl.simulations.compare.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from bora_fl.simulations.compare.plan import CompareRun
@@ -127,6 +127,7 @@ def compare(
     from bora_fl.simulations.compare import report, results, tuning
     from bora_fl.simulations.compare.plan import plan
     from bora_fl.simulations.compare.references import reference_runs
+    from bora_fl.simulations.compare.run import baseline_of
     from bora_fl.simulations.compare.suites import suite as named_suite
     from bora_fl.simulations.compare.timing import in_words, seconds_left
     from bora_fl.simulations.grid import run_grid
@@ -155,14 +156,13 @@ def compare(
         privacy=_names("--privacy", privacy) if privacy else (),
         chosen=chosen,
     )
-    reference = _baseline(baseline, [str(v) for v in laid_out.variants])
-    against = next(v for v in laid_out.variants if str(v) == reference)
+    against = baseline_of(baseline, laid_out.variants)
     for data in {run.settings.data.name for run in laid_out.runs}:
         if data.startswith("embedded:"):
             fetch(data)  # once, before the workers ask for it
     for reason in laid_out.reasons():
         console.print(f"skipped: {reason}", highlight=False, markup=False)
-    at_once = max(1, workers or _cores() // threads)
+    at_once = max(1, workers or num_cores() // threads)
     root = laid_out.runs[0].root
     trials = tuning.tuning_runs(laid_out, factors, tune_seeds) if tune else []
     beside = reference_runs(laid_out, against) if baselines else []
@@ -207,22 +207,6 @@ def _names(option: str, text: str) -> list[str]:
 def _scenario_names(text: str) -> list[str]:
     names = _names("--scenarios", text)
     return list(SCENARIOS) if names == ["all"] else names
-
-
-def _baseline(name: str, variants: list[str]) -> str:
-    if not name:
-        return variants[0]
-    for variant in variants:
-        if name in (variant, variant.partition("/")[2]):
-            return variant
-    known = [*variants, *dict.fromkeys(v.partition("/")[2] for v in variants)]
-    raise ConfigError(f"--baseline {name!r}: it is not among what is compared; {near_misses(name, known)}")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _show_scenarios() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bora_fl.config import ConfigError, Scalar, Settings, parse
+from bora_fl.config import ConfigError, Scalar, Settings, extensions, parse
 from bora_fl.models import peft_config
 from bora_fl.paths import delete, state_in
 from bora_fl.report import read_rows
@@ -98,6 +98,8 @@ class CompareRun(grid.Run):
         ranks = {str(i): node["rank"] for i, node in self.node_configs.items() if "rank" in node}
         found: dict[str, object] = {"config": config, "num_clients": self.num_clients, "ranks": ranks}
         alone = [node["partition-id"] for node in self.node_configs.values() if "partition-id" in node]
+        if code := extensions.code_digest(self.settings.flat()):  # of one's own parts, which a name alone does not tell
+            found["code"] = code
         return found | ({"client": alone[0], "of": self.node_configs[0]["num-partitions"]} if alone else {})
 
     @property

@@ -105,6 +105,10 @@ def test_a_comparison_takes_it(folder: Path):
     found = plan({}, strategies=["fedavg", "mine:halfway", "half"], root=folder, **axes)
     assert [run.settings.strategy.name for run in found.runs] == ["fedavg", "mine:halfway", "half"]
     assert not any(run.variant.personal for run in found.runs)
+    own = found.runs[1].name, found.runs[1].identity
+    Path("mine.py").write_text(Path("mine.py").read_text() + "number = 4\n")
+    assert (found.runs[1].name, found.runs[1].identity) != own
+    assert "code" not in found.runs[0].identity
 
 
 def test_a_bundle_carries_what_its_settings_refer_to(folder: Path):

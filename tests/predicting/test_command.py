@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import bora_fl
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError
-from bora_fl.predict.prediction import classify, generate
+from bora_fl.predicting.prediction import classify, generate
 from bora_fl.simulations.engine import simulate
 
 TEXTS = ["the film is good", "a sad awful wrong poor book it was", "fine"]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from bora_fl.config import ConfigError
-from bora_fl.predict.texts import read_texts
+from bora_fl.predicting.texts import read_texts
 
 TEXTS = ["one, two", "three\nfour", 'five "six"']
 

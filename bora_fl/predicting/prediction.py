@@ -5,8 +5,25 @@ from typing import Any
 
 import torch
 
+from bora_fl.config import Settings
 from bora_fl.data.tokenizing import prompt_ids
 from bora_fl.device import settle
+
+
+def rows(
+    model: Any, tokenizer: Any, texts: Sequence[str], settings: Settings, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Each text with what a finished run's model makes of it: a label and its probability, or a response."""
+    if settings.model.task == "classification":
+        for text, (label, probability) in zip(
+            texts, classify(model, tokenizer, texts, settings.model.max_length), strict=True
+        ):
+            yield {"text": text, "label": label, "probability": round(probability, 6)}
+        return
+    dialog = bool(settings.data.response_column)
+    responses = generate(model, tokenizer, texts, dialog=dialog, max_new_tokens=max_new_tokens)
+    for text, response in zip(texts, responses, strict=True):
+        yield {"text": text, "response": response}
 
 
 def classify(

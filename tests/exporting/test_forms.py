@@ -11,7 +11,7 @@ from bora_fl import data
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
-from bora_fl.export import export_lora, export_merged, export_sentence_transformers
+from bora_fl.exporting import export_lora, export_merged, export_sentence_transformers
 from bora_fl.models import load_base, load_tokenizer
 from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate

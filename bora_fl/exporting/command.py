@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Write a finished run as a merged model or as a LoRA adapter."""
     from bora_fl.config import ConfigError
-    from bora_fl.export import forms
+    from bora_fl.exporting import forms
 
     if form not in FORMS:
         raise ConfigError(f"--as {form}: use one of {', '.join(FORMS)}")

@@ -3,9 +3,8 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,7 +23,8 @@ def predict(
     from bora_fl.config import ConfigError
     from bora_fl.models import read_result
     from bora_fl.models.result import load
-    from bora_fl.predict.texts import read_texts
+    from bora_fl.predicting.prediction import rows
+    from bora_fl.predicting.texts import read_texts
 
     result = read_result(run)
     if result is None:
@@ -33,20 +33,5 @@ def predict(
     model, tokenizer = load(run, base)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output.open("w", encoding="utf8")) if output else sys.stdout
-        for row in _rows(model, tokenizer, texts, result.settings, max_new_tokens):
+        for row in rows(model, tokenizer, texts, result.settings, max_new_tokens):
             print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
-
-
-def _rows(model: Any, tokenizer: Any, texts: list[str], settings: Any, max_new_tokens: int) -> Iterator[dict[str, Any]]:
-    from bora_fl.predict.prediction import classify, generate
-
-    if settings.model.task == "classification":
-        for text, (label, probability) in zip(
-            texts, classify(model, tokenizer, texts, settings.model.max_length), strict=True
-        ):
-            yield {"text": text, "label": label, "probability": round(probability, 6)}
-        return
-    dialog = bool(settings.data.response_column)
-    responses = generate(model, tokenizer, texts, dialog=dialog, max_new_tokens=max_new_tokens)
-    for text, response in zip(texts, responses, strict=True):
-        yield {"text": text, "response": response}
