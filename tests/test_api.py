@@ -1,15 +1,25 @@
 """The five functions, and Flower's own parts with ours."""
 
 import ast
+import logging
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 
 import bora_fl
-from bora_fl.config import ConfigError
+from bora_fl.client.app import app
+from bora_fl.config import ConfigError, parse
+from bora_fl.models import FederatedModel, load_base
+from bora_fl.simulations.engine import InProcessGrid
+from bora_fl.state import flatten
+from bora_fl.strategies.base import FederatedStrategy
+from bora_fl.wire.records import from_arrays, to_arrays
 
 TEXTS = ["the film is good and great", "a sad awful phone it was"]
 
@@ -58,3 +68,39 @@ def test_compare_lays_out_what_it_is_told(tiny_config, tmp_path: Path, monkeypat
     assert baseline == "bora/refactor"
     with pytest.raises(ConfigError, match=r"adapter\.rnk"):
         bora_fl.compare(names, {"adapter.rnk": 2})
+
+
+@pytest.fixture
+def apart(tiny_config):
+    """A federation's grid over our ClientApp, settings, and the arrays to start from."""
+    settings = parse(tiny_config | {"run.num-rounds": 2, "train.local-steps": 1})
+    base = load_base(settings.model, ["bad", "good"], settings.run.seed)
+    model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
+    return InProcessGrid(app, 3, settings.flat()), settings, to_arrays(flatten(model.read()))
+
+
+def test_our_strategy_runs_in_a_server_app_of_ones_own(apart):
+    grid, settings, arrays = apart
+    server, results = ServerApp(), []
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FederatedStrategy(settings)
+        results.append(strategy.start(grid, arrays, num_rounds=2))
+
+    server(grid, Context(1, 1, {}, RecordDict(), settings.flat()))
+    assert sorted(results[0].train_metrics_clientapp) == [1, 2]
+    before, after = from_arrays(arrays), from_arrays(results[0].arrays)
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_flower_s_own_strategy_is_told_why_it_cannot_use_our_client_app(apart, caplog: pytest.LogCaptureFixture):
+    grid, _, arrays = apart
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        FedAvg(fraction_evaluate=0.0, min_available_nodes=3).start(grid, arrays, num_rounds=1)
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    (line, *_) = [record.getMessage() for record in caplog.records if "strategy-foreign" in record.getMessage()]
+    assert "start FederatedStrategy in the ServerApp" in line

@@ -12,7 +12,7 @@ from bora_fl.client.refusing import refuse
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import parse
 from bora_fl.wire.refusals import IN_CLEAR, Code, Refused, refuse_as
-from bora_fl.wire.schema import asked_under_masks, refusal, roll_call
+from bora_fl.wire.schema import INSTRUCTION, asked_under_masks, refusal, roll_call
 
 if TYPE_CHECKING:
     from bora_fl.config import Settings
@@ -23,11 +23,18 @@ app = ClientApp()
 
 def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
     """Reply with the handler's content, or with a refusal. Nothing is raised: Flower would send the error's text."""
+    if INSTRUCTION not in (sent := message.content.config_records) and "server-round" in sent.get("config", {}):
+        # Of a strategy of Flower's own, which logs the text of an error and ends at a reply in another form than its.
+        return _error(message, Refused(Code.STRATEGY_FOREIGN))
     try:
         content = handle()
     except Exception as error:
         content = refusal(refuse(error))
     return Message(content, reply_to=message)
+
+
+def _error(message: Message, error: Exception) -> Message:
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, refuse(error).line()), reply_to=message)
 
 
 def _settings(context: Context) -> "Settings":
@@ -96,7 +103,7 @@ def train(message: Message, context: Context) -> Message:
 
         content = answer(message, context, settings, work)
     except Exception as error:  # to the protocol, a site that cannot go on is one that has vanished
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, refuse(error).line()), reply_to=message)
+        return _error(message, error)
     return Message(content, reply_to=message)
 
 

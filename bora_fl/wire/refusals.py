@@ -59,6 +59,12 @@ class Code(StrEnum):
         "schema-mismatch",
         "the site speaks another wire schema; install one bora-fl version on the server and on every site",
     )
+    STRATEGY_FOREIGN = (
+        "strategy-foreign",
+        "the message is not of bora-fl's strategies, and to average its packed adapters as Flower does means nothing; "
+        "start FederatedStrategy in the ServerApp: strategy.name and strategy.server-optimizer have FedAvg, FedAvgM, "
+        "FedAdam and FedYogi",
+    )
     MESSAGE_INVALID = "message-invalid", "the site cannot understand the message"
     PROTOCOL_MISMATCH = (
         "protocol-mismatch",
