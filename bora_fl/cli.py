@@ -43,6 +43,10 @@ COMMANDS = {
         "Predict with a finished run: a label and its probability for each text, or a language model's response.",
     ),
     "export": ("bora_fl.exporting", "Write a finished run as a merged model or as a LoRA adapter."),
+    "ui": (
+        "bora_fl.page",
+        "Write a page of a run or a comparison: one HTML file with curves, clients, privacy, settings; no network.",
+    ),
     "bench": ("bora_fl.simulations.benchmarks", "Run a benchmark on this machine and print its table."),
     "worker": (
         "bora_fl.client.worker",

@@ -21,7 +21,7 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"exporting", "predicting", "testing"},
+    {"exporting", "page", "predicting", "testing"},
     {"simulations", "cli", "api"},
 ]
 FLOWER = {

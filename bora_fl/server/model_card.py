@@ -2,15 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import bora_fl
 from bora_fl.config import Settings, extensions
 from bora_fl.models import EMBEDDED
+from bora_fl.server.versions import versions
 
-_LIBRARIES = ("torch", "transformers", "peft", "flwr")
 _LOAD = """\
 import bora_fl
 
@@ -52,8 +50,7 @@ def model_card(
         _table(settings, rows, label_names, pooling),
         _metrics(rows),
         _loading(settings, kind, pooling),
-        "## Versions\n\n"
-        + ", ".join([f"bora_fl {bora_fl.__version__}", *(f"{name} {metadata.version(name)}" for name in _LIBRARIES)]),
+        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -26,6 +26,7 @@ from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import MANIFEST, Checkpoint, CheckpointError, load_newest, save
 from bora_fl.server.model_card import model_card
 from bora_fl.server.output_folder import held, refuse_another_run
+from bora_fl.server.versions import versions
 from bora_fl.state import AdapterState, unflatten_deltas
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
@@ -101,6 +102,7 @@ class Server(Observer):
             log.info("resuming after round %d from %s", checkpoint.round, self.folder)
             drop_rows_after(self.metrics_path, checkpoint.round)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         self._run_id = checkpoint.run_id
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self, self._head_layout())
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, first_round)

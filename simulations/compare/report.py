@@ -1,7 +1,5 @@
 """The report of a comparison: one HTML file that needs nothing beside it, and a Markdown table to paste."""
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bora_fl.page import html
 from bora_fl.paths import write_atomically
 from bora_fl.simulations.compare.figures import draw, interval
 from bora_fl.simulations.compare.intervals import Estimate
@@ -56,22 +55,6 @@ _NOTES = (
     "Accuracies on held-out examples are computed without noise.",
     "MB to target: bytes until the first evaluation at the target accuracy or above, over the seeds that got there.",
 )
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1a1a1a; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { cursor: pointer; background: #f5f5f5; }
-img { max-width: 100%; } .wide { overflow-x: auto; } .note { color: #555; font-size: 13px; }
-"""
-_SORT = """
-document.querySelectorAll('th').forEach(th => th.addEventListener('click', () => {
-  const body = th.closest('table').tBodies[0], text = row => row.cells[th.cellIndex].textContent;
-  const number = row => { const v = parseFloat(text(row)); return isNaN(v) ? -1e99 : v; };
-  const up = th.dataset.up = th.dataset.up ? '' : '1';
-  const compare = th.cellIndex ? (a, b) => number(a) - number(b) : (a, b) => text(a).localeCompare(text(b));
-  [...body.rows].sort((a, b) => (up ? 1 : -1) * compare(a, b)).forEach(row => body.append(row));
-}));
-"""
 
 
 def markdown(results: Results) -> str:
@@ -177,37 +160,41 @@ def _page(results: Results, figures: dict[str, list[tuple[str, Figure]]]) -> str
     names = [row.name for row in scenarios]
     seeds = len({run.seed for run in results.plan.runs})
     finished = len(results.outcomes) - len(results.failures)
+    label = results.plan.label(results.baseline)
     parts = [
-        f"<h1>Federated fine-tuning, compared</h1><p>{len(results.plan.variants)} variants, "
-        f"{len(results.plan.scenarios)} scenarios, {seeds} seeds each; {finished} of {len(results.outcomes)} runs "
-        f"finished; baseline {html.escape(results.plan.label(results.baseline))}.</p>",
-        "<h2>Accuracy after the last round (%)</h2>",
-        _html_table(["strategy", *names], _overview(results, names, difference=False)),
-        f"<h2>Difference from {html.escape(results.plan.label(results.baseline))} (points)</h2>",
-        _html_table(["strategy", *names], _overview(results, names, difference=True)),
+        html.heading("Federated fine-tuning, compared", 1),
+        html.note(
+            f"{len(results.plan.variants)} variants, {len(results.plan.scenarios)} scenarios, {seeds} seeds each; "
+            f"{finished} of {len(results.outcomes)} runs finished; baseline {label}."
+        ),
+        html.heading("Accuracy after the last round (%)"),
+        html.table(["strategy", *names], _overview(results, names, difference=False)),
+        html.heading(f"Difference from {label} (points)"),
+        html.table(["strategy", *names], _overview(results, names, difference=True)),
     ]
     for scenario in scenarios:
         target = next((s.target for s in results.of(scenario.name) if not s.variant.personal), None)
-        parts.append(f"<h2>{html.escape(scenario.name)}: {html.escape(scenario.summary)}</h2>")
-        parts.append(f"<p class=note>Target accuracy: {'-' if target is None else f'{100 * target:.1f} %'}</p>")
-        parts.append(f"<p>{html.escape(against_what(results, scenario.name))}</p>")
+        parts.append(html.heading(f"{scenario.name}: {scenario.summary}"))
+        parts.append(html.note(f"Target accuracy: {'-' if target is None else f'{100 * target:.1f} %'}"))
+        parts.append(html.note(against_what(results, scenario.name)))
         parts += [_image(figure, f"{scenario.name}: {name}") for name, figure in figures[scenario.name]]
-        parts.append(_html_table(_COLUMNS, [_details(s, results) for s in results.of(scenario.name)]))
+        parts.append(html.table(_COLUMNS, [_details(s, results) for s in results.of(scenario.name)]))
     if results.failures:
-        items = "".join(f"<li>{html.escape(f'{run}: {reason}')}</li>" for run, reason in results.failures)
-        parts.append(f"<h2>Without a result</h2><ul>{items}</ul>")
+        parts += [html.heading("Without a result"), html.bullets(f"{run}: {why}" for run, why in results.failures)]
     if results.plan.skipped:
-        items = "".join(f"<li>{html.escape(reason)}</li>" for reason in results.plan.reasons())
-        parts.append(f"<h2>Skipped</h2><ul>{items}</ul>")
-    notes = "".join(
-        f"<li>{html.escape(note.format(baseline=results.plan.label(results.baseline)))}</li>" for note in _NOTES
+        parts += [html.heading("Skipped"), html.bullets(results.plan.reasons())]
+    parts += [html.heading("How to read this"), html.bullets(text.format(baseline=label) for text in _NOTES)]
+    return html.document("bora-fl compare", [*parts, _settings(results), _versions(results)])
+
+
+def _versions(results: Results) -> str:
+    """The versions that the runs were made with, each set once."""
+    found = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in outcome.versions.items())
+        for _, outcome in results.outcomes
+        if outcome.versions
     )
-    parts += [f"<h2>How to read this</h2><ul class=note>{notes}</ul>", _settings(results)]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>bora-fl compare</title>'
-        f"<style>{_STYLE}</style></head><body>{body}<script>{_SORT}</script></body></html>\n"
-    )
+    return html.note(f"Versions: {'; '.join(found) or 'unknown'}.")
 
 
 def _settings(results: Results) -> str:
@@ -217,19 +204,8 @@ def _settings(results: Results) -> str:
     shared = {
         key: value for key, value in first.items() if all(c[key] == value for c in configs if isinstance(c, dict))
     }
-    lines = "\n".join(f"{key} = {value}" for key, value in shared.items())
-    return f"<details><summary>Settings that all runs share</summary><pre>{html.escape(lines)}</pre></details>"
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cell(text: str) -> str:
-        strong = text.startswith("**")
-        text = html.escape(text.strip("*") if strong else text)
-        return f"<td><b>{text}</b></td>" if strong else f"<td>{text}</td>"
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    rows = [[key, str(value)] for key, value in shared.items()]
+    return html.folded("Settings that all runs share", html.table(["setting", "value"], rows, text=["value"]))
 
 
 def _image(figure: Figure, description: str) -> str:
@@ -237,5 +213,4 @@ def _image(figure: Figure, description: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bora-fl"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue().encode()).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}">'
+    return html.picture(buffer.getvalue().encode(), "svg+xml", description)
