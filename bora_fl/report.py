@@ -6,12 +6,15 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
 from bora_fl.paths import write_atomically
 from bora_fl.privacy.accounting import EpsilonSummary, Unit, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -253,17 +256,26 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def rounds_picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and accuracy over the rounds."""
+    """Draw loss and accuracy over the rounds; the last point of the central test set is the final adapter's."""
+    figure = rounds_figure(rows)
+    figure.savefig(path, dpi=110)
+
+
+def rounds_figure(rows: list[dict[str, Any]]) -> "Figure":
+    """Loss and accuracy over the rounds, where they were measured."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     central = [row for row in rows if row.get("evaluated") == "central"]
     clients = [row for row in rows if row.get("client_accuracy") is not None]
+    held_out = "clients' held-out parts"
     curves = (
         (losses, "train_loss", rows, "training, clients", ":"),
+        (losses, "client_loss", clients, held_out, "--"),
         (losses, "loss", central, "central test set", "-"),
-        (accuracies, "client_accuracy", clients, "clients' held-out parts, before training", ":"),
+        (accuracies, "client_accuracy", clients, held_out, "--"),
         (accuracies, "accuracy", central, "central test set", "-"),
     )
     for axes, key, chosen, label, style in curves:
@@ -272,11 +284,12 @@ def rounds_picture(rows: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=label)
     for axes, name in ((losses, "loss"), (accuracies, "accuracy")):
         axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _number(value: float | None) -> str:

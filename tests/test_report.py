@@ -14,6 +14,7 @@ from bora_fl.report import (
     mean_train_loss,
     read_rows,
     round_line,
+    rounds_figure,
     rounds_picture,
     rounds_table,
 )
@@ -82,5 +83,9 @@ def test_line_table_and_picture_take_a_round_that_was_not_evaluated(tmp_path):
     assert "not evaluated" in round_line(rows[0], 2)
     assert "accuracy 0.625 (central), 3 clients" in round_line(rows[1], 2)
     assert rounds_table(rows, "rounds").row_count == 2
+    held_out = [RoundReport(n, 0.5, client_loss=0.9 / (n + 1), client_accuracy=0.5).row() for n in range(4)]
+    losses, _ = rounds_figure(held_out).axes
+    assert [list(line.get_ydata()) for line in losses.lines] == [[row["client_loss"] for row in held_out]]
+    assert all(float(tick).is_integer() for tick in losses.get_xticks())
     rounds_picture(rows, tmp_path / "rounds.png")
     assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
