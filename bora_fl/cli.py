@@ -7,7 +7,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,10 +17,12 @@ from typer.core import TyperCommand, TyperGroup
 
 import bora_fl
 from bora_fl.deployment.audit_log import audit_log
+from bora_fl.deployment.certificate_commands import certificates
 from bora_fl.deployment.init import init
 
 if TYPE_CHECKING:
     from bora_fl.config import Scalar
+    from bora_fl.deployment.progress import JsonProgress
     from bora_fl.simulations.launch import Simulation
 
 # Commands with modules of their own: where they are, and the first line of their help.
@@ -87,7 +89,6 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning with BoRA adapters.",
 )
-certificates = typer.Typer(no_args_is_help=True, help="Make the certificates and keys of a federation over TLS.")
 cli.add_typer(certificates, name="certificates")
 cli.add_typer(audit_log, name="audit-log")
 cli.add_typer(init, name="init")
@@ -107,20 +108,25 @@ def main() -> None:
     try:
         cli()
     except Exception as error:
-        from bora_fl.config import ConfigError
-
-        if isinstance(error, ConfigError):
-            for line in str(error).splitlines():
-                console.print(f"[bold red]error:[/] {escape(line)}", highlight=False)
-            sys.exit(2)
-        from bora_fl.data import FetchError
-        from bora_fl.deployment.launch import LaunchError
-        from bora_fl.server.checkpoint import CheckpointError
-
-        if not isinstance(error, LaunchError | FetchError | CheckpointError):
+        if not (known := _mistake(error)):
             raise
-        console.print(f"[bold red]failed:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        word, code = known
+        for line in str(error).splitlines() if code == 2 else [str(error)]:
+            console.print(f"[bold red]{word}:[/] {escape(line)}", highlight=False, soft_wrap=True)
+        sys.exit(code)
+
+
+def _mistake(error: Exception) -> tuple[str, int] | None:
+    """What a known mistake is called and the exit code it ends in; None for any other exception."""
+    from bora_fl.config import ConfigError
+
+    if isinstance(error, ConfigError):
+        return "error", 2
+    from bora_fl.data import FetchError
+    from bora_fl.deployment.launch import LaunchError
+    from bora_fl.server.checkpoint import CheckpointError
+
+    return ("failed", 1) if isinstance(error, LaunchError | FetchError | CheckpointError) else None
 
 
 def _version(wanted: bool) -> None:
@@ -190,12 +196,36 @@ def run(
     on_interrupt: Annotated[
         str, typer.Option(help="what Ctrl-C or SIGTERM does with a deployment's run: ask (in a terminal), leave, stop")
     ] = "ask",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="for programs: JSON lines in the place of text, the last says how it ended")
+    ] = False,
     run_config: ConfigOption = None,
 ) -> None:
     """Run a federation, follow it, and exit with a true exit code.
 
     A federation.toml in the working folder, such as `bora-fl init` writes, says what to run; what is given here wins.
     """
+    try:
+        _run(connection, simulate, cpus, gpus, backend, app, attach, on_interrupt, as_json, run_config)
+    except Exception as error:
+        if not as_json or not (known := _mistake(error)):
+            raise
+        _json().emit("failed", message=str(error), exit_code=known[1])
+        sys.exit(known[1])
+
+
+def _run(
+    connection: str | None,
+    simulate: int,
+    cpus: int,
+    gpus: float,
+    backend: str,
+    app: Path,
+    attach: int,
+    on_interrupt: str,
+    as_json: bool,
+    run_config: list[str] | None,
+) -> None:
     from bora_fl.config import ConfigError, overrides, read_federation
 
     if on_interrupt not in ("ask", "leave", "stop"):
@@ -205,20 +235,21 @@ def run(
     from bora_fl.deployment import launch
 
     if attach:
+        show = _json() if as_json else _show
         ending = partial(_stops, connection or "", on_interrupt)
-        _show(f"completed; its log: {launch.attach(str(attach), connection or '', stops=ending, show=_show).log}")
+        _completed(launch.attach(str(attach), connection or "", stops=ending, show=show).log, as_json)
         return
     federation = read_federation(Path.cwd())
     settings = {**federation.run_config, **overrides(run_config)}
     where = connection or ("" if simulate else federation.connection)
     if where:
         ending = partial(_stops, where, on_interrupt)
-        outcome = launch.run(app.resolve(), settings, where, stops=ending, show=_show)
-        _show(f"completed; its log: {outcome.log}")
+        show = _json() if as_json else _show
+        _completed(launch.run(app.resolve(), settings, where, stops=ending, show=show).log, as_json)
     elif clients := simulate or federation.simulate:
         from bora_fl.simulations.launch import Simulation
 
-        _simulate(app, settings, Simulation(clients, cpus, gpus, backend))
+        _simulate(app, settings, Simulation(clients, cpus, gpus, backend), as_json)
     else:
         raise ConfigError(
             "nothing to run: name a SuperLink connection of Flower's config.toml, give --simulate, or write a "
@@ -259,71 +290,34 @@ def demo(
     _simulate(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, Simulation(4))
 
 
-@certificates.command("server")
-def server_certificates(
-    host: Annotated[list[str], typer.Option(help="DNS name or IP address that the sites dial; may be given again")],
-    into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
-    days: Annotated[int, typer.Option(help="how long they are valid", min=1)] = 365,
-) -> None:
-    """Make an authority, the server's certificate and its SuperExec secret; ca.crt goes to every site."""
-    from bora_fl.deployment.certificates import make_server
-
-    _list(make_server(into, host, days))
-
-
-@certificates.command("site")
-def site_keys(
-    name: Annotated[str, typer.Argument(help="the site's name")],
-    into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
-) -> None:
-    """Make a site's keys and its SuperExec secret; NAME.key.pub and NAME.csr alone leave the site, for the server."""
-    from bora_fl.deployment.certificates import make_client, make_site
-
-    _list([*make_site(into, name), *make_client(into, name)])
-
-
-@certificates.command("operator")
-def operator_key(
-    name: Annotated[str, typer.Argument(help="the operator's name")],
-    into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
-) -> None:
-    """Make the key of an operator who submits runs from another machine; NAME.csr goes to the server."""
-    from bora_fl.deployment.certificates import make_client
-
-    _list(make_client(into, name))
-
-
-@certificates.command("sign")
-def sign_client(
-    requests: Annotated[list[Path], typer.Argument(help="NAME.csr of sites or operators", metavar="NAME.csr ...")],
-    role: Annotated[str, typer.Option(help="site or operator: which of the server's doors opens")],
-    authority: Annotated[Path, typer.Option(help="folder of ca.crt and ca.key")] = Path("certificates"),
-    days: Annotated[int, typer.Option(help="how long it is valid", min=1)] = 365,
-) -> None:
-    """Certify clients to the server's proxy; each NAME.crt, beside its request, goes back to its client."""
-    from bora_fl.config import ConfigError
-    from bora_fl.deployment.certificates import Role, sign
-
-    chosen = next((known for known in get_args(Role) if known == role), None)
-    if chosen is None:
-        raise ConfigError(f"--role {role}: use one of {', '.join(get_args(Role))}")
-    _list([sign(request, chosen, authority, days) for request in requests])
-
-
-def _list(paths: list[Path]) -> None:
-    for path in paths:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
-
-
 def _show(line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.file.flush()  # a pipe would hold the progress back
 
 
-def _simulate(app: Path, run_config: "dict[str, Scalar]", simulation: "Simulation") -> None:
+def _json(folder: Path | None = None) -> "JsonProgress":
+    from bora_fl.deployment.progress import JsonProgress
+
+    return JsonProgress(_show, folder)
+
+
+def _completed(log: Path, as_json: bool) -> None:
+    if as_json:
+        _json().emit("completed", log=str(log))
+    else:
+        _show(f"completed; its log: {log}")
+
+
+def _simulate(app: Path, run_config: "dict[str, Scalar]", simulation: "Simulation", as_json: bool = False) -> None:
     from bora_fl.report import rounds_table
+    from bora_fl.simulations.launch import output_folder
     from bora_fl.simulations.launch import run as run_simulation
 
+    if as_json:
+        show = _json(output_folder(app.resolve(), run_config))
+        done = run_simulation(app.resolve(), run_config, simulation, show=show)
+        show.emit("completed", log=str(done.log), folder=str(done.folder))
+        return
     outcome = run_simulation(app.resolve(), run_config, simulation, show=_show)
     console.print(rounds_table(outcome.rows, "rounds"))
     pictures = ("partition.png", "rounds.png")

@@ -67,7 +67,7 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
     """
     components, defaults = _read(app)
     settings = parse({**defaults, **run_config})
-    folder = Path(settings.run.output_dir).expanduser().resolve()
+    folder = output_folder(app, run_config)
     folder.mkdir(parents=True, exist_ok=True)
     backend = simulation.backend or ("ray" if os.environ.get("RAY_ADDRESS") else "processes")
     if backend == "ray" and importlib.util.find_spec("ray") is None:
@@ -105,6 +105,15 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
     if not rows or rows[-1]["round"] != settings.run.num_rounds or not (folder / "adapter").is_dir():
         raise LaunchError(f"the run ended without a result; the last lines of {process.log}:\n{process.tail(25)}")
     return Outcome(process.log, folder, rows)
+
+
+def output_folder(app: Path, run_config: Mapping[str, Scalar]) -> Path:
+    """Where a simulation will write.
+
+    Raises:
+        ConfigError: For a setting that cannot be used.
+    """
+    return Path(parse({**_read(app)[1], **run_config}).run.output_dir).expanduser().resolve()
 
 
 def _read(app: Path) -> tuple[dict[str, str], dict[str, Scalar]]:

@@ -1,4 +1,5 @@
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import bora_fl
 from bora_fl.cli import COMMANDS, cli, console
 from bora_fl.config import ConfigError, Settings
 from bora_fl.deployment.launch import Outcome
+from bora_fl.report import RoundReport, append_row
 from bora_fl.simulations.benchmarks.command import BENCHMARKS
 
 HEAVY = ("torch", "flwr", "pydantic", "transformers", "peft", "numpy", "scipy", "matplotlib", "grpc", "cryptography")
@@ -100,7 +102,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     found: list[tuple] = []
     monkeypatch.chdir(tmp_path)
     (tmp_path / "federation.toml").write_text("[federation]\nsimulate = 3\n\n[run]\nseed = 5\nnum-rounds = 2\n")
-    monkeypatch.setattr("bora_fl.cli._simulate", lambda app, config, how: found.append((config, how.num_clients)))
+    monkeypatch.setattr(
+        "bora_fl.cli._simulate", lambda app, config, how, as_json: found.append((config, how.num_clients))
+    )
 
     def deploy(app: Path, config: dict, connection: str, **options: object) -> Outcome:
         found.append((config, connection))
@@ -158,3 +162,34 @@ def test_demo_runs_the_default_model_and_data_in_a_folder_that_is_free(tmp_path,
     assert config["run.output-dir"] == str(tmp_path / "demo-2")
     assert config["run.num-rounds"] == 2
     assert simulation.num_clients == 4
+
+
+def test_json_lines_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from bora_fl.deployment.launch import LaunchError
+    from bora_fl.simulations import launch
+
+    folder, fails = tmp_path / "out", []
+
+    def run(app, config, simulation, show):
+        folder.mkdir(exist_ok=True)
+        for number in range(2):
+            append_row(folder / "metrics.jsonl", RoundReport(number, 0.5).row())
+            show(f"round {number}/1")
+        if fails:
+            raise LaunchError("the run ended with code 9")
+        return SimpleNamespace(rows=[], folder=folder, log=folder / "run.log")
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "--simulate", "2", "--json", "-c", f"run.output-dir={folder}"]
+    code, text = call(*command)
+    events = [json.loads(line) for line in text.splitlines()]
+    assert [event["event"] for event in events] == ["line", "round", "line", "round", "completed"]
+    assert [event["round"] for event in events if event["event"] == "round"] == [0, 1]
+    assert (code, events[-1]["folder"]) == (0, str(folder))
+    fails.append(True)
+    code, text = call(*command)
+    last = json.loads(text.splitlines()[-1])
+    assert (code, last) == (1, {"event": "failed", "message": "the run ended with code 9", "exit_code": 1})
+    code, text = call(*command, "-c", "run.num-rounds=-1")
+    assert (code, json.loads(text)["exit_code"]) == (2, 2)

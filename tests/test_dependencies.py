@@ -17,6 +17,7 @@ DISTRIBUTIONS = {
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
     "ray": "flwr[simulation]",
+    "mlflow": "mlflow-skinny",
 }
 
 
@@ -46,7 +47,9 @@ def project() -> dict:
 
 def test_what_is_imported_is_declared(project: dict):
     extras = {
-        name for group in ("simulation", "triton", "gguf") for name in declared(project["optional-dependencies"][group])
+        name
+        for group in ("simulation", "triton", "gguf", "tracking")
+        for name in declared(project["optional-dependencies"][group])
     }
     known = declared(project["dependencies"]) | extras
     assert {name: path for name, path in imported().items() if name not in known} == {}

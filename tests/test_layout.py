@@ -17,7 +17,7 @@ LEVELS = [
     {"state", "config", "preload"},
     {"device", "data"},
     {"wire", "privacy", "models", "evaluate", "heads"},
-    {"report"},
+    {"report", "tracking"},
     {"client", "strategies"},
     {"server"},
     {"deployment"},

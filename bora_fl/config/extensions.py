@@ -17,8 +17,13 @@ from typing import Any, Literal
 from bora_fl.config.settings import ConfigError, Scalar
 
 Kind = Literal["strategies", "data", "models", "sinks"]
-SETTINGS: dict[str, Kind] = {"strategy.name": "strategies", "data.name": "data", "model.name": "models"}
-"""The settings that take an extension's name, and its kind."""
+SETTINGS: dict[str, Kind] = {
+    "strategy.name": "strategies",
+    "data.name": "data",
+    "model.name": "models",
+    "run.sinks": "sinks",
+}
+"""The settings that take an extension's name, or several with commas, and the kind."""
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _installed_only = False
@@ -63,6 +68,10 @@ def load(kind: Kind, name: str, key: str) -> Any:
         ) from error
 
 
+def _names(run_config: Mapping[str, Scalar], key: str) -> list[str]:
+    return [name.strip() for name in str(run_config.get(key, "")).split(",") if name.strip()]
+
+
 def _find_in_working_folder() -> None:
     folder = str(Path.cwd())
     if folder not in sys.path:
@@ -77,21 +86,26 @@ def take_installed_only() -> None:
 
 def portable(run_config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """A run config with references for the names of entry points, which a bundle does not carry."""
-    found = {key: reference(kind, str(run_config[key])) for key, kind in SETTINGS.items() if key in run_config}
-    return dict(run_config) | {key: name for key, name in found.items() if name}
+    found = {
+        key: ",".join(reference(kind, name) or name for name in _names(run_config, key))
+        for key, kind in SETTINGS.items()
+        if key in run_config
+    }
+    return dict(run_config) | found
 
 
 def sources(run_config: Mapping[str, Scalar]) -> list[Path]:
     """The packages' folders and modules' files that a run config's references need, bora_fl's own left out."""
     paths = []
-    for key, kind in SETTINGS.items():
-        top = reference(kind, str(run_config.get(key, ""))).partition(":")[0].partition(".")[0]
+    named = [(key, kind, name) for key, kind in SETTINGS.items() for name in _names(run_config, key)]
+    for key, kind, name in named:
+        top = reference(kind, name).partition(":")[0].partition(".")[0]
         if not top or top == "bora_fl":
             continue
         _find_in_working_folder()
         spec = importlib.util.find_spec(top)
         if spec is None or spec.origin is None:
-            raise ConfigError(f"{key} = {run_config[key]!r}: there is no package {top!r} with code to send")
+            raise ConfigError(f"{key} = {name!r}: there is no package {top!r} with code to send")
         origin = Path(spec.origin)
         paths.append(origin.parent if origin.name == "__init__.py" else origin)
     return list(dict.fromkeys(paths))

@@ -257,6 +257,14 @@ class RunSettings(_Group):
         True, description="end with the round of least held-out loss (privacy.mode = none, all clients each round)"
     )
     keep_checkpoints: Count = Field(2, description="checkpoints kept")
+    sinks: str = Field(
+        "",
+        description="where the rounds' numbers go too, comma-separated: tensorboard, wandb, trackio, mlflow, the name "
+        "of an entry point, or package.module:attribute",
+    )
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="port on 127.0.0.1 where the server shows Prometheus its metrics; 0 is off"
+    )
     threads: CountOrZero = Field(
         0, description="torch threads per process; 0 is cores divided by the processes Flower runs"
     )

@@ -33,6 +33,8 @@ from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.head import HeadLayout
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.tracking.prometheus import serving
+from bora_fl.tracking.sinks import Sinks, scalars
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Server(Observer):
         self.settings = settings
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
         self.aggregator = build(settings)
+        self.sinks = Sinks(settings.run.sinks)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
         self.label_names = raw.label_names if settings.model.task == "classification" else None
@@ -69,6 +72,7 @@ class Server(Observer):
             )
         self._save = save
         self._folded = 0
+        self._latest: dict[str, float] = {}
         self._run_id = ""
 
     @property
@@ -87,8 +91,12 @@ class Server(Observer):
             CheckpointError: If the run cannot go on from its checkpoints.
             RunFailedError: If the federation stops being able to train.
         """
-        with held(self.folder):
-            return self._run(grid)
+        run = self.settings.run
+        with held(self.folder), serving(run.metrics_port, lambda: self._latest, "run.metrics-port ="):
+            try:
+                return self._run(grid)
+            finally:
+                self.sinks.finish()
 
     def _run(self, grid: Grid) -> Path:
         config = self.settings.flat()
@@ -104,6 +112,7 @@ class Server(Observer):
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         self._run_id = checkpoint.run_id
+        self.sinks.start(self.folder, config)
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self, self._head_layout())
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, first_round)
         self._bring_to(state.current, strategy.folds)
@@ -192,6 +201,8 @@ class Server(Observer):
                 f"round {report.round} could not be written to {self.folder} ({error}); make room there, then go on "
                 "from the last whole checkpoint with run.resume=true"
             ) from error
+        self._latest = scalars(row) | {"round": row["round"]}
+        self.sinks.round(row)
         log.info("%s", round_line(row, self.settings.run.num_rounds))
 
     def _bring_to(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError, extensions, overrides, parse
 from bora_fl.paths import state_folder
+from bora_fl.tracking.prometheus import serving
 
 console = Console()
 
@@ -36,6 +37,9 @@ def worker(
     partition: Annotated[
         str, typer.Option(help="ID/N, such as 0/3: tokenize that partition's data in the warm-up too")
     ] = "",
+    metrics_port: Annotated[
+        int, typer.Option(help="show Prometheus metrics on this port of 127.0.0.1; 0 is off", min=0, max=65535)
+    ] = 0,
     grace: Annotated[float, typer.Option(help="seconds the job at work has to finish on SIGTERM")] = 30.0,
     show_status: Annotated[bool, typer.Option("--status", help="show a running worker's status and stop")] = False,
 ) -> None:
@@ -68,7 +72,9 @@ def worker(
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    serve(settings, SiteWorker(policy.absolute() if policy else None), stop=stop, grace=grace, warm_up=run)
+    site = SiteWorker(policy.absolute() if policy else None)
+    with serving(metrics_port, site.numbers, "--metrics-port"):
+        serve(settings, site, stop=stop, grace=grace, warm_up=run)
 
 
 def default_socket() -> Path:

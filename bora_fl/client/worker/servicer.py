@@ -141,6 +141,21 @@ class SiteWorker:
             for chunk in chunks(records, part):
                 yield WorkResponse(chunk=chunk)
 
+    def numbers(self) -> dict[str, float]:
+        """What `status` counts, for Prometheus."""
+        found = self.status(StatusRequest(), None)
+        names = (
+            "uptime_seconds",
+            "base_loads",
+            "data_loads",
+            "trained",
+            "evaluated",
+            "refused",
+            "cancelled",
+            "waiting",
+        )
+        return {f"worker/{name}": float(getattr(found, name)) for name in names} | {"worker/busy": bool(found.current)}
+
     def status(self, request: StatusRequest, context: Any) -> StatusResponse:
         """See `worker.proto`."""
         with self._lock:
