@@ -19,6 +19,7 @@ from bora_fl.deployment.processes import Service, exit_on_sigterm
 from bora_fl.granted import grant, num_cores
 from bora_fl.report import read_rows
 
+MISTAKE = "bora-fl | error: "  # what `process` begins such a line with
 BACKENDS = ("processes", "ray")
 
 
@@ -62,7 +63,7 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
         show: See `Show`.
 
     Raises:
-        ConfigError: For a setting that cannot be used.
+        ConfigError: For a setting that cannot be used, be it that only the model or the data shows it.
         LaunchError: If the run failed in any way.
     """
     components, defaults = _read(app)
@@ -91,7 +92,7 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
         try:
             process.start()
             for line in process.follow():
-                if text := readable(line):
+                if (text := readable(line)) and not text.startswith("error: "):
                     show(text)
             code = process.wait(0)
         except (KeyboardInterrupt, SystemExit):
@@ -99,6 +100,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
             raise
         finally:
             process.stop()
+    if code == 2 and (wrong := [line for line in process.text().splitlines() if line.startswith(MISTAKE)]):
+        raise ConfigError("\n".join(line.removeprefix(MISTAKE) for line in wrong))
     if code != 0:
         raise LaunchError(f"the run ended with code {code}: {reason(process.text())} (the whole log: {process.log})")
     rows = read_rows(folder / "metrics.jsonl")

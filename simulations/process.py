@@ -7,9 +7,10 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from bora_fl.config import Scalar
+from bora_fl.config import ConfigError, Scalar
 from bora_fl.deployment.processes import end_with_parent, exit_on_sigterm
 from bora_fl.granted import num_cores
+from bora_fl.simulations.launch import MISTAKE
 from bora_fl.simulations.parallel import CLIENT, WorkerGrid, load, make_pool, places
 
 SERVER = "bora_fl.server.app:app"
@@ -61,4 +62,9 @@ if __name__ == "__main__":
     arguments: dict[str, Any] = json.loads(sys.argv[1])
     end_with_parent()
     with exit_on_sigterm():
-        main(**arguments)
+        try:
+            main(**arguments)
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                print(f"{MISTAKE}{line}", file=sys.stderr)
+            sys.exit(2)

@@ -127,8 +127,8 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                     transformers_logging.set_verbosity(verbosity)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model.name = {settings.name!r}: cannot be loaded as {settings.task} ({error}); "
-                "give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
+                f"model.name = {settings.name!r}: cannot be loaded as {settings.task} "
+                f"({' '.join(str(error).split())}); give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
             ) from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id

@@ -97,6 +97,12 @@ class FederatedModel:
                 try:
                     self.model = get_peft_model(base, peft_config(adapter, model))
                 except ValueError as error:
+                    if "No modules were targeted" in str(error) or "not found in the base model" in str(error):
+                        linear = {name.rpartition(".")[2] for name, m in base.named_modules() if _is_linear(m)}
+                        raise ConfigError(
+                            f"adapter.target-modules = {adapter.target_modules!r}: no module of the base model has "
+                            f"such a name; its linear layers are {', '.join(sorted(linear))}; name some, or all-linear"
+                        ) from error
                     raise ConfigError(
                         f"adapter.target-modules = {adapter.target_modules!r}, "
                         f"adapter.num-blocks = {adapter.num_blocks}: {error}"
@@ -287,3 +293,7 @@ def _plain(name: str) -> str:
     """A parameter's or module's name without PEFT's wrappers and adapter name."""
     name = name.removeprefix("base_model.model.")
     return ".".join(part for part in name.split(".") if part not in {"default", "modules_to_save"})
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, which is no nn.Linear

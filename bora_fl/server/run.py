@@ -17,7 +17,7 @@ from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.heads import public_clip_norm
-from bora_fl.models import FederatedModel, load_base, load_tokenizer, write_result
+from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_config, write_result
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.paths import digest, write_atomically
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
@@ -53,11 +53,20 @@ class Server(Observer):
     def __init__(self, settings: Settings, save: Save = save) -> None:
         self.settings = settings
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
+        if settings.adapter.method != "full":
+            peft_config(settings.adapter, settings.model)  # names the methods there are, before a strategy refuses it
         self.aggregator = build(settings)
         self.sinks = Sinks(settings.run.sinks)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
-        self.label_names = raw.label_names if settings.model.task == "classification" else None
+        classifies = settings.model.task == "classification"
+        if classifies and raw.label_names is None:
+            raise ConfigError(
+                f"data.label-column = {settings.data.label_column!r} with model.task = 'classification': columns are "
+                f"{', '.join(raw.train.column_names)}; name the column of the classes and leave data.response-column "
+                "empty, or set model.task to causal-lm"
+            )
+        self.label_names = raw.label_names if classifies else None
         base = load_base(settings.model, raw.label_names, settings.run.seed)
         self.pooling = base.pooling if isinstance(base, PooledClassification) else None
         self.model = FederatedModel(

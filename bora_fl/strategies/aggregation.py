@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors, merge, normalize_sigma
-from bora_fl.config import AdapterSettings, Settings, StrategySettings
+from bora_fl.config import AdapterSettings, ConfigError, Settings, StrategySettings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.catalogue import find
@@ -258,7 +258,8 @@ def build(settings: Settings) -> Aggregator:
     """The aggregator that a run's settings describe.
 
     Raises:
-        ValueError: For an unknown name, with near misses, or a combination that cannot be; names key, value and remedy.
+        ConfigError: For an unknown name, with near misses, or a combination that cannot be; names key, value and
+            remedy.
     """
     strategy, method = settings.strategy, settings.adapter.method
     row = find(strategy.name)
@@ -295,10 +296,10 @@ def build(settings: Settings) -> Aggregator:
     Codec.parse(settings.wire.codec)
     for refused, key, why in refusals:
         if refused:
-            raise ValueError(f"{key} with strategy.name = {strategy.name!r}: {why}")
+            raise ConfigError(f"{key} with strategy.name = {strategy.name!r}: {why}")
     found = Aggregator(row, strategy, settings.adapter, settings.run.seed)
     if settings.privacy.secure_aggregation and not found.linear:
-        raise ValueError(f"privacy.secure-aggregation = true with {_needs_every_update(found)}")
+        raise ConfigError(f"privacy.secure-aggregation = true with {_needs_every_update(found)}")
     return found
 
 

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from bora_fl.config import ConfigError
-from bora_fl.deployment.launch import LaunchError
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.simulations.launch import Simulation, run
@@ -84,10 +83,13 @@ def test_a_simulation_gives_the_adapter_of_one_process_and_leaves_nothing_behind
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_that_fails_says_so(tiny_config):
-    # the config is sound, but the layer the adapter should go to does not exist
-    with pytest.raises(LaunchError, match=r"adapter\.target-modules"):
-        run(ROOT, tiny_config | {"adapter.target-modules": "nowhere"}, Simulation(2), show=lambda line: None)
+def test_a_setting_that_only_the_model_shows_to_be_wrong_ends_as_any_other_does(tiny_config):
+    lines: list[str] = []
+    with pytest.raises(ConfigError) as caught:
+        run(ROOT, tiny_config | {"adapter.target-modules": "nowhere"}, Simulation(2), show=lines.append)
+    assert str(caught.value).startswith("adapter.target-modules = 'nowhere': no module of the base model has such a")
+    assert "dense, key, query, value; name some" in str(caught.value)
+    assert not [line for line in lines if "nowhere" in line]
 
 
 @pytest.mark.parametrize(
