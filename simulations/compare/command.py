@@ -174,7 +174,7 @@ def compare(
     if dry_run:
         return
 
-    def run_all(runs: list[CompareRun], title: str) -> list[tuple[CompareRun, Outcome]]:
+    def run_all(runs: "list[CompareRun]", title: str) -> "list[tuple[CompareRun, Outcome]]":
         return run_grid(runs, root, workers=min(at_once, len(runs)), threads=threads, console=console, title=title)
 
     if trials:

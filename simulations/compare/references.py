@@ -52,12 +52,7 @@ def central(run: CompareRun) -> CompareRun:
 def local(run: CompareRun) -> list[CompareRun]:
     """A few of the clients, each in a federation of its own."""
     every = max(1, run.num_clients // MOST_LOCAL)
-    own: dict[str, Scalar] = {
-        "strategy.min-nodes": 1,
-        "strategy.fraction-train": 1.0,
-        "strategy.fraction-evaluate": 0.0,
-        "run.evaluate-every": max(run.settings.run.num_rounds, 1),
-    }
+    own: dict[str, Scalar] = {"strategy.min-nodes": 1, "strategy.fraction-train": 1.0}
     settings = parse(run.settings.flat() | own)
     return [
         replace(

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError
+from bora_fl.simulations import grid
 from bora_fl.simulations.compare import timing
 from bora_fl.simulations.compare.suites import SUITES, suite
 from bora_fl.simulations.compare.timing import in_words, seconds_left
@@ -85,3 +88,34 @@ def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
     assert "18 runs, 108 to tune them and" in ended.output
     assert "left on this machine" in ended.output
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeypatch):
+    """The whole way of the command, over runs that are made up."""
+    asked = []
+
+    def made_up(runs, root, *, title, **_):
+        asked.append((title, len(runs)))
+        for run in runs:
+            rate = run.settings.train.learning_rate
+            finish(
+                run,
+                0.8 if run.purpose else 0.6,
+                client_loss=abs(rate - (3e-3 if run.variant.method == "lora" else 1e-3)),
+            )
+        return [(run, grid.outcome(run)) for run in runs]
+
+    monkeypatch.setattr(grid, "run_grid", made_up)
+    monkeypatch.setattr("bora_fl.data.fetch", lambda name: None)
+    options = "--strategies refactor,lora/fedavg --scenarios dirichlet-1 --clients 3 --seeds 2 --tune --baselines"
+    config = ["-c", "train.learning-rate=0.001", "-c", "run.num-rounds=1"]
+    ended = CliRunner().invoke(cli, ["compare", *options.split(), *config, "--output", str(tmp_path)])
+    assert ended.exit_code == 0, ended.output
+    # Two variants × three rates × two seeds; two variants × two seeds; by seed two IID twins, central, three alone.
+    assert asked == [("tuning", 12), ("comparing", 4), ("baselines", 12)]
+    assert "lora/fedavg in dirichlet-1: 0.003 is at the edge" in " ".join(ended.output.split())
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["baseline"] == "bora/refactor"  # the first
+    assert [s["learning_rate"] for s in found["summaries"]] == [1e-3, 3e-3]
+    assert [s["retention"]["mean"] for s in found["summaries"]] == pytest.approx([0.75, 0.75])
+    assert found["references"]["dirichlet-1"]["central"]["mean"] == pytest.approx(0.8)
