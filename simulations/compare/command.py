@@ -233,8 +233,6 @@ def _show(found: "Results") -> None:
             "retention %",
             "rate",
             "loss",
-            "worst client %",
-            "merge error %",
             "MB",
             "epsilon",
         ):
@@ -248,8 +246,6 @@ def _show(found: "Results") -> None:
                 interval(s.retention, 100),
                 f"{s.learning_rate:g}",
                 interval(s.loss, digits=3),
-                interval(s.client_accuracy_min, 100),
-                interval(s.merge_error, 100, 2),
                 interval(s.megabytes, digits=2),
                 "-" if s.epsilon is None else f"{s.epsilon:.2f} per {s.epsilon_unit}",
             )
