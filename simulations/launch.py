@@ -63,8 +63,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
         show: See `Show`.
 
     Raises:
-        ConfigError: For a setting that cannot be used, be it that only the model or the data shows it.
-        LaunchError: If the run failed in any way.
+        ConfigError: For a setting that cannot be used, or data or a model that does not fit it.
+        LaunchError: If the run failed in any other way.
     """
     components, defaults = _read(app)
     settings = parse({**defaults, **run_config})

@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from bora_fl.config import ConfigError, Scalar
+from bora_fl.config import ConfigError, Scalar, parse
 from bora_fl.deployment.processes import end_with_parent, exit_on_sigterm
 from bora_fl.granted import num_cores
 from bora_fl.simulations.launch import MISTAKE
@@ -37,6 +37,7 @@ def main(
         clientapp: Reference to the ClientApp.
     """
     if backend == "ray":
+        _check(run_config)
         from bora_fl.simulations.ray_backend import run_on_ray
 
         run_on_ray(load(serverapp), load(clientapp), run_config, num_clients, cpus_per_client, gpus_per_client)
@@ -47,9 +48,18 @@ def main(
         starting = Thread(target=pool.start, daemon=True)  # workers import what they need while this process does
         starting.start()
         server = load(serverapp)
+        _check(run_config)
         grid = WorkerGrid(clientapp, num_clients, run_config, pool)
         starting.join()
         server(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)))
+
+
+def _check(run_config: dict[str, Scalar]) -> None:
+    from bora_fl.deployment.doctor.preflight import preflight
+    from bora_fl.server.app import log_progress
+
+    log_progress()
+    preflight(parse(run_config))
 
 
 def _num_gpus() -> int:

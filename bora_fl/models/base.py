@@ -102,7 +102,7 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
         seed: Run seed: a new classification head is the same in every process.
 
     Raises:
-        ConfigError: If there is no such model, with the loader's own words.
+        ConfigError: If there is no such model, with the loader's own words, or it is no language model.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -114,7 +114,13 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
         torch.manual_seed(derive(seed, "head"))
         try:
             if settings.task == "causal-lm":
-                model = AutoModelForCausalLM.from_pretrained(source, **options)
+                require_language_model(settings)
+                model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+                if missing := sorted(report["missing_keys"]):
+                    raise ConfigError(
+                        f"model.name = {settings.name!r}: its files lack {', '.join(missing[:3])} ({len(missing)} "
+                        "tensors), which would be drawn at random; use a model that was saved as a causal-lm"
+                    )
             else:
                 names = label_names or []
                 options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
@@ -125,6 +131,8 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                     model = _classifier(settings).from_pretrained(source, **options)
                 finally:
                     transformers_logging.set_verbosity(verbosity)
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.name = {settings.name!r}: cannot be loaded as {settings.task} "
@@ -134,6 +142,32 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
         model.config.pad_token_id = model.config.eos_token_id
     model.config.use_cache = False
     return model
+
+
+def require_language_model(settings: ModelSettings) -> None:
+    """Refuse, by its config alone, a model that cannot be trained as a causal language model.
+
+    Raises:
+        ConfigError: For an encoder, whose tokens see those that they are to predict, or a model without a head.
+        OSError: If there is no such model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
+
+    config: Any = AutoConfig.from_pretrained(resolve(settings.name), revision=settings.revision or None)
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or config.is_encoder_decoder
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
+        raise ConfigError(
+            f"model.name = {settings.name!r} with model.task = 'causal-lm': {config.model_type} is an encoder, each "
+            "token sees the ones after it, which it is to predict; set model.task to classification, or use a decoder"
+        )
+    bare = MODEL_MAPPING.get(type(config), None)
+    saved_as = list(config.architectures or ())
+    if bare is not None and saved_as == [bare.__name__] and not config.tie_word_embeddings:
+        raise ConfigError(
+            f"model.name = {settings.name!r} with model.task = 'causal-lm': it was saved as {saved_as[0]}, without the "
+            "head that predicts tokens; use a model that was saved as a causal-lm"
+        )
 
 
 def _classifier(settings: ModelSettings) -> Any:

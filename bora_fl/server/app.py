@@ -16,10 +16,15 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
+    log_progress()
+    Server(parse(context.run_config)).run(grid)
+
+
+def log_progress() -> None:
+    """Let this package's log lines reach standard error, marked for whoever follows the run."""
     logger = logging.getLogger("bora_fl")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("bora-fl | %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    Server(parse(context.run_config)).run(grid)

@@ -83,13 +83,20 @@ def test_a_simulation_gives_the_adapter_of_one_process_and_leaves_nothing_behind
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_a_setting_that_only_the_model_shows_to_be_wrong_ends_as_any_other_does(tiny_config):
+def test_data_and_model_are_checked_before_the_federation_starts(tiny_config):
     lines: list[str] = []
-    with pytest.raises(ConfigError) as caught:
-        run(ROOT, tiny_config | {"adapter.target-modules": "nowhere"}, Simulation(2), show=lines.append)
-    assert str(caught.value).startswith("adapter.target-modules = 'nowhere': no module of the base model has such a")
-    assert "dense, key, query, value; name some" in str(caught.value)
-    assert not [line for line in lines if "nowhere" in line]
+    wrong = {"adapter.target-modules": "nowhere", "train.batch-size": 1000}
+    with pytest.raises(ConfigError, match=r"model .*: .*adapter\.target-modules"):
+        run(ROOT, tiny_config | wrong, Simulation(2), show=lines.append)
+    assert [line.split(" /")[0] for line in lines[1:]] == ["warning: data"]
+
+
+def test_a_run_that_fails_says_so(tiny_config):
+    folder = Path(tiny_config["run.output-dir"])
+    folder.mkdir()
+    (folder / "partition.png").mkdir()  # which no check looks at
+    with pytest.raises(LaunchError, match=r"IsADirectoryError"):
+        run(ROOT, tiny_config, Simulation(2), show=lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from bora_fl.models import FederatedModel, resolve
+    from bora_fl.models.base import require_language_model
 
     subject = f"model {settings.model.name}"
     try:
@@ -88,12 +89,17 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         if label_names:
             config.num_labels = len(label_names)
         causal = settings.model.task == "causal-lm"
+        if causal:
+            require_language_model(settings.model)
         kind: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         with torch.device("meta"):
             model = FederatedModel(kind.from_config(config), settings.adapter, settings.model, settings.run.seed)
-    except (ConfigError, ValueError, OSError, NotImplementedError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         text = f"{' '.join(str(error).split())[:300]}"
         return Finding(subject, "fail", text, "fetch the model, or correct model.* and adapter.*"), None
+    except (NotImplementedError, RuntimeError) as error:  # some methods compute on the weights when they are made
+        text = f"cannot be examined without its weights ({type(error).__name__})"
+        return Finding(subject, "warn", text, "the first round will tell"), None
     parameters, trained = sum(p.numel() for p in model.model.parameters()), model.num_trained
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0))
     layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "n_layer", 0))

@@ -293,6 +293,24 @@ def test_a_model_that_does_not_fit(change, tiny_config):
     assert (finding.level, sizes) == ("fail", None)
 
 
+def test_an_encoder_is_no_language_model(tiny_config):
+    causal = {"model.task": "causal-lm", "data.label-column": ""}
+    _, settings = federation.check_config(tiny_config | causal)
+    finding, sizes = federation.check_model(settings, None)
+    assert (finding.level, sizes) == ("fail", None)
+    assert "bert is an encoder" in finding.text
+
+
+def test_a_model_that_cannot_be_examined_is_left_to_the_run(tiny_config, monkeypatch: pytest.MonkeyPatch):
+    def computes(*_: object) -> None:
+        raise RuntimeError("a method that computes on the weights when it is made")
+
+    monkeypatch.setattr("bora_fl.models.FederatedModel", computes)
+    _, settings = federation.check_config(tiny_config)
+    finding, sizes = federation.check_model(settings, ["bad", "good"])
+    assert (finding.level, sizes) == ("warn", None)
+
+
 def test_the_clock_is_held_to_what_flower_asks():
     from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 

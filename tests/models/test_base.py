@@ -1,0 +1,66 @@
+"""What a causal language model is, and what only looks like one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaModel
+
+from bora_fl.config import ConfigError, ModelSettings
+from bora_fl.models import load_base
+
+
+def sees_ahead(model: torch.nn.Module) -> bool:
+    """Whether an earlier token's logits change with the last token."""
+    one, other = torch.tensor([[7, 8, 9]]), torch.tensor([[7, 8, 10]])
+    with torch.no_grad():
+        return not torch.equal(model.eval()(one).logits[:, :2], model(other).logits[:, :2])
+
+
+def causal(folder: Path) -> ModelSettings:
+    return ModelSettings(name=str(folder), task="causal-lm")
+
+
+def test_a_decoder_is_loaded(tiny_causal: Path) -> None:
+    assert not sees_ahead(load_base(causal(tiny_causal), None, 0))
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_an_encoder_is_refused_and_a_decoder_of_its_kind_is_not(decoder: bool, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=24,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        is_decoder=decoder,
+    )
+    (AutoModelForCausalLM.from_config(config) if decoder else BertForMaskedLM(config)).save_pretrained(tmp_path)
+    assert sees_ahead(AutoModelForCausalLM.from_pretrained(tmp_path)) != decoder
+    if decoder:
+        load_base(causal(tmp_path), None, 0)
+        return
+    with pytest.raises(ConfigError, match=r"model.task = 'causal-lm': bert is an encoder.*set model.task to class"):
+        load_base(causal(tmp_path), None, 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_its_head_is_refused_unless_the_embeddings_are_it(
+    tied: bool, tiny_causal: Path, tmp_path: Path
+) -> None:
+    model = LlamaModel.from_pretrained(tiny_causal)
+    model.config.tie_word_embeddings = tied
+    model.save_pretrained(tmp_path)
+    if tied:
+        load_base(causal(tmp_path), None, 0)
+        return
+    with pytest.raises(ConfigError, match="it was saved as LlamaModel, without the head"):
+        load_base(causal(tmp_path), None, 0)
+
+
+def test_files_that_lack_a_tensor_are_refused(tiny_causal: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ConfigError, match=r"its files lack model.layers.1.mlp.down_proj.weight.*\(3 tensors\)"):
+        load_base(causal(tmp_path), None, 0)
