@@ -175,7 +175,7 @@ def _train_openly(round: _Round) -> PlainRelease | ClientRelease:
         measured |= {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_examples": found.examples}
     started = time.perf_counter()
     result = round.train()
-    measured |= {"train_loss": result.loss, "steps": result.steps, "num_examples": len(round.data.train)}
+    measured |= {"train_loss": result.loss, "steps": result.steps, "num_examples": round.data.train.examples}
     measured |= {"train_seconds": time.perf_counter() - started}
     leaves: dict[str, Any] = {name: v for name, v in measured.items() if name.replace("_", "-") in allowed}
     kind = PlainRelease if mode == "none" else ClientRelease

@@ -49,9 +49,8 @@ class Site:
 
     def texts(self) -> list[str]:
         """The text of each record of the training split, all partitions'."""
-        data = self.settings.data
         with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
-            return list(load_dataset(data).train[data.text_column])
+            return load_dataset(self.settings.data).texts()
 
     def model(self, rank: int | None = None) -> FederatedModel:
         """The adapted model at a rank (the run's own by default); the base model is shared by all ranks."""

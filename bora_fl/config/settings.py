@@ -105,7 +105,10 @@ class DataSettings(_Group):
     subset: str = Field("", description="configuration of a hub data set")
     train_split: str = Field("train", description="split (or value of a column named split) that clients train on")
     test_split: str = Field("test", description="split of the server's central test set; empty for none")
-    text_column: str = Field("text", description="input text; the prompt for instruction data")
+    format: Literal["auto", "text", "prompt", "messages"] = Field(
+        "auto", description="what a row is: a text, a prompt with a response, or messages; auto: by the columns"
+    )
+    text_column: str = Field("text", description="input text; the prompt, or the messages, for instruction data")
     label_column: str = Field("label", description="class (classification)")
     response_column: str = Field("", description="answer (instruction data); the loss covers it alone")
     partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential", "local"] = (
@@ -116,6 +119,9 @@ class DataSettings(_Group):
     classes_per_client: Count = Field(2, description="classes a client holds in the pathological split")
     num_partitions: CountOrZero = Field(0, description="number of clients; 0 is the federation's size")
     evaluation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="each client's held-out part")
+    packing: bool = Field(
+        False, description="put several training examples into a row of model.max-length, apart (causal-lm)"
+    )
     max_train_examples: CountOrZero = Field(0, description="seeded subsample of the training split; 0 is all")
     max_test_examples: CountOrZero = Field(0, description="seeded subsample of the central test set; 0 is all")
 
@@ -313,6 +319,12 @@ class Settings(_Group):
             raise ValueError(
                 f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a classification "
                 "head reads a pooled text; set model.pooling to auto"
+            )
+        if self.data.packing and (self.model.task != "causal-lm" or self.privacy.mode == "record"):
+            at = f"model.task = '{self.model.task}'" if self.privacy.mode != "record" else "privacy.mode = 'record'"
+            raise ValueError(
+                f"data.packing = true with {at}: only a language model's rows can be packed, and under record-level "
+                "privacy a row is one record; set data.packing to false"
             )
         if self.privacy.mode == "record" and self.adapter.dropout > 0:
             raise ValueError(

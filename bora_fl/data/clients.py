@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
 from bora_fl.data.encoded import Encoded
 from bora_fl.data.loading import load_dataset, loading_key
+from bora_fl.data.packing import pack
 from bora_fl.data.partitions import partition
 from bora_fl.data.tokenizing import tokenize
 from bora_fl.seeds import derive
@@ -75,12 +76,13 @@ def client_data(
         examples = _split("train", data, model, tokenizer)
     shuffled = np.random.default_rng(derive(seed, "hold out", partition_id)).permutation(rows)
     held = _held_out(len(rows), data.evaluation_fraction)
-    return ClientData(examples.select(shuffled[held:]), examples.select(shuffled[:held]))
+    train = examples.select(shuffled[held:])
+    return ClientData(pack(train) if data.packing else train, examples.select(shuffled[:held]))
 
 
 def test_data(data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded | None:
     """The server's central test set, or None if the settings name none."""
-    if not data.test_split:
+    if not data.test_split or load_dataset(data).test is None:
         return None
     with _lock:
         return _split("test", data, model, tokenizer)
@@ -158,7 +160,7 @@ def _split(which: Literal["train", "test"], data: DataSettings, model: ModelSett
         raw = load_dataset(data)
         split = raw.train if which == "train" else raw.test
         assert split is not None
-        _remember(_encoded, key, tokenize(split, data, model, tokenizer))
+        _remember(_encoded, key, tokenize(split, raw.settings, model, tokenizer))
         _loads += 1
     _encoded.move_to_end(key)
     return _encoded[key]

@@ -23,6 +23,9 @@ class Encoded:
         classes: ``[N]`` int64 class of each example, or None for causal language modelling.
         pad_id: The token that fills up a batch.
         max_length: No batch is padded beyond this.
+        targets: ``[total]`` bool, which of `tokens` are targets; None if all after the prompts are.
+        places: ``[total]`` int32, each token's position in its own example, for rows that hold several; None if each
+            row is one.
     """
 
     tokens: NDArray[np.int32]
@@ -32,9 +35,18 @@ class Encoded:
     classes: NDArray[np.int64] | None
     pad_id: int
     max_length: int
+    targets: NDArray[np.bool_] | None = None
+    places: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def examples(self) -> int:
+        """Examples in all rows."""
+        if self.places is None:
+            return len(self)
+        return sum(int((self.places[b : b + n] == 0).sum()) for b, n in zip(self.begin, self.lengths, strict=True))
 
     def select(self, indices: NDArray[np.int64]) -> "Encoded":
         """The examples at `indices`; the tokens are shared, not copied."""
@@ -57,7 +69,8 @@ class Encoded:
             ``input_ids`` and ``attention_mask`` ``[N, T]`` int64, padded on the right; T is the longest example's
             length, rounded up to a multiple of 8 but not beyond `max_length`. ``labels`` int64: ``[N]`` classes, or
             ``[N, T]`` with the token itself where it is to be predicted and -100 elsewhere (prompt, padding, first
-            token); the model's logits at t - 1 predict it.
+            token); the model's logits at t - 1 predict it. Rows of several examples have ``position_ids`` in place of
+            the mask, which begin anew with each example: transformers keeps such examples apart.
         """
         lengths = self.lengths[indices][:, None]
         longest = int(lengths.max(initial=1))
@@ -68,11 +81,13 @@ class Encoded:
         ids = np.where(inside, self.tokens[flat] if self.tokens.size else 0, self.pad_id).astype(np.int64)
         if self.classes is None:
             targets = inside & (place >= np.maximum(self.prompts[indices], 1)[:, None])
+            if self.targets is not None and self.targets.size:
+                targets &= self.targets[flat]
             labels = np.where(targets, ids, IGNORE)
         else:
             labels = self.classes[indices]
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(inside.astype(np.int64)),
-            "labels": torch.from_numpy(labels),
-        }
+        apart = {"attention_mask": inside.astype(np.int64)}
+        if self.places is not None:
+            apart = {"position_ids": np.where(inside, self.places[flat], 0).astype(np.int64)}
+        arrays = {"input_ids": ids, **apart, "labels": labels}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -27,12 +27,20 @@ def data_files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".arrow") and p.is_file())
 
 
-def read_local(name: str, train_split: str, test_split: str) -> "tuple[Dataset, Dataset | None]":
+def read_local(
+    name: str, train_split: str, test_split: str, *, may_lack_splits: bool = False
+) -> "tuple[Dataset, Dataset | None]":
     """Read the training split and the test split (if it has a name) of a local file or folder.
 
     In a folder, files called after a split (``train.csv``, ``train-00000-of-00002.parquet``, ``train/0.jsonl``) are
     that split. Otherwise all rows are one table: its column ``split`` tells the splits apart, and without one the table
     is the training split.
+
+    Args:
+        name: The path.
+        train_split: Name of the training split.
+        test_split: Name of the test split; empty for none.
+        may_lack_splits: Return data without any splits as the training split alone, whatever `test_split` is.
 
     Raises:
         ConfigError: If there is no such path, file type or split, or a file cannot be read.
@@ -41,7 +49,7 @@ def read_local(name: str, train_split: str, test_split: str) -> "tuple[Dataset, 
     if not path.exists():
         raise ConfigError(f"data.name = {name!r}: {path.absolute()} does not exist; give an existing file or folder")
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        return _read_saved(name, path, train_split, test_split)
+        return _read_saved(name, path, train_split, test_split, may_lack_splits)
     files = data_files(path)
     if not files or files[0].suffix.lower() not in SUFFIXES:
         raise ConfigError(
@@ -57,7 +65,7 @@ def read_local(name: str, train_split: str, test_split: str) -> "tuple[Dataset, 
         return Dataset(_read(train_files)), Dataset(_read(test_files)) if test_files else None
     table = _read(files)
     if "split" not in table.column_names:
-        if test_split:
+        if test_split and not may_lack_splits:
             raise _no_split("test", test_split, f"{path.name} has no column named split")
         return Dataset(table), None
     return Dataset(_rows(table, "train", train_split)), Dataset(
@@ -91,13 +99,15 @@ def _rows(table: pa.Table, which: str, split: str) -> pa.Table:
     return rows
 
 
-def _read_saved(name: str, path: Path, train_split: str, test_split: str) -> "tuple[Dataset, Dataset | None]":
+def _read_saved(
+    name: str, path: Path, train_split: str, test_split: str, may_lack_splits: bool
+) -> "tuple[Dataset, Dataset | None]":
     """Read what `datasets.Dataset.save_to_disk` wrote; it stays on the disk, mapped into memory."""
     from datasets import Dataset, load_from_disk
 
     saved = load_from_disk(str(path))
     if isinstance(saved, Dataset):
-        if test_split:
+        if test_split and not may_lack_splits:
             raise _no_split("test", test_split, f"{name} is one split")
         return saved, None
     for which, split in (("train", train_split), ("test", test_split)):

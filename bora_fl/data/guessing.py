@@ -1,21 +1,22 @@
 """What a data set's settings may be, judging by its columns: a proposal for the user to look over, never a decision."""
 
+import json
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, Scalar
+from bora_fl.data.columns import TEXTS, is_text, resolved, usual
 from bora_fl.data.embedded import PREFIX
 from bora_fl.data.files import data_files, looks_local, read_table
 
-TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment", "question", "title")
-PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
 LABELS = ("label", "labels", "class", "category", "sentiment", "topic", "target", "rating", "stars")
-RESPONSES = ("response", "output", "answer", "completion")
 _EMBEDDED_IDS = 4  # natural ids that each embedded data set has at least
 _LENGTHS = (32, 256)
+_CAUSAL_LENGTHS = (64, 1024)
 _CHARACTERS_A_TOKEN = 4
 
 
@@ -25,7 +26,7 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     Args:
         name: As for ``data.name``.
         causal: Whether a language model is trained, not a classifier.
-        num_clients: Number of clients.
+        num_clients: Number of clients; 0 for a deployment, whose sites have data of their own.
         given: Columns that are known: ``text-column``, ``label-column``, ``response-column``.
 
     Returns:
@@ -49,20 +50,23 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
         raise ConfigError(f"data.name = {name!r}: {path.absolute()} holds no data; give an existing file or folder")
     train = next((file for file in files if defaults.train_split in file.stem), files[0])
     table = read_table(train)
-    text = _column(table, "text-column", PROMPTS if causal else TEXTS, given, texts=True)
-    assert text is not None
-    found["data.text-column"] = text
     if causal:
-        response = _column(table, "response-column", RESPONSES, given, texts=True, needed=False)
-        found["data.response-column"] = response or ""
+        named = {key.replace("-", "_"): _named(table, key, value) for key, value in given.items()}
+        columns = {field.name: field.type for field in table.schema}
+        rows = resolved(DataSettings(name=name, label_column="", **named), columns)
+        _named(table, "text-column", rows.text_column)
+        found |= {"data.format": rows.format, "data.text-column": rows.text_column}
+        found |= {"data.label-column": "", "data.response-column": rows.response_column}
+        texts = [rows.text_column, *([rows.response_column] if rows.response_column else [])]
+        found["model.max-length"] = _max_length(table, texts, _CAUSAL_LENGTHS)
     else:
-        label = _column(table, "label-column", LABELS, given)
-        assert label is not None
-        found["data.label-column"] = label
-    if not _has_test_split(table, files, defaults.test_split):
+        text = _column(table, "text-column", TEXTS, given, texts=True)
+        found |= {"data.text-column": text, "data.label-column": _column(table, "label-column", LABELS, given)}
+        found["model.max-length"] = _max_length(table, [text], _LENGTHS)
+    whole = num_clients > 0 and (len(files) == 1 or defaults.train_split not in train.stem)  # a part can be held out
+    if not whole and not _has_test_split(table, files, defaults.test_split):
         found["data.test-split"] = ""
     ids = pc.count_distinct(table[defaults.partition_by]).as_py() if defaults.partition_by in table.column_names else 0
-    found["model.max-length"] = _max_length(table[text])
     return found | (_natural() if ids >= num_clients else dealt)
 
 
@@ -74,35 +78,23 @@ def _dirichlet() -> dict[str, Scalar]:
     return {"data.partition": "dirichlet", "data.alpha": DataSettings().alpha}
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _named(table: pa.Table, key: str, name: str) -> str:
+    """A column's name, if it is there."""
+    if name not in table.column_names:
+        raise ConfigError(f"--{key} {name}: columns are {', '.join(table.column_names)}; name one of them")
+    return name
 
 
-def _column(
-    table: pa.Table,
-    key: str,
-    usual: Sequence[str],
-    given: dict[str, str],
-    *,
-    texts: bool = False,
-    needed: bool = True,
-) -> str | None:
+def _column(table: pa.Table, key: str, names: Sequence[str], given: dict[str, str], *, texts: bool = False) -> str:
     """The column that is named, else the first with a usual name, else, for texts, the only one that holds text."""
-    names: list[str] = table.column_names
-    fitting = [name for name in names if not texts or _is_text(table[name].type)]
     if key in given:
-        if given[key] not in names:
-            raise ConfigError(f"--{key} {given[key]}: columns are {', '.join(names)}; name one of them")
-        return given[key]
-    by_name = {name.lower(): name for name in reversed(fitting)}
-    for name in usual:
-        if name in by_name:
-            return by_name[name]
-    if not needed:
-        return None
-    if texts and len(fitting) == 1:
-        return fitting[0]
-    raise ConfigError(f"data.{key}: none of the columns {', '.join(names)} has a usual name; name one with --{key}")
+        return _named(table, key, given[key])
+    fitting = [name for name in table.column_names if not texts or is_text(table[name].type)]
+    found = usual(names, fitting) or (fitting[0] if texts and len(fitting) == 1 else "")
+    if not found:
+        columns = ", ".join(table.column_names)
+        raise ConfigError(f"data.{key}: none of the columns {columns} has a usual name; name one with --{key}")
+    return found
 
 
 def _has_test_split(table: pa.Table, files: Sequence[Path], split: str) -> bool:
@@ -111,8 +103,14 @@ def _has_test_split(table: pa.Table, files: Sequence[Path], split: str) -> bool:
     return len(files) > 1 and any(split in file.stem or split in file.parts for file in files)
 
 
-def _max_length(texts: pa.ChunkedArray) -> int:
-    """Tokens that most texts are no longer than, in steps of 16."""
-    length = pc.quantile(pc.utf8_length(texts), 0.95)[0].as_py() or 0.0
+def _max_length(table: pa.Table, columns: Sequence[str], bounds: tuple[int, int]) -> int:
+    """Tokens that most rows are no longer than, in steps of 16."""
+    rows = [table[name] for name in columns]
+    lengths = [pc.utf8_length(row) if is_text(row.type) else _characters(row) for row in rows]
+    length = pc.quantile(reduce(pc.add, lengths), 0.95)[0].as_py() or 0.0
     steps = -(-int(length / _CHARACTERS_A_TOKEN) // 16)
-    return min(max(16 * steps, _LENGTHS[0]), _LENGTHS[1])
+    return min(max(16 * steps, bounds[0]), bounds[1])
+
+
+def _characters(dialogs: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([[len(json.dumps(row, ensure_ascii=False)) for row in dialogs.to_pylist()]])

@@ -1,6 +1,7 @@
 """Read a data set by its settings, whatever it comes from, and check it: columns, missing values, labels."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, extensions
-from bora_fl.data import files
+from bora_fl.data import columns, files, messages
 from bora_fl.data.embedded import PREFIX, fetch
 from bora_fl.seeds import derive
 
@@ -25,8 +26,9 @@ log = logging.getLogger(__name__)
 
 _LOADING_FIELDS = {
     *("name", "subset", "train_split", "test_split", "text_column", "label_column", "response_column"),
-    *("max_train_examples", "max_test_examples"),
+    *("format", "max_train_examples", "max_test_examples"),
 }
+_HELD_OUT, _MOST_HELD_OUT = 0.1, 1000
 _recent: tuple[str, "RawData"] | None = None
 
 
@@ -38,21 +40,29 @@ class RawData:
         train: What clients train on: no row lacks text, label or response; labels are int64 classes 0 … C-1.
         test: The server's central test set, likewise, or None.
         label_names: The C class names; None where the data has no labels (language modelling).
+        settings: The settings that it was read by, with ``data.format`` and its columns named.
     """
 
     train: "Dataset"
     test: "Dataset | None"
     label_names: list[str] | None
+    settings: DataSettings
+
+    def texts(self) -> list[str]:
+        """Each training row as text; messages as JSON."""
+        found = self.train[self.settings.text_column][:]
+        return [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in found]
 
 
 def load_dataset(settings: DataSettings) -> RawData:
     """Read and check a data set. The last one is kept in memory, so asking for it again costs nothing.
 
-    Labels are read if `response_column` is empty and the data has the column `label_column`. Strings, whole numbers,
+    Labels are read if a row is a text and the data has the column `label_column`. Strings, whole numbers,
     booleans and ``ClassLabel`` features become classes in sorted order (a ``ClassLabel``'s own order), over both
     splits. Rows without text, label (null, or negative in a ``ClassLabel``) or response are left out.
     `max_train_examples` and `max_test_examples` draw a subsample that depends on nothing but the data, so that it is
-    the same for every run seed.
+    the same for every run seed. Local data without splits gives a tenth of its rows, 1,000 at most, to the test split
+    if that has its default name; where every site has data of its own, ``data.partition = local``, it does not.
 
     Args:
         settings: The group ``data`` of the run config.
@@ -74,7 +84,7 @@ def load_dataset(settings: DataSettings) -> RawData:
 
 def loading_key(settings: DataSettings) -> str:
     """Names what `load_dataset` returns: the settings that matter to it and, for local data, the state of its files."""
-    parts = [repr(sorted(settings.model_dump(include=_LOADING_FIELDS).items()))]
+    parts = [repr(sorted(settings.model_dump(include=_LOADING_FIELDS).items())), str(_may_hold_out(settings))]
     if not settings.name.startswith(PREFIX) and files.looks_local(settings.name):
         path = Path(settings.name).expanduser()
         stats = [(p, p.stat()) for p in (files.data_files(path) if path.exists() else [])]
@@ -135,21 +145,41 @@ def quiet() -> Iterator[None]:
 
 def _load(settings: DataSettings) -> RawData:
     with quiet():
-        if settings.name.startswith(PREFIX):
-            train, test = files.read_local(str(fetch(settings.name)), settings.train_split, settings.test_split)
-        elif extensions.reference("data", settings.name):
-            train, test = _read_extension(settings)
-        elif files.looks_local(settings.name):
-            train, test = files.read_local(settings.name, settings.train_split, settings.test_split)
-        else:
-            train, test = _read_hub(settings)
+        train, test = _read(settings)
+        settings = columns.resolved(settings, {f.name: f.type for f in train.features.arrow_schema})
         splits = {settings.train_split: train} | ({} if test is None else {settings.test_split: test})
         splits, names = _encode_labels(splits, settings)
         checked = {name: _drop_incomplete(data, name, settings, names is not None) for name, data in splits.items()}
         train = _subsample(checked[settings.train_split], settings.max_train_examples)
         if test is not None:
             test = _subsample(checked[settings.test_split], settings.max_test_examples)
-    return RawData(train, test, names)
+    return RawData(train, test, names, settings)
+
+
+def _read(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
+    if settings.name.startswith(PREFIX):
+        return files.read_local(str(fetch(settings.name)), settings.train_split, settings.test_split)
+    if extensions.reference("data", settings.name):
+        return _read_extension(settings)
+    if not files.looks_local(settings.name):
+        return _read_hub(settings)
+    lenient = _may_hold_out(settings)
+    whole, test = files.read_local(settings.name, settings.train_split, settings.test_split, may_lack_splits=lenient)
+    if test is not None or not lenient or len(whole) < 2:
+        return whole, test
+    order = np.random.default_rng(derive(0, "test split")).permutation(len(whole))
+    held = min(max(round(_HELD_OUT * len(whole)), 1), _MOST_HELD_OUT)
+    log.info(
+        "%s has no splits: %d of its %d rows are the central test set (data.test-split names another, or none)",
+        settings.name,
+        held,
+        len(whole),
+    )
+    return whole.select(np.sort(order[held:])), whole.select(np.sort(order[:held]))
+
+
+def _may_hold_out(settings: DataSettings) -> bool:
+    return settings.partition != "local" and settings.test_split == DataSettings().test_split
 
 
 def _read_extension(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
@@ -200,7 +230,7 @@ def _encode_labels(
 ) -> "tuple[dict[str, Dataset], list[str] | None]":
     name = settings.label_column
     first = next(iter(splits.values()))
-    if settings.response_column or name not in first.column_names:
+    if settings.format != "text" or name not in first.column_names:
         return splits, None
     for data in splits.values():
         if name not in data.column_names:
@@ -253,7 +283,15 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
         if name not in data.column_names:
             raise _missing(key, name, data)
         text = column(data, name)
-        if not (pa.types.is_string(text.type) or pa.types.is_large_string(text.type)):
+        if settings.format == "messages":
+            if not columns.is_dialog(text.type):
+                raise ConfigError(
+                    f"data.text-column = {name!r} with data.format = 'messages': holds {text.type}, not lists of role "
+                    f"and content; columns are {', '.join(data.column_names)}"
+                )
+            keep &= np.array([messages.answers(messages.clean(row)) for row in text.to_pylist()], dtype=bool)
+            continue
+        if not columns.is_text(text.type):
             raise ConfigError(
                 f"data.{key} = {name!r}: holds {text.type}, not text; columns are {', '.join(data.column_names)}"
             )
@@ -262,8 +300,8 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
         keep &= column(data, settings.label_column).is_valid().to_numpy()
     if not keep.any():
         raise ConfigError(
-            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response; check "
-            "data.text-column, data.label-column and data.response-column"
+            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response, or "
+            "messages with an assistant's turn; check data.text-column, data.label-column and data.response-column"
         )
     if keep.all():
         return data

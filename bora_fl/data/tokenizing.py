@@ -1,17 +1,22 @@
-"""From text to tokens: classification inputs, plain text, and prompts with responses."""
+"""From text to tokens: classification inputs, plain text, prompts with responses, and conversations."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
+from bora_fl.data import messages
+from bora_fl.data.columns import TOOLS
 from bora_fl.data.encoded import Encoded
 from bora_fl.data.loading import column
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 _ROWS = 2048  # tokenized at a time: enough for the tokenizer's threads, little memory
 
@@ -21,41 +26,37 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
 
     Classification and plain text are cut at `max_length` on the right; plain text begins with the tokenizer's BOS
     token, if it adds one, and ends with EOS where that still fits. Instruction data goes through the tokenizer's chat
-    template (user, then assistant), or, without one, is the prompt, a newline, the response and EOS. When it is too
-    long the prompt loses its beginning, down to half of `max_length`, and then the response its end, so that every
-    example keeps targets.
+    template (user, then assistant), or, without one, is the prompt, a newline, the response and EOS. Messages go
+    through the chat template as a whole; the assistant's turns are the targets. When an example is too long, what
+    stands before its first target loses its beginning, down to half of `max_length`, and then the example its end, so
+    that it keeps targets.
 
     Args:
         raw: A split as `load_dataset` returns it.
-        data: Names of the columns.
+        data: What a row is and the names of the columns, as `RawData.settings` has them.
         model: Task and `max_length`.
         tokenizer: A Hugging Face tokenizer.
 
     Raises:
-        ConfigError: If the data cannot serve the model's task.
+        ConfigError: If the data cannot serve the model's task, or no example has a target.
     """
     classification = model.task == "classification"
     if classification:
         _check_labels(raw, data)
-    texts = column(raw, data.text_column)
-    responses = column(raw, data.response_column) if data.response_column else None
-    tokens, lengths, prompts = [np.empty(0, np.int32)], [], []
-    examples: list[tuple[list[int], list[int]]]
+    if data.format == "messages":
+        messages.require_template(tokenizer, data.text_column)
+    tokens, targets = [np.empty(0, np.int32)], [np.empty(0, bool)]
+    lengths, prompts, cut, empty = [], [], 0, 0
     for start in range(0, len(raw), _ROWS):
-        batch = texts.slice(start, _ROWS).to_pylist()
-        if classification:
-            examples = [([], ids) for ids in _ids(tokenizer, batch, truncation=True, max_length=model.max_length)]
-        elif responses is None:
-            examples = [([], ids) for ids in _plain(tokenizer, batch, model.max_length)]
-        else:
-            answers = responses.slice(start, _ROWS).to_pylist()
-            dialogs = _dialogs(tokenizer, batch, answers)
-            examples = [
-                _fit(prompt, response, model.max_length, tokenizer.bos_token_id) for prompt, response in dialogs
-            ]
-        prompts += [len(prompt) for prompt, _ in examples]
-        lengths += [len(prompt) + len(rest) for prompt, rest in examples]
-        tokens.append(np.fromiter(chain.from_iterable(chain.from_iterable(examples)), np.int32))
+        examples = list(_examples(raw.select(range(start, min(start + _ROWS, len(raw)))), data, model, tokenizer))
+        tokens.append(np.fromiter(chain.from_iterable(example.ids for example in examples), np.int32))
+        targets.append(np.fromiter(chain.from_iterable(example.targets for example in examples), bool))
+        lengths += [len(example.ids) for example in examples]
+        prompts += [example.prompt for example in examples]
+        cut += sum(example.cut > 0 for example in examples)
+        empty += sum(example.is_empty() for example in examples)
+    if not classification:
+        _report(len(raw), cut, empty, model.max_length)
     ends = np.cumsum(lengths, dtype=np.int64)
     return Encoded(
         tokens=np.concatenate(tokens),
@@ -65,7 +66,59 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         classes=column(raw, data.label_column).to_numpy().astype(np.int64) if classification else None,
         pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         max_length=model.max_length,
+        targets=np.concatenate(targets) if data.format == "messages" else None,
     )
+
+
+class _Example(NamedTuple):
+    """Tokens, how many of them stand before the first target, which are targets, how many were cut off."""
+
+    ids: list[int]
+    prompt: int = 0
+    targets: Sequence[bool] = ()
+    cut: int = 0
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn; the first token is predicted by nothing."""
+        return not any(self.targets[1:]) if self.targets else len(self.ids) <= max(self.prompt, 1)
+
+
+def _examples(rows: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Iterator[_Example]:
+    texts, longest, bos = column(rows, data.text_column).to_pylist(), model.max_length, tokenizer.bos_token_id
+    if model.task == "classification":
+        yield from (_Example(ids) for ids in _ids(tokenizer, texts, truncation=True, max_length=longest))
+    elif data.format == "messages":
+        tools = column(rows, TOOLS).to_pylist() if TOOLS in rows.column_names else [None] * len(texts)
+        for row, known in zip(texts, tools, strict=True):
+            ids, targets = messages.encode(tokenizer, messages.clean(row), messages.read_tools(known))
+            first = targets.index(True) if True in targets else len(ids)
+            yield _fit(ids, first, longest, bos, targets)
+    elif data.format == "prompt":
+        answers = column(rows, data.response_column).to_pylist()
+        for prompt, response in _dialogs(tokenizer, texts, answers):
+            yield _fit(prompt + response, len(prompt), longest, bos)
+    else:
+        opening, ending = _opening(tokenizer), _ending(tokenizer)
+        for piece in _ids(tokenizer, texts, add_special_tokens=False):
+            ids = opening + piece + ending
+            yield _Example(ids[:longest], 0, (), len(ids) - longest)
+
+
+def _report(examples: int, cut: int, empty: int, max_length: int) -> None:
+    """Say how many examples are cut, and how many are left without a target.
+
+    Raises:
+        ConfigError: If all are.
+    """
+    if empty == examples:
+        raise ConfigError(
+            f"model.max-length = {max_length}: none of {examples} examples has a token to learn; raise it, or look at "
+            "the responses and at the chat template"
+        )
+    if cut:
+        log.info("%d of %d examples are longer than model.max-length = %d and are cut", cut, examples, max_length)
+    if empty:
+        log.warning("%d of %d examples have no token to learn", empty, examples)
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str], dialog: bool) -> list[list[int]]:
@@ -111,12 +164,6 @@ def _ending(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _plain(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    opening, ending = _opening(tokenizer), _ending(tokenizer)
-    ids = _ids(tokenizer, texts, add_special_tokens=False, truncation=True, max_length=max_length)
-    return [(opening + piece + ending)[:max_length] for piece in ids]
-
-
 def _heads(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Each prompt as it stands before a response, and the tokens before it."""
     if getattr(tokenizer, "chat_template", None):
@@ -153,9 +200,12 @@ def _after(head: str, whole: str, response: str) -> str:
     return response.strip() + closing if found else response
 
 
-def _fit(prompt: list[int], response: list[int], max_length: int, bos: int | None) -> tuple[list[int], list[int]]:
-    room = max(max_length - len(response), max_length // 2)
-    if len(prompt) > room:
-        first = prompt[:1] if prompt[0] == bos and room > 1 else []
-        prompt = first + prompt[len(prompt) - room + len(first) :]
-    return prompt, response[: max_length - len(prompt)]
+def _fit(ids: list[int], prompt: int, max_length: int, bos: int | None, targets: Sequence[bool] = ()) -> _Example:
+    """Cut an example to `max_length`; `prompt` tokens stand before its first target."""
+    room = max(max_length - (len(ids) - prompt), max_length // 2)
+    drop = max(prompt - room, 0)
+    first = ids[:1] if drop and ids[0] == bos and room > 1 else []
+    kept = first + ids[drop + len(first) :]
+    marks = list(targets[drop + len(first) :])
+    cut = len(ids) - max_length
+    return _Example(kept[:max_length], prompt - drop, ([False] * len(first) + marks)[:max_length] if marks else (), cut)

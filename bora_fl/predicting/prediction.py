@@ -20,7 +20,7 @@ def rows(
         ):
             yield {"text": text, "label": label, "probability": round(probability, 6)}
         return
-    dialog = bool(settings.data.response_column)
+    dialog = settings.data.format == "messages" or bool(settings.data.response_column)
     responses = generate(model, tokenizer, texts, dialog=dialog, max_new_tokens=max_new_tokens)
     for text, response in zip(texts, responses, strict=True):
         yield {"text": text, "response": response}

@@ -66,6 +66,7 @@ class Server(Observer):
                 f"{', '.join(raw.train.column_names)}; name the column of the classes and leave data.response-column "
                 "empty, or set model.task to causal-lm"
             )
+        self._data = raw.settings
         self.label_names = raw.label_names if classifies else None
         base = load_base(settings.model, raw.label_names, settings.run.seed)
         self.pooling = base.pooling if isinstance(base, PooledClassification) else None
@@ -131,7 +132,8 @@ class Server(Observer):
     def _write_result(self, folds: list[dict[str, Tensor]]) -> None:
         adapter, rows = self.folder / "adapter", read_rows(self.metrics_path)
         self.model.save(adapter, folds)
-        write_result(adapter, self.tokenizer, self.settings, self.label_names, rows[-1]["round"])
+        settings = self.settings.model_copy(update={"data": self._data})  # with the columns that were found
+        write_result(adapter, self.tokenizer, settings, self.label_names, rows[-1]["round"])
         write_atomically(adapter / "README.md", model_card(self.settings, rows, self.label_names, self.pooling))
         rounds_picture(rows, self.folder / "rounds.png")
 

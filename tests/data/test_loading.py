@@ -1,6 +1,7 @@
 """Any local data set reads the same; what cannot serve ends in a message that names key, value and remedy."""
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -200,12 +201,30 @@ def test_wrong_settings_name_key_value_and_remedy(change: dict[str, Any], parts:
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-def test_a_file_without_splits_has_no_test_split(tmp_path: Path) -> None:
+def test_a_file_without_splits_gives_a_seeded_tenth_to_the_test_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = {"text": [f"text {i}" for i in range(40)], "label": ["a", "b"] * 20}
+    path = str(as_parquet(tmp_path / "d.parquet", pa.table(rows)))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            raw = load_dataset(DataSettings(name=path))
+    assert [record.message for record in caplog.records if "4 of its 40 rows" in record.message] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert raw.test is not None
+    assert (len(raw.train), len(raw.test)) == (36, 4)
+    assert sorted([*raw.train["text"], *raw.test["text"]]) == sorted(rows["text"])
+    assert load_dataset(DataSettings(name=path, partition="iid")).test["text"][:] == raw.test["text"][:]
+    assert load_dataset(DataSettings(name=path, test_split="")).test is None
+
+
+def test_a_split_that_is_named_must_be_there(tmp_path: Path) -> None:
     path = as_parquet(tmp_path / "d.parquet", pa.table(ROWS).drop_columns("split"))
-    with pytest.raises(
-        ConfigError, match=r"data.test-split = 'test': d.parquet has no column named split.*leave it empty"
-    ):
-        load_dataset(DataSettings(name=str(path)))
+    for settings in ({"test_split": "dev"}, {"partition": "local"}):  # a site's own rows are all to train on
+        with pytest.raises(
+            ConfigError, match=r"data.test-split = '.*': d.parquet has no column named .*leave it empty"
+        ):
+            load_dataset(DataSettings(name=str(path), **settings))
     with pytest.raises(ConfigError, match=r"data.test-split = 'dev': the folder holds test-0.*leave it empty"):
         load_dataset(DataSettings(name=str(as_folder(tmp_path / "folder")), test_split="dev"))
     with pytest.raises(ConfigError, match=r"data.test-split = 'dev'.*holds train, test"):

@@ -21,7 +21,8 @@ def settings(folder: Path, rows: list[dict[str, Any]], **fields: Any) -> DataSet
 
 
 def tokenized(data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded:
-    return tokenize(load_dataset(data).train, data, model, tokenizer)
+    raw = load_dataset(data)
+    return tokenize(raw.train, raw.settings, model, tokenizer)
 
 
 def shown(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,6 @@ def test_an_ordinary_file_needs_no_other_setting(here: Path, tiny_model: Path):
     settings = init("--data", data, "--model", str(tiny_model), "--clients", "3").run_config
     assert {key: value for key, value in settings.items() if key.startswith("data.")} == {
         "data.name": data,
-        "data.test-split": "",
         "data.text-column": "review",
         "data.label-column": "stars",
         "data.partition": "dirichlet",
@@ -71,6 +71,18 @@ def test_instruction_data_trains_a_language_model(here: Path, tiny_model: Path):
     settings = init("--task", "causal-lm", "--data", data, "--model", str(tiny_model)).run_config
     assert (settings["data.text-column"], settings["data.response-column"]) == ("prompt", "answer")
     assert (settings["model.task"], settings["data.partition"]) == ("causal-lm", "iid")
+
+
+def test_messages_are_found(here: Path, tiny_causal: Path):
+    turns = [{"role": "user", "content": "the book " * 20}, {"role": "assistant", "content": "it is good " * 40}]
+    Path("chats.jsonl").write_text("\n".join(json.dumps({"id": i, "messages": turns}) for i in range(5)))
+    settings = init("--task", "causal-lm", "--data", "chats.jsonl", "--model", str(tiny_causal)).run_config
+    found = {key: settings[f"data.{key}"] for key in ("format", "text-column", "response-column", "partition")}
+    assert found == {"format": "messages", "text-column": "messages", "response-column": "", "partition": "iid"}
+    assert 160 < settings["model.max-length"] < 256
+    assert "data.test-split" not in settings
+    deployed = init("--task", "causal-lm", "--data", "chats.jsonl", "--connection", "x", "--model", str(tiny_causal))
+    assert deployed.run_config["data.test-split"] == ""
 
 
 def test_a_deployment_has_data_at_its_sites(here: Path):

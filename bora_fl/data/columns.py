@@ -1,0 +1,89 @@
+"""What a row of a data set is, judging by the columns: a text, a prompt with a response, or messages."""
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from bora_fl.config import ConfigError, DataSettings
+
+TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment", "question", "title")
+PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
+RESPONSES = ("response", "output", "answer", "completion")
+DIALOGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+TOOLS = "tools"
+_MESSAGE_FIELDS = ({"role", "content"}, {"role"}, {"from", "value"})
+_DEFAULT = DataSettings()
+
+
+def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> DataSettings:
+    """The settings with ``data.format`` and its columns named; a column that is there by its given name stays.
+
+    Args:
+        settings: The group ``data``.
+        columns: The data's columns and their types.
+
+    Raises:
+        ConfigError: If ``data.format`` is given and there are no columns for it.
+    """
+    for kind in _candidates(settings, columns) if settings.format == "auto" else (settings.format,):
+        if found := _find(kind, settings, columns):
+            return found
+    if settings.format in ("auto", "text"):
+        return _of(settings, "text", settings.text_column)  # whoever reads the column says that it is missing
+    raise ConfigError(
+        f"data.format = {settings.format!r}: none of the columns {', '.join(columns)} fits; name it in "
+        f"data.text-column{' and data.response-column' if settings.format == 'prompt' else ''}, or set data.format to "
+        "auto"
+    )
+
+
+def _candidates(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> tuple[str, ...]:
+    """What rows may be, the likeliest first; what is named is not searched for."""
+    if settings.response_column:
+        return ("prompt",)
+    named = columns.get(settings.text_column)
+    if named is not None and is_dialog(named):
+        return ("messages",)
+    if settings.text_column != _DEFAULT.text_column or settings.label_column in columns:
+        return ("text",)
+    return ("messages", "prompt", "text") if named is None else ("messages", "text")
+
+
+def is_dialog(kind: pa.DataType) -> bool:
+    """Whether a column holds messages: lists of ``role, content``, or of ``from, value``."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    fields = {kind.value_type.field(index).name for index in range(kind.value_type.num_fields)}
+    return any(wanted <= fields for wanted in _MESSAGE_FIELDS)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds strings."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def usual(names: Sequence[str], fitting: Sequence[str]) -> str:
+    """The first of the usual names that is among the fitting columns, whatever its case; else empty."""
+    by_name = {name.lower(): name for name in reversed(fitting)}
+    return next((by_name[name] for name in names if name in by_name), "")
+
+
+def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType]) -> DataSettings | None:
+    texts = [name for name, type_ in columns.items() if is_text(type_)]
+    given = settings.text_column if settings.text_column != _DEFAULT.text_column else ""
+    if kind == "messages":
+        dialogs = [name for name, type_ in columns.items() if is_dialog(type_)]
+        text = given or usual((_DEFAULT.text_column, *DIALOGS), dialogs) or next(iter(dialogs), "")
+        return _of(settings, kind, text) if text else None
+    given = settings.text_column if settings.text_column in columns else given
+    if kind == "text":
+        text = given or usual(TEXTS, texts) or (texts[0] if len(texts) == 1 else "")
+        return _of(settings, kind, text) if text else None
+    response = settings.response_column or usual(RESPONSES, texts)
+    text = given or usual(PROMPTS, [name for name in texts if name != response]) or ""
+    return _of(settings, kind, text, response) if text and response else None
+
+
+def _of(settings: DataSettings, kind: str, text: str, response: str = "") -> DataSettings:
+    columns = {"text_column": text, "response_column": response if kind == "prompt" else ""}
+    return settings.model_copy(update={"format": kind, **columns})

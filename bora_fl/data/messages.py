@@ -1,0 +1,123 @@
+"""Conversations as a language model is trained on them: by its chat template, with the assistant's turns as targets."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bora_fl.config import ConfigError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = "\ue000turn\ue000"  # of Unicode's private use area: in nobody's text
+_SHARE_GPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "function_call": "assistant"}
+
+
+def clean(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Messages with ``role`` and ``content``, without the empty fields that a table gives to rows that lack them."""
+    found = []
+    for message in messages or ():
+        kept = _without_nulls(message)
+        if "role" not in kept and "from" in kept:
+            who = str(kept.pop("from"))
+            kept = {"role": _SHARE_GPT.get(who, who), "content": kept.pop("value", ""), **kept}
+        found.append(kept)
+    return found
+
+
+def answers(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is an assistant's turn to learn."""
+    return any(m.get("role") == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages)
+
+
+def read_tools(value: Any) -> list[Any] | None:
+    """The functions that a conversation may call: a list of JSON schemas, or its JSON text; None if there are none."""
+    tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    return _without_nulls(tools) if tools else None
+
+
+def require_template(tokenizer: Any, column: str) -> None:
+    """Refuse messages where nothing says how the model writes them.
+
+    Raises:
+        ConfigError: If the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"data.text-column = {column!r}: it holds messages, and the tokenizer of {tokenizer.name_or_path!r} has no "
+            "chat template to write them by; use a model with one (usually called instruct or chat), or columns of "
+            "prompts and responses (data.format = prompt)"
+        )
+
+
+def encode(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
+    """A conversation's tokens, and which of them are the assistant's.
+
+    A template that marks what the assistant generates (``{% generation %}``) decides; for others, a turn is what the
+    template writes between the conversation so far with its generation prompt and the conversation with the turn.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        messages: From `clean`.
+        tools: From `read_tools`.
+
+    Returns:
+        Token ids, and for each whether it is a target.
+    """
+    if _GENERATION.search(str(tokenizer.chat_template)):
+        found = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return found["input_ids"], [bool(part) for part in found["assistant_masks"]]
+    whole, turns = _turns(tokenizer, messages, tools)
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # A token at a turn's edge belongs to it, as in transformers' own masks.
+    learned = [any(start < to and end > since for since, to in turns) for start, end in found["offset_mapping"]]
+    return found["input_ids"], learned
+
+
+def _turns(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text, and where in it the assistant's turns are, header excluded and closing included."""
+
+    def text(part: list[dict[str, Any]], prompt: bool = False) -> str:
+        written: str = tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return written
+
+    whole, turns = text(messages), []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        after = text(messages[: number + 1])
+        if whole.startswith(after):
+            head = text(messages[:number], prompt=True) if number else ""
+            turns.append((_common(head, after), len(after)))
+            continue
+        # The template writes a turn in another way once others follow it, such as without its reasoning: what stands
+        # where a mark would stand is what it wrote.
+        marked = text([*messages[:number], {**message, "content": _MARK}, *messages[number + 1 :]])
+        before, _, rest = marked.partition(_MARK)
+        if rest and whole.startswith(before) and whole.endswith(rest):
+            turns.append((len(before), len(whole) - len(rest) + len(_closing(tokenizer, rest))))
+    return whole, turns
+
+
+def _common(head: str, whole: str) -> int:
+    """Characters that two texts begin with alike: generation prompts may hold more than the turn's header."""
+    return next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
+
+
+def _closing(tokenizer: Any, rest: str) -> str:
+    """The special token that ends a turn, if the rest of the text begins with one."""
+    marks = [token for token in tokenizer.all_special_tokens if rest.lstrip().startswith(token)]
+    marks += [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and rest.lstrip().startswith(str(t))]
+    longest = max(marks, key=len, default="")
+    return rest[: len(rest) - len(rest.lstrip()) + len(longest)] if longest else ""
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(part) for part in value]
+    return value

@@ -1,0 +1,51 @@
+"""What a row is, found by the columns and never against what is named."""
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data.columns import resolved
+
+TEXT = pa.string()
+CHAT = pa.list_(pa.struct([("role", TEXT), ("content", TEXT)]))
+SHARED = pa.list_(pa.struct([("from", TEXT), ("value", TEXT)]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "expected"),
+    [
+        ({"text": TEXT, "label": TEXT}, {}, ("text", "text", "")),
+        ({"sentence": TEXT, "label": TEXT}, {}, ("text", "sentence", "")),
+        ({"text": TEXT, "answer": TEXT}, {}, ("text", "text", "")),
+        ({"id": TEXT, "body": TEXT}, {}, ("text", "body", "")),
+        ({"id": pa.int64(), "lines": TEXT}, {}, ("text", "lines", "")),
+        ({"Prompt": TEXT, "Completion": TEXT}, {}, ("prompt", "Prompt", "Completion")),
+        ({"question": TEXT, "answer": TEXT}, {}, ("prompt", "question", "answer")),
+        ({"q": TEXT, "a": TEXT}, {"text_column": "q", "response_column": "a"}, ("prompt", "q", "a")),
+        ({"messages": CHAT, "prompt": TEXT, "response": TEXT}, {}, ("messages", "messages", "")),
+        ({"text": TEXT, "messages": CHAT}, {}, ("messages", "messages", "")),
+        ({"text": TEXT, "messages": CHAT, "label": TEXT}, {}, ("text", "text", "")),
+        ({"conversations": SHARED}, {}, ("messages", "conversations", "")),
+        ({"turns": CHAT}, {"text_column": "turns"}, ("messages", "turns", "")),
+        ({"messages": CHAT, "text": TEXT}, {"format": "text"}, ("text", "text", "")),
+        ({"prompt": TEXT, "response": TEXT, "messages": CHAT}, {"format": "prompt"}, ("prompt", "prompt", "response")),
+        ({"messages": CHAT, "t": TEXT}, {"text_column": "t"}, ("text", "t", "")),
+        ({"messages": CHAT}, {"text_column": "absent"}, ("text", "absent", "")),
+        ({"a": TEXT, "b": TEXT}, {}, ("text", "text", "")),
+    ],
+)
+def test_what_a_row_is(columns: dict[str, Any], given: dict[str, Any], expected: tuple[str, str, str]) -> None:
+    found = resolved(DataSettings(**given), columns)
+    assert (found.format, found.text_column, found.response_column) == expected
+    assert resolved(found, columns) == found
+
+
+def test_a_format_without_columns_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data.format = 'messages': none of the columns text fits; .*text-column, or"
+    ):
+        resolved(DataSettings(format="messages"), {"text": TEXT})
+    with pytest.raises(ConfigError, match=r"data.format = 'prompt'.*data.response-column"):
+        resolved(DataSettings(format="prompt"), {"text": TEXT})
