@@ -6,6 +6,7 @@ from bora_fl.data.encoded import Encoded
 from bora_fl.data.loading import RawData, load_dataset, source_fingerprint
 from bora_fl.data.partitions import partition
 from bora_fl.data.picture import partition_picture
+from bora_fl.data.tokenizing import tokenize
 
 __all__ = [
     "ClientData",
@@ -21,4 +22,5 @@ __all__ = [
     "partition_picture",
     "source_fingerprint",
     "test_data",
+    "tokenize",
 ]

@@ -26,6 +26,7 @@ class Encoded:
         targets: ``[total]`` bool, which of `tokens` are targets; None if all after the prompts are.
         places: ``[total]`` int32, each token's position in its own example, for rows that hold several; None if each
             row is one.
+        cut: How many examples of the data set were longer than `max_length`, as far as that was counted.
     """
 
     tokens: NDArray[np.int32]
@@ -37,6 +38,7 @@ class Encoded:
     max_length: int
     targets: NDArray[np.bool_] | None = None
     places: NDArray[np.int32] | None = None
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -67,6 +67,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         max_length=model.max_length,
         targets=np.concatenate(targets) if data.format == "messages" else None,
+        cut=cut,
     )
 
 

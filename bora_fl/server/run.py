@@ -18,6 +18,7 @@ from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate
 from bora_fl.heads import public_clip_norm
 from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_config, write_result
+from bora_fl.models.packing import require_packing
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.paths import digest, write_atomically
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
@@ -69,6 +70,8 @@ class Server(Observer):
         self._data = raw.settings
         self.label_names = raw.label_names if classifies else None
         base = load_base(settings.model, raw.label_names, settings.run.seed)
+        if settings.data.packing:
+            require_packing(base)
         self.pooling = base.pooling if isinstance(base, PooledClassification) else None
         self.model = FederatedModel(
             base, settings.adapter, settings.model, settings.run.seed, keep_head=settings.solves_head

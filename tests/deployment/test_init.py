@@ -81,6 +81,7 @@ def test_messages_are_found(here: Path, tiny_causal: Path):
     assert found == {"format": "messages", "text-column": "messages", "response-column": "", "partition": "iid"}
     assert 160 < settings["model.max-length"] < 256
     assert "data.test-split" not in settings
+    Path("federation.toml").unlink()
     deployed = init("--task", "causal-lm", "--data", "chats.jsonl", "--connection", "x", "--model", str(tiny_causal))
     assert deployed.run_config["data.test-split"] == ""
 

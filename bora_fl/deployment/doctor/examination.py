@@ -88,6 +88,8 @@ def examine(setup: Setup) -> Iterator[Finding]:
     yield data
     model, sizes = federation.check_model(settings, labels)
     yield model
+    if settings.model.task == "causal-lm" and "fail" not in (data.level, model.level):
+        yield federation.check_examples(settings)
     if sizes:
         yield from _machine(setup, settings, sizes, server, site)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.data import FetchError, load_dataset
-from bora_fl.deployment.doctor.finding import Finding
+from bora_fl.deployment.doctor.finding import Finding, Level
 from bora_fl.deployment.doctor.machine import training_bytes
 
+_EXAMINED = 256
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -67,6 +68,28 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
             subject, "warn", f"{text}: less than a batch of {settings.train.batch_size}", remedy
         ), raw.label_names
     return Finding(subject, "pass", text), raw.label_names
+
+
+def check_examples(settings: Settings) -> Finding:
+    """Whether the first rows become examples that a language model can learn from.
+
+    Args:
+        settings: The run's settings, whose data and model are there.
+    """
+    from bora_fl.data import tokenize
+    from bora_fl.models import load_tokenizer
+
+    subject, raw = f"examples of {settings.data.name}", load_dataset(settings.data)
+    rows = min(len(raw.train), _EXAMINED)
+    try:
+        found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, load_tokenizer(settings.model))
+    except (ConfigError, ValueError, OSError) as error:
+        return Finding(subject, "fail", " ".join(str(error).split()), "correct data.* or model.*")
+    text = f"format {raw.settings.format}, {found.lengths.mean():.0f} tokens each"
+    if found.cut:
+        text += f"; {found.cut} of the first {rows} are longer than model.max-length = {settings.model.max_length}"
+    level: Level = "warn" if 2 * found.cut > rows else "pass"
+    return Finding(subject, level, text, "raise model.max-length" if level == "warn" else "")
 
 
 def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Finding, Sizes | None]:

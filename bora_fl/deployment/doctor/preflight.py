@@ -34,4 +34,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     data, labels = federation.check_data(settings)
     yield data
     if data.level != "fail":  # without its labels a classifier cannot be made
-        yield federation.check_model(settings, labels)[0]
+        model = federation.check_model(settings, labels)[0]
+        yield model
+        if model.level != "fail" and settings.model.task == "causal-lm":
+            yield federation.check_examples(settings)

@@ -301,6 +301,22 @@ def test_an_encoder_is_no_language_model(tiny_config):
     assert "bert is an encoder" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("change", "level", "words"),
+    [
+        ({}, "pass", "format text, 7 tokens each"),
+        ({"model.max-length": 4}, "warn", "240 of the first 240 are longer than model.max-length = 4"),
+        ({"model.max-length": 1}, "fail", "none of 240 examples has a token to learn"),
+    ],
+)
+def test_examples_that_a_language_model_learns_from(change, level: str, words: str, tiny_config, tiny_causal: Path):
+    causal = {"model.name": str(tiny_causal), "model.task": "causal-lm", "data.label-column": ""}
+    _, settings = federation.check_config(tiny_config | causal | change)
+    finding = federation.check_examples(settings)
+    assert finding.level == level
+    assert words in finding.text
+
+
 def test_a_model_that_cannot_be_examined_is_left_to_the_run(tiny_config, monkeypatch: pytest.MonkeyPatch):
     def computes(*_: object) -> None:
         raise RuntimeError("a method that computes on the weights when it is made")
