@@ -49,6 +49,7 @@ COMMANDS = {
         "bora_fl.page",
         "Write a page of a run or a comparison: one HTML file with curves, clients, privacy, settings; no network.",
     ),
+    "chat": ("bora_fl.chat", "Talk to the language model of a finished run."),
     "bench": ("bora_fl.simulations.benchmarks", "Run a benchmark on this machine and print its table."),
     "worker": (
         "bora_fl.client.worker",

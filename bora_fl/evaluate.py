@@ -1,5 +1,8 @@
 """The training objective and the metrics, for classification and for causal language models alike."""
 
+import math
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +43,34 @@ class Metrics:
     accuracy: float
     examples: int
     targets: int
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)`` of a mean loss per token in nats; at most the largest float."""
+    return math.exp(min(loss, math.log(sys.float_info.max)))
+
+
+def exact_match(response: str, reference: str) -> float:
+    """1 if two texts are the same words in the same order, whatever their case and punctuation; else 0."""
+    return float(_words(response) == _words(reference))
+
+
+def rouge_l(response: str, reference: str) -> float:
+    """ROUGE-L (Lin, 2004): the F1 of the longest common subsequence of two texts' words, whatever their case.
+
+    With ``LCS`` words in common, precision is ``LCS / |response|`` and recall ``LCS / |reference|``.
+    """
+    ours, theirs = _words(response), _words(reference)
+    row = [0] * (len(theirs) + 1)  # longest subsequences with each beginning of the reference
+    for word in ours:
+        before = 0
+        for at, other in enumerate(theirs, 1):
+            before, row[at] = row[at], before + 1 if word == other else max(row[at], row[at - 1])
+    return 2 * row[-1] / (len(ours) + len(theirs)) if row[-1] else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 def evaluate(

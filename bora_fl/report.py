@@ -100,9 +100,11 @@ class RoundReport:
 
     ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
     or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
-    ``head`` names the classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the
-    solved one with its logits scaled) or ``mean x0.5`` (of this and the trained one). ``kept`` is set in the last round
-    where ``run.keep-best`` has gone back to an earlier one's adapter: it names that round.
+    ``perplexity`` is that of a language model's loss, and ``generation`` holds the means of ``exact_match`` and
+    ``rouge_l`` over ``examples`` held-out prompts. ``head`` names the classification head that was kept, where it was
+    solved: ``trained``, ``solved``, ``x0.5`` (the solved one with its logits scaled) or ``mean x0.5`` (of this and the
+    trained one). ``kept`` is set in the last round where ``run.keep-best`` has gone back to an earlier one's adapter:
+    it names that round.
     """
 
     round: int
@@ -124,6 +126,8 @@ class RoundReport:
     reasons: Mapping[str, str] = field(default_factory=dict)
     epsilon: EpsilonSummary | None = None
     strategy: Mapping[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
+    generation: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
     replies: Mapping[str, str] = field(default_factory=dict)
     """Node, and the question where it was one for the head, to the digest of its reply: for the audit log alone."""
@@ -222,6 +226,10 @@ def round_line(row: dict[str, Any], num_rounds: int) -> str:
     spent = row.get("epsilon")
     privacy = f", epsilon {spent['largest']:.3g} per {spent['unit']}" if spent else ""
     head = f", head {row['head']}" if row.get("head") else ""
+    if row.get("perplexity") is not None:
+        head += f", perplexity {row['perplexity']:.4g}"
+    if row.get("generation"):
+        head += f", ROUGE-L {row['generation']['rouge_l']:.3f}"
     return (
         f"round {row['round']}/{num_rounds}: train loss {_number(row.get('train_loss'))}, "
         f"loss {_number(row.get('loss'))}, accuracy {_number(row.get('accuracy'))} "
@@ -234,10 +242,24 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
     """The table of rounds.
 
     ``train`` is the training loss; ``on`` says what loss and accuracy were measured on: the central test set, or the
-    clients' held-out parts; ``ok`` and ``bad`` count the replies that were merged and rejected.
+    clients' held-out parts; ``ppl.`` is a language model's perplexity; ``ok`` and ``bad`` count the replies that were
+    merged and rejected.
     """
     result = Table(title=title)
-    for name in ("round", "train", "loss", "acc.", "on", "up MB", "down MB", "s", "ok", "bad"):
+    causal = any(row.get("perplexity") is not None for row in rows)
+    for name in (
+        "round",
+        "train",
+        "loss",
+        "acc.",
+        *(["ppl."] if causal else []),
+        "on",
+        "up MB",
+        "down MB",
+        "s",
+        "ok",
+        "bad",
+    ):
         result.add_column(name, justify="right")
     for row in rows:
         result.add_row(
@@ -245,6 +267,7 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
             _number(row.get("train_loss")),
             _number(row.get("loss")),
             _number(row.get("accuracy")),
+            *([_number(row.get("perplexity"))] if causal else []),
             row.get("evaluated") or "-",
             f"{row['bytes_up'] / 1e6:.2f}",
             f"{row['bytes_down'] / 1e6:.2f}",

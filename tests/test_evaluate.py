@@ -1,12 +1,15 @@
 """The losses against a loop in float64, and the metrics against all examples at once."""
 
+import random
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from bora_fl.data import Encoded
-from bora_fl.evaluate import evaluate, example_losses
+from bora_fl.evaluate import evaluate, exact_match, example_losses, perplexity, rouge_l
 
 
 def test_a_classifiers_losses_are_those_of_each_example():
@@ -58,6 +61,31 @@ def test_metrics_do_not_depend_on_the_batches(batch_size):
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
     assert (found.examples, found.targets) == (13, 13)
     assert model.training
+
+
+def longest(a: list[str], b: list[str]) -> int:
+    """Of the subsequences of `a`, the longest that is one of `b`, by trying all."""
+
+    def within(part: tuple[str, ...]) -> bool:
+        rest = iter(b)
+        return all(word in rest for word in part)
+
+    return max(size for size in range(len(a) + 1) for part in combinations(a, size) if within(part))
+
+
+def test_rouge_is_the_f1_of_the_longest_common_subsequence():
+    draw = random.Random(0)
+    for _ in range(60):
+        ours, theirs = (draw.choices(["sun", "sea", "snow"], k=draw.randrange(7)) for _ in range(2))
+        common = longest(ours, theirs)
+        expected = 2 * common / (len(ours) + len(theirs)) if common else 0.0
+        assert rouge_l(", ".join(ours), " ".join(theirs).upper()) == pytest.approx(expected)
+    assert (exact_match("Yes, it is.", "yes it is"), exact_match("yes", "no")) == (1.0, 0.0)
+
+
+def test_perplexity_is_the_exponential_of_the_loss_and_finite():
+    assert perplexity(2.5) == pytest.approx(12.182493960703473)
+    assert np.isfinite(perplexity(1e6))
 
 
 def test_no_examples_are_no_error():

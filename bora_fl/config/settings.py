@@ -125,6 +125,11 @@ class DataSettings(_Group):
     max_train_examples: CountOrZero = Field(0, description="seeded subsample of the training split; 0 is all")
     max_test_examples: CountOrZero = Field(0, description="seeded subsample of the central test set; 0 is all")
 
+    @property
+    def dialog(self) -> bool:
+        """Whether a row is a prompt with a response, or messages."""
+        return self.format in ("prompt", "messages") or bool(self.response_column)
+
 
 class TrainSettings(_Group):
     """Local training."""
@@ -262,6 +267,11 @@ class RunSettings(_Group):
     keep_best: bool = Field(
         True, description="end with the round of least held-out loss (privacy.mode = none, all clients each round)"
     )
+    generate_every: CountOrZero = Field(
+        0, description="rounds between generations for prompts of the central test set (causal-lm); 0 is never"
+    )
+    generate_examples: Count = Field(32, description="prompts to generate for")
+    generate_tokens: Count = Field(64, description="tokens to generate at most")
     keep_checkpoints: Count = Field(2, description="checkpoints kept")
     sinks: str = Field(
         "",
@@ -325,6 +335,13 @@ class Settings(_Group):
             raise ValueError(
                 f"data.packing = true with {at}: only a language model's rows can be packed, and under record-level "
                 "privacy a row is one record; set data.packing to false"
+            )
+        if self.run.generate_every and (self.model.task != "causal-lm" or not self.data.test_split):
+            lacking = f"data.test-split = {self.data.test_split!r}"
+            lacking = lacking if self.model.task == "causal-lm" else f"model.task = {self.model.task!r}"
+            raise ValueError(
+                f"run.generate-every = {self.run.generate_every} with {lacking}: a language model generates for "
+                "prompts of the central test set; set run.generate-every to 0"
             )
         if self.privacy.mode == "record" and self.adapter.dropout > 0:
             raise ValueError(

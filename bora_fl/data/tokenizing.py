@@ -87,7 +87,7 @@ class _Example(NamedTuple):
 def _examples(rows: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Iterator[_Example]:
     texts, longest, bos = column(rows, data.text_column).to_pylist(), model.max_length, tokenizer.bos_token_id
     if model.task == "classification":
-        yield from (_Example(ids) for ids in _ids(tokenizer, texts, truncation=True, max_length=longest))
+        yield from (_Example(ids) for ids in token_ids(tokenizer, texts, truncation=True, max_length=longest))
     elif data.format == "messages":
         tools = column(rows, TOOLS).to_pylist() if TOOLS in rows.column_names else [None] * len(texts)
         for row, known in zip(texts, tools, strict=True):
@@ -99,8 +99,8 @@ def _examples(rows: "Dataset", data: DataSettings, model: ModelSettings, tokeniz
         for prompt, response in _dialogs(tokenizer, texts, answers):
             yield _fit(prompt + response, len(prompt), longest, bos)
     else:
-        opening, ending = _opening(tokenizer), _ending(tokenizer)
-        for piece in _ids(tokenizer, texts, add_special_tokens=False):
+        opening, ending = opening_ids(tokenizer), ending_ids(tokenizer)
+        for piece in token_ids(tokenizer, texts, add_special_tokens=False):
             ids = opening + piece + ending
             yield _Example(ids[:longest], 0, (), len(ids) - longest)
 
@@ -122,19 +122,6 @@ def _report(examples: int, cut: int, empty: int, max_length: int) -> None:
         log.warning("%d of %d examples have no token to learn", empty, examples)
 
 
-def prompt_ids(tokenizer: Any, texts: Sequence[str], dialog: bool) -> list[list[int]]:
-    """What a language model is given to go on from, as in training.
-
-    Args:
-        tokenizer: The model's.
-        texts: Prompts, or the beginnings of texts.
-        dialog: Whether the model was trained on prompts with responses.
-    """
-    heads, opening = _heads(tokenizer, texts) if dialog else (list(texts), _opening(tokenizer))
-    ids = [opening + piece for piece in _ids(tokenizer, heads, add_special_tokens=False)]
-    return [row or _ending(tokenizer) for row in ids]
-
-
 def _check_labels(raw: "Dataset", data: DataSettings) -> None:
     if data.response_column:
         raise ConfigError(
@@ -148,34 +135,36 @@ def _check_labels(raw: "Dataset", data: DataSettings) -> None:
         )
 
 
-def _ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """The tokens of each text, by the tokenizer's own options."""
     ids: list[list[int]] = tokenizer(
         texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
     )["input_ids"]
     return ids
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def opening_ids(tokenizer: Any) -> list[int]:
     """BOS, if the tokenizer puts it before a text."""
-    ids = _ids(tokenizer, ["a"])[0]
+    ids = token_ids(tokenizer, ["a"])[0]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def _ending(tokenizer: Any) -> list[int]:
+def ending_ids(tokenizer: Any) -> list[int]:
+    """EOS, if there is one."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _heads(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+def prompt_heads(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Each prompt as it stands before a response, and the tokens before it."""
     if getattr(tokenizer, "chat_template", None):
         users = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True), []
-    return [f"{prompt}\n" for prompt in prompts], _opening(tokenizer)
+    return [f"{prompt}\n" for prompt in prompts], opening_ids(tokenizer)
 
 
 def _dialogs(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
     # Prompt and response are tokenized apart: in use the prompt is tokenized alone, before there is a response.
-    heads, opening = _heads(tokenizer, prompts)
+    heads, opening = prompt_heads(tokenizer, prompts)
     if getattr(tokenizer, "chat_template", None):
         both = [
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -185,9 +174,9 @@ def _dialogs(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -
         tails = [_after(head, whole, response) for head, whole, response in zip(heads, wholes, responses, strict=True)]
         ending = []
     else:
-        tails, ending = list(responses), _ending(tokenizer)
-    head_ids = _ids(tokenizer, heads, add_special_tokens=False)
-    tail_ids = _ids(tokenizer, tails, add_special_tokens=False)
+        tails, ending = list(responses), ending_ids(tokenizer)
+    head_ids = token_ids(tokenizer, heads, add_special_tokens=False)
+    tail_ids = token_ids(tokenizer, tails, add_special_tokens=False)
     for head, tail in zip(head_ids, tail_ids, strict=True):
         yield opening + head, tail + ending
 

@@ -29,7 +29,8 @@ def predict(
     result = read_result(run)
     if result is None:
         raise ConfigError(f"RUN {run}: it holds no finished adapter; name the output folder of a finished run")
-    texts = read_texts(file, text_column or result.settings.data.text_column)
+    data = result.settings.data
+    texts = read_texts(file, text_column or data.text_column, dialogs=data.format == "messages")
     model, tokenizer = load(run, base)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output.open("w", encoding="utf8")) if output else sys.stdout

@@ -4,45 +4,48 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bora_fl.config import ConfigError
 from bora_fl.data.files import SUFFIXES, read_table
 
 
-def read_texts(source: str, column: str) -> list[str]:
-    """Read texts.
+def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
+    """Read texts, or conversations.
 
     Args:
         source: A parquet, JSONL, JSON, CSV or TSV file, any other file for its lines, or ``-`` for standard input. A
             line that is a JSON object stands for its `column`.
         column: The column of the texts.
+        dialogs: Whether a value may be a list of messages.
 
     Raises:
         ConfigError: If there is no such file or column, or a value is no text.
     """
     if source == "-":
-        return _lines(sys.stdin, "standard input", column)
+        return _lines(sys.stdin, "standard input", column, dialogs)
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"FILE {source}: there is no such file; give a file of texts, or - for standard input")
     if path.suffix.lower() not in SUFFIXES:
         with path.open(encoding="utf8") as file:
-            return _lines(file, source, column)
+            return _lines(file, source, column, dialogs)
     table = read_table(path)
     if column not in table.column_names:
         raise _missing(source, column, table.column_names)
     return [
-        _text(value, f"{source}, row {number}", column) for number, value in enumerate(table[column].to_pylist(), 1)
+        _value(value, f"{source}, row {number}", column, dialogs)
+        for number, value in enumerate(table[column].to_pylist(), 1)
     ]
 
 
-def _lines(lines: Iterable[str], source: str, column: str) -> list[str]:
+def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool) -> list[Any]:
     texts = []
     for number, raw in enumerate(lines, 1):
         line = raw.strip()
         if not line:
             continue
-        value = line
+        value: Any = line
         if line.startswith("{"):
             try:
                 row = json.loads(line)
@@ -53,11 +56,13 @@ def _lines(lines: Iterable[str], source: str, column: str) -> list[str]:
             if column not in row:
                 raise _missing(f"{source}, line {number}", column, list(row))
             value = row[column]
-        texts.append(_text(value, f"{source}, line {number}", column))
+        texts.append(_value(value, f"{source}, line {number}", column, dialogs))
     return texts
 
 
-def _text(value: object, where: str, column: str) -> str:
+def _value(value: object, where: str, column: str, dialogs: bool) -> Any:
+    if dialogs and isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        return value
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {column} = {value!r} is no text; give a string")
     return value

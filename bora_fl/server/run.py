@@ -4,6 +4,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch import Tensor
 from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
+from bora_fl.data.prompts import Prompt, held_out_prompts
 from bora_fl.device import autocast, set_threads, settle
-from bora_fl.evaluate import Metrics, evaluate
+from bora_fl.evaluate import Metrics, evaluate, perplexity
 from bora_fl.heads import public_clip_norm
 from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_config, write_result
 from bora_fl.models.packing import require_packing
@@ -27,6 +29,7 @@ from bora_fl.seeds import derive
 from bora_fl.server.checkpoint import MANIFEST, Checkpoint, CheckpointError, load_newest, save
 from bora_fl.server.model_card import model_card
 from bora_fl.server.output_folder import held, refuse_another_run
+from bora_fl.server.samples import SAMPLES, generate
 from bora_fl.server.versions import versions
 from bora_fl.state import AdapterState, unflatten_deltas
 from bora_fl.strategies.aggregation import build
@@ -78,6 +81,9 @@ class Server(Observer):
         )
         self.tokenizer = load_tokenizer(settings.model)
         self.test: Encoded | None = test_data(settings.data, settings.model, self.tokenizer)
+        self._prompts: list[Prompt] = []
+        if settings.run.generate_every and raw.test is not None:
+            self._prompts = held_out_prompts(raw.test, raw.settings, self.tokenizer, settings.run.generate_examples)
         self.screening: Encoded | None = None
         if settings.strategy.max_loss_increase > 0 and self.test is not None:
             self.screening, self.test = _split(
@@ -122,6 +128,8 @@ class Server(Observer):
             checkpoint, first_round = found, found.round + 1
             log.info("resuming after round %d from %s", checkpoint.round, self.folder)
             drop_rows_after(self.metrics_path, checkpoint.round)
+            if (self.folder / SAMPLES).is_file():
+                drop_rows_after(self.folder / SAMPLES, checkpoint.round)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         self._run_id = checkpoint.run_id
@@ -191,6 +199,7 @@ class Server(Observer):
 
     def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
         """Checkpoint first, then the metrics line: a crash in between repeats the round's line, never loses it."""
+        report = self._measured(report, state, folds)
         row = report.row()
         checkpoint = Checkpoint(report.round, self._run_id, state, folds)
         keep = self.settings.run.keep_checkpoints
@@ -218,6 +227,20 @@ class Server(Observer):
         self._latest = scalars(row) | {"round": row["round"]}
         self.sinks.round(row)
         log.info("%s", round_line(row, self.settings.run.num_rounds))
+
+    def _measured(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> RoundReport:
+        """The report with a language model's perplexity and, in the rounds for that, how what it writes compares."""
+        if self.settings.model.task != "causal-lm":
+            return report
+        if report.loss is not None:
+            report = replace(report, perplexity=perplexity(report.loss))
+        run = self.settings.run
+        if not run.generate_every or (report.round % run.generate_every and report.round != run.num_rounds):
+            return report
+        self._bring_to(state.current, folds)
+        means, samples = generate(self.model.model, self.tokenizer, self._prompts, run.generate_tokens)
+        append_row(self.folder / SAMPLES, {"round": report.round, **means, "samples": samples})
+        return replace(report, generation=means)
 
     def _bring_to(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> None:
         for fold in folds[self._folded :]:

@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 import bora_fl
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError
-from bora_fl.predicting.prediction import classify, generate
+from bora_fl.data.prompts import prompt_ids
+from bora_fl.models.generating import complete
+from bora_fl.predicting.prediction import classify
 from bora_fl.simulations.engine import simulate
 
 TEXTS = ["the film is good", "a sad awful wrong poor book it was", "fine"]
@@ -45,25 +47,14 @@ def test_labels_are_those_of_each_text_alone_and_need_no_data(tiny_config, tiny_
 
 
 @pytest.mark.parametrize("response", ["", "label_name"])
-def test_a_language_model_writes_the_same_alone_and_beside_others(
-    response: str, tiny_config, tiny_model: Path, tmp_path: Path
-):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path / "llama"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    marks = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **marks)).save_pretrained(folder)
-    causal = {"model.task": "causal-lm", "model.name": str(folder), "adapter.target-modules": "q_proj,v_proj"}
+def test_a_language_model_writes_the_same_alone_and_beside_others(response: str, tiny_config, tiny_causal: Path):
+    causal = {"model.task": "causal-lm", "model.name": str(tiny_causal), "adapter.target-modules": "q_proj,v_proj"}
     run = simulate(tiny_config | causal | {"run.num-rounds": 1, "data.response-column": response}, 3)
     assert not (run / "adapter" / "labels.json").exists()
     rows = predict(str(run), "-", "--max-new-tokens", "5", given="\n".join(TEXTS))
     model, tokenizer = bora_fl.load(run)
-    asked = {"dialog": bool(response), "max_new_tokens": 5}
-    alone = [next(generate(model, tokenizer, [text], **asked)) for text in TEXTS]
+    prompts = prompt_ids(tokenizer, TEXTS, dialog=bool(response))
+    alone = [next(complete(model, tokenizer, [ids], max_new_tokens=5)) for ids in prompts]
     assert [row["response"] for row in rows] == alone
 
 

@@ -1,0 +1,1 @@
+"""Talk to the language model of a finished run."""
