@@ -241,7 +241,7 @@ def _run(
         _completed(launch.attach(str(attach), connection or "", stops=ending, show=show).log, as_json)
         return
     federation = read_federation(Path.cwd())
-    settings = {**federation.run_config, **overrides(run_config)}
+    settings = {**federation.run_config, **overrides(run_config, federation.run_config)}
     where = connection or ("" if simulate else federation.connection)
     if where:
         ending = partial(_stops, where, on_interrupt)

@@ -130,6 +130,14 @@ def test_run_does_what_the_folder_s_file_says_and_what_is_given_wins(
     assert started == [expected]
 
 
+def test_what_is_given_is_judged_together_with_the_file(started: list[tuple]):
+    Path("federation.toml").write_text('[federation]\nsimulate = 3\n\n[model]\ntask = "causal-lm"\n')
+    assert call("run", "-c", "run.generate-every=2")[0] == 0
+    assert started[0][0] == {"model.task": "causal-lm", "run.generate-every": 2}
+    with pytest.raises(ConfigError, match=r"generate-every = 2 with model.task = 'classification'"):
+        call("run", "-c", "run.generate-every=2", "-c", "model.task=classification")
+
+
 def test_run_goes_to_the_deployment_that_the_file_names(started: list[tuple]):
     Path("federation.toml").write_text('[federation]\nconnection = "hospitals"\n')
     assert call("run")[0] == 0

@@ -38,11 +38,15 @@ def parse(run_config: Mapping[str, Scalar]) -> Settings:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
-def overrides(pairs: list[str] | None) -> dict[str, Scalar]:
+def overrides(pairs: list[str] | None, base: Mapping[str, Scalar] | None = None) -> dict[str, Scalar]:
     """Parse a command's ``key=value`` pairs into what the settings expect.
 
+    Args:
+        pairs: Each ``key=value``.
+        base: The run config that they change; what a value must go together with may stand there.
+
     Raises:
-        ConfigError: For a pair without ``=`` or an unknown key.
+        ConfigError: For a pair without ``=``, an unknown key, or settings that exclude each other.
     """
     known = Settings().flat()
     result: dict[str, Scalar] = {}
@@ -63,7 +67,7 @@ def overrides(pairs: list[str] | None) -> dict[str, Scalar]:
                 result[key] = text
         else:
             result[key] = text
-    parse(result)
+    parse({**(base or {}), **result})
     return result
 
 
