@@ -33,6 +33,25 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'bora_fl' has no attribute {name!r}")
 
 
+def federate(trainer: Any) -> Any:
+    """Make a Flower ClientApp of an existing training script.
+
+    Args:
+        trainer: A ``transformers.Trainer``, or one derived from it such as TRL's ``SFTTrainer``, whose model has a BoRA
+            or LoRA adapter like the run's (``adapter.*`` of the run config). The federation's rounds cut its run into
+            equal parts.
+
+    Returns:
+        The ClientApp, for ``clientapp`` in the app's pyproject.toml. Runs with differential privacy are refused.
+
+    Raises:
+        ValueError: If the model has no adapter.
+    """
+    from bora_fl.client.bridge import federate
+
+    return federate(trainer)
+
+
 class _RegisterAfterPeft(MetaPathFinder):
     """Imports the adapters as soon as PEFT's own import is done; merely looking for PEFT imports nothing."""
 

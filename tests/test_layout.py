@@ -31,6 +31,7 @@ FLOWER = {
     "bora_fl/wire/schema.py",
     "bora_fl/client/app.py",
     "bora_fl/deployment/doctor/registration.py",
+    "bora_fl/client/bridge.py",
     "bora_fl/client/head.py",
     "bora_fl/client/job.py",
     "bora_fl/client/refusing.py",

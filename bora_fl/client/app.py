@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 app = ClientApp()
 
 
-def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
+def answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
     """Reply with the handler's content, or with a refusal. Nothing is raised: Flower would send the error's text."""
     if INSTRUCTION not in (sent := message.content.config_records) and "server-round" in sent.get("config", {}):
         # Of a strategy of Flower's own, which logs the text of an error and ends at a reply in another form than its.
@@ -71,19 +71,19 @@ def identify(message: Message, context: Context) -> Message:
         who = ClientIdentity.read(context.node_config, context.node_id)
         return roll_call(who.partition, who.num_partitions)
 
-    return _answer(message, handle)
+    return answer(message, handle)
 
 
 @app.query("head_statistics")
 def head_statistics(message: Message, context: Context) -> Message:
     """Sum up the features that the classification head reads."""
-    return _answer(message, lambda: _in_clear("head-statistics", message.content, context))
+    return answer(message, lambda: _in_clear("head-statistics", message.content, context))
 
 
 @app.query("head_losses")
 def head_losses(message: Message, context: Context) -> Message:
     """Evaluate several heads on the client's held-out part."""
-    return _answer(message, lambda: _in_clear("head-losses", message.content, context))
+    return answer(message, lambda: _in_clear("head-losses", message.content, context))
 
 
 @app.train()
@@ -94,14 +94,14 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:
         return Message(refusal(refuse(error)), reply_to=message)
     if not settings.privacy.secure_aggregation:
-        return _answer(message, lambda: _work("train", message.content, context))
+        return answer(message, lambda: _work("train", message.content, context))
     try:
-        from bora_fl.client.secure_aggregation import answer
+        from bora_fl.client import secure_aggregation
 
         def work(inner: Message) -> RecordDict:
             return _work(asked_under_masks(inner.content), inner.content, context)
 
-        content = answer(message, context, settings, work)
+        content = secure_aggregation.answer(message, context, settings, work)
     except Exception as error:  # to the protocol, a site that cannot go on is one that has vanished
         return _error(message, error)
     return Message(content, reply_to=message)
@@ -110,4 +110,4 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the received adapter on the client's held-out part."""
-    return _answer(message, lambda: _work("evaluate", message.content, context))
+    return answer(message, lambda: _work("evaluate", message.content, context))

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
@@ -12,7 +13,7 @@ from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.refusing import refuse
 from bora_fl.client.round import OnStep, evaluate_round, train_round
 from bora_fl.client.site import site
-from bora_fl.config import parse
+from bora_fl.config import Settings, parse
 from bora_fl.paths import state_folder
 from bora_fl.privacy.audit_log import AUDIT_LOG, AuditLogError, append
 from bora_fl.privacy.policy import SitePolicy, find_policy, grant
@@ -23,8 +24,17 @@ from bora_fl.wire.schema import INSTRUCTION, METRICS, REPLY, Kind, refusal
 _LOOK = 0.5  # seconds between two looks for whether anybody still waits for a reply that is held
 
 
+Work = Callable[[Settings, RecordDict, ClientIdentity, RecordDict, SitePolicy | None], RecordDict]
+"""Trains in another way than `train_round`: by granted settings, message, client, memory and policy."""
+
+
 def perform(
-    kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None = None, policy_file: Path | None = None
+    kind: Kind,
+    content: RecordDict,
+    context: Context,
+    on_step: OnStep | None = None,
+    policy_file: Path | None = None,
+    work: Work | None = None,
 ) -> RecordDict:
     """Do what a message asks, as far as the site's policy grants it.
 
@@ -35,6 +45,7 @@ def perform(
         on_step: Called between steps with what is being done, steps done, and steps in all. What it raises beyond
             `Exception` ends the work and passes through.
         policy_file: This process's own policy, which wins over that of the message's node config.
+        work: What trains in the place of `train_round`, for messages of that kind.
 
     Returns:
         The reply's content: a release, or a refusal if anything went wrong at this site, or if the site's audit log has
@@ -44,7 +55,7 @@ def perform(
     try:
         policy = find_policy(context.node_config, policy_file)
         period = policy.reply_not_before if policy else 0.0
-        reply = _granted(kind, content, context, on_step, policy)
+        reply = _granted(kind, content, context, on_step, policy, work)
     except Exception as error:  # whatever went wrong, the server is to be told that something did
         reply = refusal(refuse(error))
     try:
@@ -74,13 +85,20 @@ def _record(kind: Kind, content: RecordDict, context: Context, reply: RecordDict
 
 
 def _granted(
-    kind: Kind, content: RecordDict, context: Context, on_step: OnStep | None, policy: SitePolicy | None
+    kind: Kind,
+    content: RecordDict,
+    context: Context,
+    on_step: OnStep | None,
+    policy: SitePolicy | None,
+    work: Work | None,
 ) -> RecordDict:
     """Do what the policy grants."""
     with refuse_as(Code.RUN_CONFIG_INVALID):
         asked = parse(context.run_config)
     settings = grant(policy, asked, kind)
     who = ClientIdentity.read(context.node_config, context.node_id)
+    if work is not None:
+        return work(settings, content, who, context.state, policy)
     here = site(settings)
     if kind == "train":
         return train_round(here, content, who, context.state, on_step, policy)

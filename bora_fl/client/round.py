@@ -85,7 +85,7 @@ def train_round(
         Refused: If frozen weights cannot be brought to the round's version, the message cannot be understood, or the
             round does not fit the site's policy or budget.
     """
-    instruction, sent = _read(content, memory)
+    instruction, sent = understand(content, memory)
     if instruction.gram and _withheld(site, policy):
         raise Refused(Code.STATISTICS_WITHHELD, "Gram matrices of the layers' inputs are asked for")
     model, received = _receive(site, content, instruction, sent, who, memory)
@@ -95,13 +95,7 @@ def train_round(
         _warn_of_overlap(site, policy)
     train_by = {"record": _train_by_record, "local": _train_locally}.get(mode, _train_openly)
     release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
-    _remember(memory, release.state, instruction)
-    keep(memory, flatten(sent), instruction.keeps)
-    if instruction.sparsity < 1:
-        cut = keep_components if instruction.sparsity_by == "components" else sparsify
-        release = replace(release, state=cut(release.state, received, instruction.sparsity))
-    pack = _packing(site, instruction, who, memory)
-    reply = release.content(sent, instruction.shares & instruction.trains, instruction.round, pack)
+    reply = leave(release, sent, received, instruction, site.settings, who, memory)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
     return reply
@@ -242,12 +236,13 @@ def receive(
     Raises:
         Refused: If the message cannot be understood or the data cannot be read.
     """
-    instruction, sent = _read(content, memory)
+    instruction, sent = understand(content, memory)
     model, _ = _receive(site, content, instruction, sent, who, memory)
     return instruction, model, _data(site, who)
 
 
-def _read(content: RecordDict, memory: RecordDict) -> tuple[Instruction, AdapterState]:
+def understand(content: RecordDict, memory: RecordDict) -> tuple[Instruction, AdapterState]:
+    """What a message asks, and the state that it carries, completed from what the client keeps."""
     instruction, flat = read_message(content, memory)
     with refuse_as(Code.MESSAGE_INVALID):
         return instruction, unflatten(flat)
@@ -286,7 +281,7 @@ def _receive(
     if held < instruction.fold_version:
         text = f"this site holds the folds up to version {held}, the round needs version {instruction.fold_version}"
         raise Refused(Code.FOLDS_MISSING, text, folds_held=held)
-    state = _recall(memory, sent, instruction)
+    state = recall(memory, sent, instruction)
     settings = site.settings.adapter
     rank = min(who.max_rank or settings.rank, settings.rank)
     model = site.model(rank)
@@ -327,7 +322,7 @@ def stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | Non
     return partial(on_step, name) if on_step else None
 
 
-def _remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:
+def remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:
     """Keep what does not leave the client."""
     local = {
         name: t for name, t in flatten(trained).items() if part_of(name) in instruction.trains - instruction.shares
@@ -336,9 +331,37 @@ def _remember(memory: RecordDict, trained: AdapterState, instruction: Instructio
         memory[LOCAL] = to_arrays(local)
 
 
-def _packing(site: Site, instruction: Instruction, who: ClientIdentity, memory: RecordDict) -> Pack:
+def leave(
+    release: Release,
+    sent: AdapterState,
+    received: AdapterState,
+    instruction: Instruction,
+    settings: Settings,
+    who: ClientIdentity,
+    memory: RecordDict,
+) -> RecordDict:
+    """The reply that a release leaves in, and what the client keeps of it.
+
+    Args:
+        release: What training yields.
+        sent: The state that the message carried.
+        received: The same with the client's own factors, at its rank.
+        instruction: What the message asked.
+        settings: The run's.
+        who: The client.
+        memory: What the client keeps between rounds; changed.
+    """
+    remember(memory, release.state, instruction)
+    keep(memory, flatten(sent), instruction.keeps)
+    if instruction.sparsity < 1:
+        cut = keep_components if instruction.sparsity_by == "components" else sparsify
+        release = replace(release, state=cut(release.state, received, instruction.sparsity))
+    pack = _packing(settings, instruction, who, memory)
+    return release.content(sent, instruction.shares & instruction.trains, instruction.round, pack)
+
+
+def _packing(settings: Settings, instruction: Instruction, who: ClientIdentity, memory: RecordDict) -> Pack:
     """How the reply's tensors travel; what a codec loses is kept for the next reply."""
-    settings = site.settings
     if settings.privacy.secure_aggregation:
         return plain  # what is masked is summed entry by entry, so it must be there in full
     if instruction.sparsity < 1:
@@ -357,7 +380,8 @@ def _packing(site: Site, instruction: Instruction, who: ClientIdentity, memory: 
     return pack if coding.codec.stages else plain
 
 
-def _recall(memory: RecordDict, sent: AdapterState, instruction: Instruction) -> AdapterState:
+def recall(memory: RecordDict, sent: AdapterState, instruction: Instruction) -> AdapterState:
+    """What was sent, with the client's own factors where they never leave it."""
     kept: ArrayRecord | None = memory.array_records.get(LOCAL)
     if kept is None:
         return sent

@@ -76,7 +76,7 @@ def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
 
 
 class FederatedModel:
-    """A base model with its adapter, in the federation's terms.
+    """A base model with its adapter, in the federation's terms; a model that has its adapter already keeps it.
 
     Attributes:
         model: The PEFT model (or the base model itself, for full fine-tuning).
@@ -87,7 +87,7 @@ class FederatedModel:
         self, base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int, *, keep_head: bool = False
     ) -> None:
         self.adapter, self.task, self.rank = adapter, model.task, adapter.rank
-        if adapter.method == "full":
+        if adapter.method == "full" or hasattr(base, "peft_config"):
             self.model: Any = base
         else:
             from peft import get_peft_model

@@ -1,0 +1,119 @@
+"""A training script's own Trainer as a client: alone, it ends with the script's adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import bora_fl
+from bora_fl.adapters import BoraConfig
+from bora_fl.config import parse
+from bora_fl.models import FederatedModel, load_base
+from bora_fl.report import read_rows
+from bora_fl.simulations.engine import simulate
+from bora_fl.strategies.observer import RunFailedError
+from tests.conftest import BAD, GOOD, PLAIN
+
+WORDS = PLAIN + GOOD + BAD
+TARGETS = ["q_proj", "v_proj"]
+LORA = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": TARGETS}
+BORA = {"task_type": "CAUSAL_LM", "r": 2, "bora_alpha": 4, "num_blocks": 4, "target_modules": TARGETS}
+
+
+@pytest.fixture
+def config(tiny_config, tiny_causal: Path) -> dict[str, Any]:
+    return tiny_config | {
+        "model.name": str(tiny_causal),
+        "model.task": "causal-lm",
+        "adapter.target-modules": "q_proj,v_proj",
+        "data.partition": "iid",
+        "data.label-column": "",
+    }
+
+
+def script(kind: str, model: Any, tokenizer: Any, folder: Path) -> Trainer:
+    """A script's Trainer: warm-up, a schedule, weight decay, Adam, shuffled batches."""
+    texts = [f"{WORDS[i % 20]} {WORDS[(3 * i + 1) % 20]} {WORDS[(7 * i + 5) % 20]}" for i in range(24)]
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "report_to": "none",
+        "seed": 3,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    if kind == "trl":
+        trl = pytest.importorskip("trl")
+        rows = Dataset.from_dict({"text": texts})
+        return trl.SFTTrainer(
+            model=model, args=trl.SFTConfig(bf16=False, **options), train_dataset=rows, processing_class=tokenizer
+        )
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    return Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16
+@pytest.mark.parametrize(
+    ("kind", "adapter", "rounds"),
+    [("transformers", LORA, 3), ("transformers", BORA, 1), ("trl", LORA, 2)],
+    ids=["lora", "bora", "trl"],
+)
+def test_one_client_ends_with_the_scripts_adapter(
+    kind: str, adapter: dict[str, Any], rounds: int, config: dict[str, Any], tiny_causal: Path, tmp_path: Path
+) -> None:
+    bora = "num_blocks" in adapter
+    config |= {"adapter.method": "bora" if bora else "lora", "run.num-rounds": rounds}
+    settings, tokenizer = parse(config), AutoTokenizer.from_pretrained(tiny_causal)
+    start = FederatedModel(load_base(settings.model, None, 0), settings.adapter, settings.model, 0)
+    start.write(start.read())  # Sigma means the same at any scale of sigma, Adam's steps do not: it is sent at one
+    script(kind, start.model, tokenizer, tmp_path / "script").train()
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    trainer = script(kind, get_peft_model(base, (BoraConfig if bora else LoraConfig)(**adapter)), tokenizer, tmp_path)
+    folder = simulate(config, 1, app=bora_fl.federate(trainer))
+
+    expected = start.read()
+    loaded = FederatedModel(bora_fl.load(folder)[0], settings.adapter, settings.model, 0).read()
+    for name, factors in expected.layers.items():
+        assert factors.B.abs().max() > 0.01
+        torch.testing.assert_close(loaded.layers[name].dense(), factors.dense(), rtol=0, atol=1e-6)
+    rows = read_rows(folder / "metrics.jsonl")[1:]
+    assert [row["per_client"]["0"]["steps"] for row in rows] == [6 / rounds] * rounds
+    assert all(2 < row["train_loss"] < 4 for row in rows)
+    assert load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"privacy.mode": "record", "strategy.weighting": "uniform"}, "each example's own gradient and Poisson"),
+        ({"adapter.rank": 4}, "the run's r is 4, that of the Trainer's adapter 2"),
+    ],
+)
+def test_what_a_trainer_cannot_serve_is_refused(
+    change: dict[str, Any], words: str, config: dict[str, Any], tiny_causal: Path, tmp_path: Path, caplog: Any
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_causal), LoraConfig(**LORA))
+    trainer = script("transformers", model, AutoTokenizer.from_pretrained(tiny_causal), tmp_path)
+    with pytest.raises(RunFailedError):
+        simulate(config | {"adapter.method": "lora"} | change, 1, app=bora_fl.federate(trainer))
+    assert words in caplog.text
+
+
+def test_a_model_without_an_adapter_is_refused(tiny_causal: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    with pytest.raises(ValueError, match="no adapter"):
+        bora_fl.federate(script("transformers", model, AutoTokenizer.from_pretrained(tiny_causal), tmp_path))
