@@ -27,10 +27,7 @@ from bora_fl.state import AdapterState
 from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.release import PlainRelease
 
-_SAME = (
-    *("peft_type", "r", "lora_alpha", "bora_alpha", "use_rslora", "use_dora", "num_blocks", "sigma_transform"),
-    "modules_to_save",
-)
+_SAME = ("peft_type", "r", "lora_alpha", "bora_alpha", "use_rslora", "use_dora", "num_blocks", "sigma_transform")
 
 
 def federate(trainer: Any) -> ClientApp:

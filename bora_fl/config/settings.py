@@ -27,6 +27,10 @@ class _Group(BaseModel):
     )
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 class ModelSettings(_Group):
     """The frozen base model."""
 
@@ -34,6 +38,9 @@ class ModelSettings(_Group):
     revision: str = Field("", description="hub revision; empty is the default branch")
     task: Literal["classification", "causal-lm"] = Field("classification", description="what the model is trained for")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="how transformers computes attention; auto: its own choice for the model"
+    )
     max_length: Count = Field(48, description="tokens an example is cut at")
     pooling: Literal["auto", "cls", "mean", "last"] = Field(
         "auto", description="what the head reads (classification); auto: what the model was trained for"
@@ -52,6 +59,9 @@ class AdapterSettings(_Group):
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before A")
     target_modules: str = Field("query,value", description="comma-separated names, a regex, or all-linear")
+    modules_to_save: str = Field(
+        "", description="comma-separated names of modules that are trained whole and merged beside the adapter"
+    )
     sigma_transform: Literal["exp_norm", "identity"] = Field("exp_norm", description="how Sigma is made of sigma")
     train_head: bool = Field(True, description="train the classification head too")
 
@@ -75,7 +85,11 @@ class AdapterSettings(_Group):
         text = self.target_modules.strip()
         if text == "all-linear" or any(sign in text for sign in "*^$|()[]\\"):
             return text
-        return [name.strip() for name in text.split(",") if name.strip()]
+        return _names(text)
+
+    def whole_modules(self) -> list[str]:
+        """The value in the form that PEFT's `modules_to_save` takes."""
+        return _names(self.modules_to_save)
 
 
 class HeadSettings(_Group):

@@ -109,6 +109,8 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
 
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "revision": settings.revision or None}
+    if settings.attention != "auto":
+        options["attn_implementation"] = settings.attention
     source = resolve(settings.name)
     with _lock, torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "head"))
@@ -133,6 +135,10 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                     transformers_logging.set_verbosity(verbosity)
         except ConfigError:
             raise
+        except ImportError as error:
+            raise ConfigError(
+                f"model.attention = {settings.attention!r}: {' '.join(str(error).split())}; set model.attention to auto"
+            ) from error
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.name = {settings.name!r}: cannot be loaded as {settings.task} "

@@ -29,6 +29,8 @@ def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
 
     task = "CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS"
     common: dict[str, Any] = {"task_type": task, "target_modules": adapter.targets()}
+    if whole := adapter.whole_modules():
+        common["modules_to_save"] = whole
     method = adapter.method.lower()
     try:
         if method == "bora":
@@ -107,6 +109,7 @@ class FederatedModel:
                         f"adapter.target-modules = {adapter.target_modules!r}, "
                         f"adapter.num-blocks = {adapter.num_blocks}: {error}"
                     ) from error
+            _require_whole(self.model, adapter)
         # The module tree is walked here and never again: read and write are called for every client and round.
         modules = {_plain(name): m for name, m in self.model.named_modules()}
         self._layers: dict[str, Any] = {name: m for name, m in modules.items() if hasattr(m, "get_base_layer")}
@@ -287,6 +290,21 @@ class FederatedModel:
 
         for name, base in saved.items():
             restore_base(self._layers[name], base)
+
+
+def _require_whole(model: Any, adapter: AdapterSettings) -> None:
+    """Refuse a name of ``adapter.modules-to-save`` that the model does not have: PEFT lets it pass.
+
+    Raises:
+        ConfigError: If no module goes by it.
+    """
+    found = {name for name, _ in model.named_modules() if name.endswith(".modules_to_save")}
+    for wanted in adapter.whole_modules():
+        if not any(name.removesuffix(".modules_to_save").endswith(wanted) for name in found):
+            raise ConfigError(
+                f"adapter.modules-to-save = {adapter.modules_to_save!r}: the model has no module {wanted!r}; name some "
+                "of its modules, such as lm_head, or leave it empty"
+            )
 
 
 def _plain(name: str) -> str:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaModel
 
-from bora_fl.config import ConfigError, ModelSettings
-from bora_fl.models import load_base
+from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
+from bora_fl.models import FederatedModel, load_base
 
 
 def sees_ahead(model: torch.nn.Module) -> bool:
@@ -64,3 +64,29 @@ def test_files_that_lack_a_tensor_are_refused(tiny_causal: Path, tmp_path: Path)
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match=r"its files lack model.layers.1.mlp.down_proj.weight.*\(3 tensors\)"):
         load_base(causal(tmp_path), None, 0)
+
+
+def test_the_attention_is_the_one_that_is_asked_for(tiny_causal: Path) -> None:
+    settings = causal(tiny_causal)
+    eager = load_base(settings.model_copy(update={"attention": "eager"}), None, 0)
+    assert eager.config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"model.attention = 'flash_attention_2': .*set model.attention to auto"):
+        load_base(settings.model_copy(update={"attention": "flash_attention_2"}), None, 0)
+
+
+def test_modules_that_are_trained_whole_are_part_of_the_state(tiny_causal: Path) -> None:
+    settings, adapter = causal(tiny_causal), AdapterSettings(rank=2, num_blocks=4, target_modules="q_proj")
+    whole = adapter.model_copy(update={"modules_to_save": "lm_head, layers.1.input_layernorm"})
+    model = FederatedModel(load_base(settings, None, 0), whole, settings, 0)
+    state = model.read()
+    assert set(state.tensors) == {"lm_head.weight", "model.layers.1.input_layernorm.weight"}
+    model.train_only(frozenset({"tensors"}))
+    assert len(model.trained_parameters()) == 2
+    for tensor in state.tensors.values():
+        tensor += 1
+    model.write(state)
+    assert torch.equal(model.read().tensors["lm_head.weight"], state.tensors["lm_head.weight"])
+    with pytest.raises(ConfigError, match=r"adapter.modules-to-save = 'lm_haed': the model has no module 'lm_haed'"):
+        FederatedModel(
+            load_base(settings, None, 0), adapter.model_copy(update={"modules_to_save": "lm_haed"}), settings, 0
+        )
