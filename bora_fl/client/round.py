@@ -18,6 +18,7 @@ from bora_fl.client.losses import prior_shift
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, learning_rate_factor, train
+from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
@@ -48,6 +49,7 @@ from bora_fl.wire.release import (
     LocalRelease,
     PlainRelease,
     RecordRelease,
+    Release,
 )
 from bora_fl.wire.sparsity import keep_components, sparsify
 from bora_fl.wire.updates import Coding

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from bora_fl.config import ConfigError
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
-from bora_fl.simulations.launch import Simulation, run
+from bora_fl.simulations.launch import LaunchError, Simulation, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
