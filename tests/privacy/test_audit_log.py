@@ -211,7 +211,7 @@ def test_the_command_says_ok_or_the_first_broken_line(log: Path):
 
 def test_site_and_server_log_the_same_replies(tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: Any):
     monkeypatch.setenv("BORA_FL_STATE", str(tmp_path / "state"))
-    folder = simulate(tiny_config | {"run.num-rounds": 2, "head.init": "auto"}, 3)
+    folder = simulate(tiny_config | {"run.num-rounds": 2, "head.init": "auto", "run.keep-best": False}, 3)
     at_server, at_site = folder / "audit.jsonl", tmp_path / "state" / "audit.jsonl"
     assert (verify(at_server).lines, verify(at_server).problem) == (4, "")
     assert (verify(at_site).lines, verify(at_site).problem) == (19, "")
