@@ -83,12 +83,13 @@ class _Directions:
         generator = torch.Generator().manual_seed(derive(self.seed, "canary", canary))
         size = sum(tensor.numel() for tensor in self.origin.values())
         vector = torch.randn(size, dtype=torch.float64, generator=generator)
-        return vector / vector.norm()
+        unit: Tensor = vector / vector.norm()
+        return unit
 
     def moved(self, vector: Tensor) -> AdapterState:
         """The state after an update along a vector that is beyond the clipping norm."""
         sizes = [tensor.numel() for tensor in self.origin.values()]
-        parts = (self.loud * vector).split(sizes)
+        parts = torch.split(self.loud * vector, sizes)
         ends = {n: t + part.view(t.shape) for (n, t), part in zip(self.origin.items(), parts, strict=True)}
         flat = flatten(self.start)
         return unflatten(flat | from_coordinates(ends, self.transform))

@@ -114,7 +114,7 @@ def _computes(process: psutil.Process, seconds: float = 3.0) -> bool:
     with contextlib.suppress(psutil.Error):
         before = sum(process.cpu_times()[:2])
         time.sleep(seconds)
-        return sum(process.cpu_times()[:2]) - before > 0.05
+        return bool(sum(process.cpu_times()[:2]) - before > 0.05)
     return False
 
 

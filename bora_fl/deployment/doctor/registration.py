@@ -46,8 +46,8 @@ def check_registered(
     except (OSError, http.client.HTTPException) as error:
         text = f"could not be asked about ({error}): whether it is registered is not known"
         return Finding(SUBJECT, "warn", text, "mend the way to the SuperLink first")
-    error = FlowerError.from_json(body)
-    code = error.code if error else None
+    said = FlowerError.from_json(body)
+    code = said.code if said else None
     if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
         return Finding(SUBJECT, "pass", "is registered with the SuperLink")
     if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
