@@ -245,8 +245,8 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
     clients' held-out parts; ``ppl.`` is a language model's perplexity; ``ok`` and ``bad`` count the replies that were
     merged and rejected.
     """
-    result = Table(title=title)
     causal = any(row.get("perplexity") is not None for row in rows)
+    result = Table(title=title, padding=(0, 1, 0, 0) if causal else (0, 1))  # 80 columns hold one more so
     for name in (
         "round",
         "train",

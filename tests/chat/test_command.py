@@ -1,9 +1,11 @@
 """From a file of messages to a model that talks."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import bora_fl
@@ -65,7 +67,10 @@ def test_the_report_has_perplexity_and_what_was_written(run: Path) -> None:
     assert all(row["perplexity"] == pytest.approx(2.718281828459045 ** row["loss"]) for row in rows)
     assert rows[2]["perplexity"] < rows[0]["perplexity"]
     assert [bool(row["generation"]) for row in rows] == [True, False, True]
-    assert "ppl." in [column.header for column in rounds_table(rows, "").columns]
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(rounds_table(rows, "rounds"))
+    assert "ppl." in narrow.file.getvalue()
+    assert "…" not in narrow.file.getvalue()
     samples = read_rows(run / "samples.jsonl")
     assert [sample["round"] for sample in samples] == [0, 2]
     for row, sample in zip((rows[0], rows[2]), samples, strict=True):
