@@ -104,7 +104,7 @@ class Federation:
         ]
         return state, updates
 
-    def grams(self, kind: str, seed: int) -> dict[str, Tensor]:
+    def grams(self, kind: Literal["", "blocks", "diagonal"], seed: int) -> dict[str, Tensor]:
         """Gram matrices of inputs that are stronger in some directions than in others; none if `kind` is empty."""
         g = torch.Generator().manual_seed(seed)
         found = {}
