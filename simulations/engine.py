@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -36,8 +36,7 @@ class InProcessGrid(Grid):
         num_nodes: Number of SuperNodes; node i serves partition i.
         run_config: What each client's context holds.
         node_configs: More node config by partition, such as ``{2: {"rank": 4}}``.
-        tamper: Called with each reply that is no evaluation, and its partition; returns what arrives, None for
-            nothing. For fault tests.
+        tamper: Called with each reply and its partition; returns what arrives, None for nothing. For fault tests.
     """
 
     def __init__(
@@ -109,21 +108,22 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         message.content = copy.deepcopy(message.content)  # a network would copy it: handlers may change what they get
         reply = handle(self._app, message, self._contexts[node])
-        if self._tamper is None or message.metadata.message_type in ("query", "evaluate"):
+        if self._tamper is None or message.metadata.message_type == "query":
             return reply
         return self._tamper(reply, node - 2)
 
 
 def round_of(message: Message) -> int:
-    """The round that a reply belongs to."""
-    return int(message.content.config_records[REPLY]["round"])  # type: ignore[arg-type]
+    """The round that a reply belongs to; 0 for an evaluation, which names none."""
+    return int(message.content.config_records.get(REPLY, ConfigRecord()).get("round", 0))  # type: ignore[arg-type]
 
 
 def only_of(took_part: Mapping[int, frozenset[int]]) -> Tamper:
     """Lets only the given clients' replies through, round by round."""
 
     def tamper(message: Message, partition: int) -> Message | None:
-        return message if partition in took_part[round_of(message)] else None
+        round = round_of(message)
+        return message if not round or partition in took_part[round] else None
 
     return tamper
 

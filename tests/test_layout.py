@@ -41,6 +41,7 @@ FLOWER = {
     "bora_fl/client/round.py",
     "bora_fl/client/secure_aggregation.py",
     "bora_fl/strategies/base.py",
+    "bora_fl/strategies/rounds.py",
     "bora_fl/strategies/downlink.py",
     "bora_fl/strategies/exchange.py",
     "bora_fl/strategies/head.py",

@@ -6,19 +6,20 @@ a frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines nam
 
 from bora_fl.config import extensions
 from bora_fl.config.federation_file import FEDERATION_FILE, Federation, federation_text, read_federation
-from bora_fl.config.run_config import describe, overrides, parse, suggest
-from bora_fl.config.settings import (
+from bora_fl.config.groups import (
     AdapterSettings,
     ConfigError,
     DataSettings,
+    HeadSettings,
     ModelSettings,
     PrivacySettings,
     RunSettings,
     Scalar,
-    Settings,
     StrategySettings,
     TrainSettings,
 )
+from bora_fl.config.run_config import describe, overrides, parse, suggest
+from bora_fl.config.settings import Settings
 
 __all__ = [
     "FEDERATION_FILE",
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "DataSettings",
     "Federation",
+    "HeadSettings",
     "ModelSettings",
     "PrivacySettings",
     "RunSettings",

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from bora_fl.config.settings import ConfigError, Scalar
+from bora_fl.config.groups import ConfigError, Scalar
 
 Kind = Literal["strategies", "data", "models", "sinks"]
 SETTINGS: dict[str, Kind] = {

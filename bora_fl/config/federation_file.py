@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bora_fl.config.groups import ConfigError, Scalar
 from bora_fl.config.run_config import describe, parse, suggest
-from bora_fl.config.settings import ConfigError, Scalar, Settings
+from bora_fl.config.settings import Settings
 
 FEDERATION_FILE = "federation.toml"
 HEAD = """\

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bora_fl.config.settings import ConfigError, Scalar, Settings
+from bora_fl.config.groups import ConfigError, Scalar
+from bora_fl.config.settings import Settings
 
 
 def parse(run_config: Mapping[str, Scalar]) -> Settings:

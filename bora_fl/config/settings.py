@@ -1,310 +1,25 @@
-"""Every setting: one group of fields each, and what must hold across groups."""
+"""The settings of a run: every group, and what must hold across groups."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Self
 
-from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-Scalar = bool | int | float | str
-
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-
-class ConfigError(ValueError):
-    """A run config that cannot be used; each line of the message names a key, its value and the remedy."""
-
-
-class _Group(BaseModel):
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=AliasGenerator(alias=lambda name: name.replace("_", "-")),
-        populate_by_name=True,
-        allow_inf_nan=False,
-    )
+from bora_fl.config.groups import (
+    AdapterSettings,
+    DataSettings,
+    Group,
+    HeadSettings,
+    ModelSettings,
+    PrivacySettings,
+    RunSettings,
+    Scalar,
+    StrategySettings,
+    TrainSettings,
+    WireSettings,
+)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-class ModelSettings(_Group):
-    """The frozen base model."""
-
-    name: str = Field("embedded:minilm", description="hub id, local folder, or embedded:minilm | embedded:smollm2")
-    revision: str = Field("", description="hub revision; empty is the default branch")
-    task: Literal["classification", "causal-lm"] = Field("classification", description="what the model is trained for")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="how transformers computes attention; auto: its own choice for the model"
-    )
-    max_length: Count = Field(48, description="tokens an example is cut at")
-    pooling: Literal["auto", "cls", "mean", "last"] = Field(
-        "auto", description="what the head reads (classification); auto: what the model was trained for"
-    )
-
-
-class AdapterSettings(_Group):
-    """What is trained beside the frozen base model."""
-
-    method: str = Field(
-        "bora", description="bora, ravan, dense-core, a PEFT method (lora, dora, gralora, lokr, vera, hra, ...) or full"
-    )
-    rank: Count = Field(8, description="r")
-    num_blocks: Count = Field(8, description="b, the number of row blocks and of column blocks (BoRA); heads (RAVAN)")
-    alpha: Positive = Field(16.0, description="the update is scaled by alpha / r")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before A")
-    target_modules: str = Field("query,value", description="comma-separated names, a regex, or all-linear")
-    modules_to_save: str = Field(
-        "", description="comma-separated names of modules that are trained whole and merged beside the adapter"
-    )
-    sigma_transform: Literal["exp_norm", "identity"] = Field("exp_norm", description="how Sigma is made of sigma")
-    train_head: bool = Field(True, description="train the classification head too")
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of this adapter's factors: b, or 1 for a method without blocks."""
-        return self.num_blocks if self.method == "bora" else 1
-
-    @property
-    def transform(self) -> Literal["exp_norm", "identity"]:
-        """How this adapter's Sigma is made of sigma, for one block too; other methods' Sigma is 1 and stays it."""
-        return self.sigma_transform if self.method == "bora" else "identity"
-
-    @property
-    def untrained(self) -> frozenset[str]:
-        """The parts that this method never trains, whatever a strategy asks for."""
-        return frozenset() if self.method == "bora" else frozenset({"sigma"})
-
-    def targets(self) -> str | list[str]:
-        """The value in the form that PEFT's `target_modules` takes."""
-        text = self.target_modules.strip()
-        if text == "all-linear" or any(sign in text for sign in "*^$|()[]\\"):
-            return text
-        return _names(text)
-
-    def whole_modules(self) -> list[str]:
-        """The value in the form that PEFT's `modules_to_save` takes."""
-        return _names(self.modules_to_save)
-
-
-class HeadSettings(_Group):
-    """The classification head: solved from sums over all clients' examples, then trained with the adapter."""
-
-    init: Literal["auto", "closed-form", "random"] = Field(
-        "auto", description="closed-form: solved before round 1 from sums over all examples; auto: where that can be"
-    )
-    solve_again: Literal["end", "never"] = Field(
-        "end",
-        description="solve it again on the adapted features after the last merge, and keep what has the least "
-        "held-out loss: the trained head, the solved one, or their mean (privacy.mode = none)",
-    )
-    budget_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="share of privacy.epsilon that the sums are released with (privacy.mode = record)"
-    )
-
-
-class DataSettings(_Group):
-    """The data set, and how it is split over clients."""
-
-    name: str = Field(
-        "embedded:sentiment4",
-        description="hub id, local .parquet, .jsonl, .json, .csv or .tsv file or folder, or "
-        "embedded:sentiment4 | newsgroups20 | docstrings4",
-    )
-    subset: str = Field("", description="configuration of a hub data set")
-    train_split: str = Field("train", description="split (or value of a column named split) that clients train on")
-    test_split: str = Field("test", description="split of the server's central test set; empty for none")
-    format: Literal["auto", "text", "prompt", "messages"] = Field(
-        "auto", description="what a row is: a text, a prompt with a response, or messages; auto: by the columns"
-    )
-    text_column: str = Field("text", description="input text; the prompt, or the messages, for instruction data")
-    label_column: str = Field("label", description="class (classification)")
-    response_column: str = Field("", description="answer (instruction data); the loss covers it alone")
-    partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential", "local"] = (
-        Field("natural", description="how examples are dealt to clients; local: every site has data of its own")
-    )
-    partition_by: str = Field("domain", description="column of the natural id")
-    alpha: Positive = Field(0.5, description="concentration of the Dirichlet split; small is skewed")
-    classes_per_client: Count = Field(2, description="classes a client holds in the pathological split")
-    num_partitions: CountOrZero = Field(0, description="number of clients; 0 is the federation's size")
-    evaluation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="each client's held-out part")
-    packing: bool = Field(
-        False, description="put several training examples into a row of model.max-length, apart (causal-lm)"
-    )
-    max_train_examples: CountOrZero = Field(0, description="seeded subsample of the training split; 0 is all")
-    max_test_examples: CountOrZero = Field(0, description="seeded subsample of the central test set; 0 is all")
-
-    @property
-    def dialog(self) -> bool:
-        """Whether a row is a prompt with a response, or messages."""
-        return self.format in ("prompt", "messages") or bool(self.response_column)
-
-
-class TrainSettings(_Group):
-    """Local training."""
-
-    local_steps: CountOrZero = Field(15, description="optimizer steps a round; 0 counts local-epochs instead")
-    local_epochs: Positive = Field(1.0, description="passes over the client's data a round when local-steps is 0")
-    batch_size: Count = Field(16, description="sequences per step and accumulation part")
-    length_bucket: Count = Field(
-        8, description="batches that are sorted by length together, so that little is padding; 1 is off"
-    )
-    accumulation: Count = Field(1, description="batches whose gradients make one step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer, fresh each round")
-    learning_rate: Positive = Field(1.5e-3, description="local learning rate in the first round")
-    head_learning_rate: NonNegative = Field(0.0, description="learning rate of the trained head; 0 is learning-rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over rounds")
-    warmup_rounds: CountOrZero = Field(0, description="rounds of linear warm-up")
-    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="momentum of sgd")
-    max_grad_norm: NonNegative = Field(
-        1.0, description="global gradient clipping; 0 is off; privacy.clip-norm is in its place under record"
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast; auto is bf16 where it is fast")
-    label_prior: NonNegative = Field(
-        0.0, description="tau of the label-prior loss (classification): takes a client's class shares out of its loss"
-    )
-    label_prior_floor: Fraction = Field(
-        0.1, description="share of all clients' class shares in a client's own, so that a missing class has a gradient"
-    )
-    checkpointing: bool = Field(False, description="gradient checkpointing")
-    proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
-    evaluation_batch_size: Count = Field(64, description="sequences per evaluation batch")
-
-
-class StrategySettings(_Group):
-    """How the server merges."""
-
-    name: str = Field("refactor", description="a row of `bora-fl strategies`, or package.module:attribute")
-    fraction_train: Fraction = Field(1.0, description="share of the nodes sampled each round")
-    fraction_evaluate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of nodes in a separate evaluation round"
-    )
-    evaluate_in_train: bool = Field(
-        True, description="clients evaluate the received adapter in train replies, as often as run.evaluate-every"
-    )
-    min_nodes: CountOrZero = Field(
-        0, description="nodes to wait for before round 1; 0 is the federation's size if known, else 2"
-    )
-    min_replies: Count = Field(1, description="usable replies below which a round changes nothing")
-    wait_seconds: Positive = Field(600.0, description="how long to wait for min-nodes before the run stops")
-    timeout: Positive = Field(3600.0, description="seconds a round waits for replies")
-    weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client")
-    refit: Literal["B", "all"] = Field(
-        "B", description="what a refactorization solves for: B alone, or B, A and Sigma in turn (more blocks than one)"
-    )
-    sweeps: Count = Field(20, description="least-squares sweeps of a refactorization")
-    residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
-    residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")
-    threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist)")
-    sparse_scale: NonNegative = Field(2.0, description="what fedrpca multiplies the clients' sparse part by")
-    gram: Literal["blocks", "diagonal"] = Field(
-        "blocks", description="Gram matrices of the layers' inputs (regmean): diagonal blocks, or diagonals alone"
-    )
-    gram_examples: Count = Field(256, description="training examples a client takes its Gram matrices over (regmean)")
-    upload_fraction: Fraction = Field(
-        0.25, description="share of its update's entries (cellm) or components (lora-a2) sent"
-    )
-    robust: Literal["none", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip"] = Field(
-        "none", description="robust rule on the clients' products"
-    )
-    byzantine: CountOrZero = Field(1, description="clients assumed bad (krum, trimmed-mean)")
-    server_optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
-        "none", description="FedAvgM, FedAdam, FedYogi"
-    )
-    server_learning_rate: Positive = Field(1.0, description="step of the server optimizer")
-    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta 1")
-    server_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="beta 2 (adam, yogi)")
-    server_epsilon: Positive = Field(1e-3, description="tau, the degree of adaptivity (adam, yogi)")
-    max_update_norm: NonNegative = Field(0.0, description="an update whose product moved further is rejected; 0 is off")
-    max_weight_ratio: NonNegative = Field(
-        1000.0, description="a reply that claims this many times the median client's examples is rejected; 0 is off"
-    )
-    min_cosine: Annotated[float, Field(ge=-1, le=1)] = Field(
-        -1.0, description="an update whose cosine with the others' mean is lower is rejected; -1 is off"
-    )
-    max_loss_increase: NonNegative = Field(
-        0.0, description="an update whose model's held-out loss rises by more is rejected; 0 is off"
-    )
-    screening_examples: Count = Field(256, description="examples of the central test set kept for max-loss-increase")
-
-
-class WireSettings(_Group):
-    """What travels."""
-
-    codec: str = Field(
-        "float32",
-        description="how clients send updates: float32, or stages of topk:SHARE, lowrank:RANK, fp16, bf16, int8, int4 "
-        "joined by +",
-    )
-    feedback: bool = Field(True, description="clients add what the codec lost to their next update")
-
-
-class PrivacySettings(_Group):
-    """Differential privacy; see docs/privacy.md."""
-
-    mode: Literal["none", "record", "client", "local"] = Field(
-        "none", description="record: DP-SGD; client: noise at the server; local: each update noised before it leaves"
-    )
-    epsilon: Positive = Field(6.0, description="budget of each client (record, local) or of the run (client)")
-    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="delta of the budget")
-    noise_multiplier: NonNegative = Field(0.0, description="noise / clip-norm; 0 solves it once for the planned steps")
-    clip_norm: Positive = Field(1.0, description="clipping norm, per sample (record) or per update (client, local)")
-    adaptive_clipping: bool = Field(False, description="adapt clip-norm to a quantile (client)")
-    accountant: Literal["prv", "rdp"] = Field("prv", description="accountant of the ledger")
-    physical_batch_size: CountOrZero = Field(0, description="sequences in memory at once; 0 is twice the batch size")
-    secure_aggregation: bool = Field(False, description="SecAgg+: the server learns the sum of the updates alone")
-    secure_threshold: Annotated[float, Field(gt=0.5, le=1)] = Field(
-        0.67, description="share of the clients that must answer to the end; the others may vanish (SecAgg+)"
-    )
-    clipping_range: Positive = Field(8.0, description="largest entry of an update that can be masked (SecAgg+)")
-    quantization_bits: Annotated[int, Field(ge=0, le=30)] = Field(
-        0, description="bits of a masked entry, 8 to 30; 0 is as many as the sum of a round's clients has room for"
-    )
-    max_examples: Count = Field(10000, description="most examples of a client, for weighting = examples (SecAgg+)")
-    ledger_dir: str = Field("", description="where a site keeps its ledger; empty is <state folder>/ledger")
-
-
-class RunSettings(_Group):
-    """The run."""
-
-    num_rounds: CountOrZero = Field(12, description="rounds in all; 0 solves the head and trains nothing")
-    seed: CountOrZero = Field(0, description="every other seed derives from (seed, round, client)")
-    output_dir: str = Field("runs/default", description="folder of adapter/, checkpoints/, metrics.jsonl, config.json")
-    resume: bool = Field(False, description="go on from the newest checkpoint in output-dir")
-    evaluate_every: Count = Field(1, description="rounds between evaluations; the last is always evaluated")
-    keep_best: bool = Field(
-        True, description="end with the round of least held-out loss (privacy.mode = none, all clients each round)"
-    )
-    generate_every: CountOrZero = Field(
-        0, description="rounds between generations for prompts of the central test set (causal-lm); 0 is never"
-    )
-    generate_examples: Count = Field(32, description="prompts to generate for")
-    generate_tokens: Count = Field(64, description="tokens to generate at most")
-    keep_checkpoints: Count = Field(2, description="checkpoints kept")
-    sinks: str = Field(
-        "",
-        description="where the rounds' numbers go too, comma-separated: tensorboard, wandb, trackio, mlflow, the name "
-        "of an entry point, or package.module:attribute",
-    )
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        0, description="port on 127.0.0.1 where the server shows Prometheus its metrics; 0 is off"
-    )
-    threads: CountOrZero = Field(
-        0, description="torch threads per process; 0 is cores divided by the processes Flower runs"
-    )
-
-    def evaluates(self, round: int) -> bool:
-        """Whether ``evaluate-every`` names this round, or it is the last."""
-        return round % self.evaluate_every == 0 or round == self.num_rounds
-
-
-class Settings(_Group):
+class Settings(Group):
     """Every run-config key, in groups."""
 
     model: ModelSettings = ModelSettings()
@@ -361,6 +76,11 @@ class Settings(_Group):
             raise ValueError(
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "
                 "taken without dropout; set adapter.dropout to 0"
+            )
+        if self.privacy.mode == "record" and self.train.label_prior not in (0.0, TrainSettings().label_prior):
+            raise ValueError(
+                f"train.label-prior = {self.train.label_prior:g} with privacy.mode = 'record': a client's class shares "
+                "would be in its loss without noise, so there is no label prior; set train.label-prior to 0"
             )
         ignored = {
             "proximal-mu": (self.train.proximal_mu, {0.0}),

@@ -107,7 +107,7 @@ class ClassSums:
         sizes = [num_classes, num_classes * dim, dim * (dim + 1) // 2]
         if vector.shape != (sum(sizes),) or not bool(vector.isfinite().all()):
             raise ValueError(f"the head's sums are {tuple(vector.shape)} numbers; {sum(sizes)} finite ones are needed")
-        counts, sums, triangle = vector.double().split(sizes)
+        counts, sums, triangle = torch.split(vector.double(), sizes)
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         rows, columns = torch.triu_indices(dim, dim)
         gram[rows, columns] = gram[columns, rows] = triangle

@@ -17,7 +17,7 @@ from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, ValidationErr
 
 from bora_fl import __version__
 from bora_fl.config import ConfigError, Scalar, Settings
-from bora_fl.config.settings import Positive
+from bora_fl.config.groups import Positive
 from bora_fl.wire.refusals import Code, Refused
 
 Mode = Literal["none", "record", "client", "local"]

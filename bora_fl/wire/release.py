@@ -23,7 +23,7 @@ PUBLIC = "no function of the records"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Release:
+class _Common:
     """Common to all modes.
 
     Attributes:
@@ -46,7 +46,7 @@ class Release:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainRelease(Release):
+class PlainRelease(_Common):
     """``none``: the trained state and what was measured, all of it exact; the site's policy may withhold numbers."""
 
     mode = "none"
@@ -61,7 +61,7 @@ class PlainRelease(Release):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientRelease(Release):
+class ClientRelease(_Common):
     """``client``: the trained state, exact, for a trusted server; numbers only where the site's policy names them.
 
     Attributes:
@@ -80,7 +80,7 @@ class ClientRelease(Release):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordRelease(Release):
+class RecordRelease(_Common):
     """``record``: what DP-SGD has trained.
 
     Attributes:
@@ -96,7 +96,7 @@ class RecordRelease(Release):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalRelease(Release):
+class LocalRelease(_Common):
     """``local``: the noised update.
 
     Attributes:
@@ -182,5 +182,5 @@ class GramRelease:
         return RecordDict({GRAMS: to_arrays(self.grams)})
 
 
-def _named(release: "Release | EvaluationRelease | StatisticsRelease | HeadLossesRelease") -> dict[str, Any]:
+def _named(release: "_Common | EvaluationRelease | StatisticsRelease | HeadLossesRelease") -> dict[str, Any]:
     return {f.name.replace("_", "-"): getattr(release, f.name) for f in fields(release)}

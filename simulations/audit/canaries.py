@@ -18,8 +18,7 @@ from torch import Tensor
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import learning_rate_factor, train
-from bora_fl.config import ConfigError, Settings
-from bora_fl.config.settings import HeadSettings
+from bora_fl.config import ConfigError, HeadSettings, Settings
 from bora_fl.data import Encoded
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel

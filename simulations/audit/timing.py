@@ -17,8 +17,7 @@ from scipy.stats import rankdata
 
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
-from bora_fl.config import Settings
-from bora_fl.config.settings import HeadSettings
+from bora_fl.config import HeadSettings, Settings
 from bora_fl.data import Encoded
 from bora_fl.paths import state_in
 from bora_fl.simulations.audit.canaries import EVERYTHING, concatenate, make_canaries, vocabulary

@@ -15,7 +15,7 @@ from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.accounting import epsilon
 from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.schema import REPLY
 
 

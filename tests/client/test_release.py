@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from bora_fl.client.app import app
 from bora_fl.privacy.policy import Metric, Mode
 from bora_fl.simulations.engine import InProcessGrid, simulate
-from bora_fl.strategies.base import RunFailedError
+from bora_fl.strategies.observer import RunFailedError
 from bora_fl.wire.refusals import Code, Refusal
 from bora_fl.wire.release import NAMED, EvaluationRelease, GramRelease, Release
 from bora_fl.wire.schema import METRICS, REPLY, refusal
