@@ -96,7 +96,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, bool | int | float | str]:
-    """A run config of three short rounds over the three domains, from a random head."""
+    """A run config of three short rounds over the three domains, from a random head to the last round's adapter."""
     return {
         "model.name": str(tiny_model),
         "model.max-length": 16,
@@ -105,6 +105,7 @@ def tiny_config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, 
         "adapter.alpha": 4.0,
         "data.name": str(tiny_data),
         "head.init": "random",
+        "run.keep-best": False,
         "train.local-steps": 4,
         "train.batch-size": 8,
         "train.learning-rate": 0.02,

@@ -233,6 +233,10 @@ def _read_json(settings: ModelSettings, name: str) -> Any:
             _raise_exceptions_for_missing_entries=False,
         )
     except OSError as error:
+        if settings.name.startswith(("/", ".", "~")):
+            raise ConfigError(
+                f"model.name = {settings.name!r}: there is no such folder; name one, or a hub id"
+            ) from error
         raise ConfigError(
             f"model.pooling = 'auto': whether {settings.name!r} is a sentence encoder cannot be looked up ({error}); "
             "set model.pooling to mean, cls or last, or model.name to a local folder"

@@ -16,7 +16,7 @@ from bora_fl.privacy.accounting import epsilon
 from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.observer import RunFailedError
-from bora_fl.wire.schema import REPLY
+from bora_fl.wire.schema import REPLY, SCHEMA
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_exact_scores_are_refused_at_the_site(mode: str, private):
     context = Context(1, 2, {"partition-id": 0, "num-partitions": 1}, RecordDict(), private | {"privacy.mode": mode})
     reply = job.perform("evaluate", RecordDict(), context)
     assert {k: v for k, v in reply.config_records[REPLY].items() if k != "error-id"} == {
-        "schema": 2,
+        "schema": SCHEMA,
         "refused": "evaluation-withheld",
     }
     assert not reply.metric_records

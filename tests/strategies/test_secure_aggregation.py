@@ -21,8 +21,8 @@ from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
 from bora_fl.strategies.secure_aggregation import quantization_bits, secure_mean
-from bora_fl.wire.records import to_arrays
-from bora_fl.wire.schema import METRICS, STATE
+from bora_fl.wire.records import Instruction, to_arrays
+from bora_fl.wire.schema import INSTRUCTION, METRICS, STATE
 
 LINEAR = sorted(name for name, row in PRESETS.items() if row.linear)
 MASKED = PrivacySettings(secure_aggregation=True)
@@ -82,9 +82,9 @@ def secure_means(
         return Message(answer(message, context, settings, trained), reply_to=message)
 
     grid = InProcessGrid(app, len(updates), settings.flat())
-    messages = [
-        Message(RecordDict({STATE: zeros}), dst_node_id=node, message_type="train") for node in grid.get_node_ids()
-    ]
+    parts = frozenset({"A", "B", "tensors"})
+    asked = {STATE: zeros, INSTRUCTION: Instruction(1, "run", parts, parts, False).record()}
+    messages = [Message(RecordDict(asked), dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
     found = secure_mean(
         grid, messages, settings.privacy, round=1, max_weight=settings.privacy.max_examples, timeout=60.0
     )
