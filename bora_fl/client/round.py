@@ -95,10 +95,9 @@ def train_round(
     mode = site.settings.privacy.mode
     if policy and mode in PROTECTED:
         _warn_of_overlap(site, policy)
-    train_by: Callable[[_Round], Release] = {"record": _train_by_record, "local": _train_locally}.get(
-        mode, _train_openly
-    )
-    release: Release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
+    by_mode: dict[str, Callable[[_Round], Release]] = {"record": _train_by_record, "local": _train_locally}
+    train_by = by_mode.get(mode, _train_openly)
+    release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
     reply = leave(release, sent, received, instruction, site.settings, who, memory)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
