@@ -21,7 +21,8 @@ def upstream_peft() -> Path:
         with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
             _pip("download", "--no-deps", "--no-binary", ":all:", "-d", scratch, f"peft=={version}")
             with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
-                archive.extractall(scratch, filter="data")
+                safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 has it
+                archive.extractall(scratch, **safely)
             if not target.exists():
                 os.replace(Path(scratch) / target.name, target)
     return target / "tests"
