@@ -19,6 +19,12 @@ BAD = ["bad", "awful", "sad", "poor", "wrong"]
 PLAIN = ["the", "a", "film", "book", "phone", "was", "is", "very", "it", "and"]
 
 
+@pytest.fixture(autouse=True)
+def any_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's command, run in this process, lets it import installed extensions alone for good."""
+    monkeypatch.setattr("bora_fl.config.extensions._installed_only", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test writes ledgers or audit logs to the user's own state folder."""
