@@ -126,7 +126,12 @@ def solve(
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
     if secure:
         found = secure(sent)
-        sums, clients, rejected, up = _unmasked(found, shape, most), len(found.nodes), found.rejected(), found.bytes_up
+        sums, clients, rejected, up = (
+            _unmasked(found, shape, most, exact),
+            len(found.nodes),
+            found.rejected(),
+            found.bytes_up,
+        )
     else:
         replies = exchange(sent)
         sums, clients, rejected = total(replies, shape, round, max_ratio=ratio, noise_multiplier=noise)
@@ -211,12 +216,17 @@ def total(
     return functools.reduce(operator.add, found.values()) if found else None, len(found), rejected
 
 
-def _unmasked(found: SecureMean, shape: Sequence[int], max_examples: int) -> ClassSums | None:
-    """The clients' sums, from the mean of their vectors in units of `max_examples`."""
+def _unmasked(found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool) -> ClassSums | None:
+    """The clients' sums, from the mean of their vectors in units of `max_examples`; exact counts are whole numbers."""
     if found.mean is None or not found.nodes:
         return None
     vector = torch.from_numpy(found.mean[0]) * (len(found.nodes) * max_examples)
-    return ClassSums.from_vector(vector, shape[0], shape[1])
+    sums = ClassSums.from_vector(vector, shape[0], shape[1])
+    if not exact:
+        return sums
+    # Masking rounds at random: what is left of a class that nobody has would count as one with tiny shares.
+    counts = sums.counts.round().clamp(min=0)
+    return replace(sums, counts=counts, sums=torch.where(counts[:, None] > 0, sums.sums, 0.0))
 
 
 def candidates(

@@ -22,6 +22,7 @@ from bora_fl.strategies.head import HeadLayout, Solved, solve
 from bora_fl.strategies.intake import Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
+from bora_fl.strategies.screening import credible
 from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import Instruction, size, to_arrays
@@ -356,7 +357,8 @@ class Rounds:
     def _note(self, number: int, metrics: Mapping[int, ClientMetrics]) -> Best | None:
         """Keep what clients have evaluated, if it is the best so far; the best so far."""
         if self._keeps_best:
-            found = Best.of(number, self.state.current, metrics, self.state.fold_version)
+            ratio = self.settings.strategy.max_weight_ratio
+            found = Best.of(number, self.state.current, credible(metrics, ratio), self.state.fold_version)
             if found and found.beats(self.state.best):
                 self.state = replace(self.state, best=found)
         return self.state.best

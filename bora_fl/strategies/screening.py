@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from bora_fl.config import StrategySettings
+from bora_fl.report import ClientMetrics
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.layer_merge import ALL, Trains
 from bora_fl.strategies.products import gram_of_changes
@@ -105,3 +106,9 @@ def _worse(
         for client, after in found.items()
         if not after <= before + increase
     }
+
+
+def credible(metrics: Mapping[int, ClientMetrics], max_ratio: float) -> dict[int, ClientMetrics]:
+    """What clients report of their held-out parts, less those that claim more examples than `heavy` allows."""
+    liars = heavy({client: m.eval_examples or 0.0 for client, m in metrics.items() if m.eval_examples}, max_ratio)
+    return {client: m for client, m in metrics.items() if client not in liars}

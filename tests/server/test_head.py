@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -16,6 +17,7 @@ from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.strategies import head as strategy_head
 from bora_fl.strategies.head import LOSSES, STATISTICS, HeadLayout
 from bora_fl.strategies.observer import RunFailedError
+from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import HEADS, METRICS, REPLY
 
@@ -315,3 +317,11 @@ def test_under_secure_aggregation_the_head_is_that_of_the_sum_and_no_sum_is_seen
         simulate(plain, 3)
         summed, expected = (sums.to_vector() for sums in solved_from)
         assert float((summed - expected).abs().max()) < 1e-4  # of sums over 216 examples
+
+
+def test_a_class_that_nobody_has_is_none_after_masking_either():
+    found = SecureMean([np.array([7.2e-5, -1e-9, 0.3, 3e-9, 0.5])], frozenset({1, 2}), {}, 0)
+    sums = strategy_head._unmasked(found, (2, 1), 10_000, exact=True)
+    assert sums is not None
+    assert sums.counts.tolist() == [1.0, 0.0]
+    assert sums.sums.flatten().tolist() == [6000.0, 0.0]

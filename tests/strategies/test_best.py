@@ -9,6 +9,7 @@ from bora_fl.report import ClientMetrics, read_rows, training_rows
 from bora_fl.simulations.engine import round_of, simulate
 from bora_fl.state import AdapterState
 from bora_fl.strategies.best import Best
+from bora_fl.strategies.screening import credible
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import from_arrays, to_arrays
 from bora_fl.wire.schema import STATE
@@ -33,6 +34,13 @@ def test_losses_are_compared_over_the_examples_that_both_rounds_have():
     assert not best(2, (7, 0.0, 9999)).beats(first)
     assert best(2, (0, 9.0, 10), fold_version=1).beats(first)
     assert Best.of(3, ADAPTER, {0: ClientMetrics(train_loss=1.0)}) is None
+
+
+def test_a_client_that_claims_a_million_examples_does_not_choose_the_round():
+    claims = {0: 10.0, 1: 12.0, 2: 1e6}
+    metrics = {k: ClientMetrics(eval_loss=0.1, eval_accuracy=0.5, eval_examples=n) for k, n in claims.items()}
+    assert credible(metrics, 1000.0).keys() == {0, 1}
+    assert credible(metrics, 0.0) == metrics
 
 
 def test_it_survives_a_checkpoint():
