@@ -20,7 +20,8 @@ def residual(merged: BlockFactors | BlockCores, fit: BlockFactors, budget: int) 
     Args:
         merged: The update that was fitted.
         fit: Its fit, of the same shape and block count.
-        budget: Rank of the result at most, at least 1. With as much as `merged.rank + fit.rank` nothing is lost.
+        budget: Rank of the result at most, at least 1; no more than the smaller side is used. With as much as
+            `merged.rank + fit.rank` nothing is lost.
 
     Returns:
         Factors with `merged ≈ fit + residual` and scaling 1, in the dtype of `merged`.
@@ -39,6 +40,7 @@ def residual(merged: BlockFactors | BlockCores, fit: BlockFactors, budget: int) 
             return rest.to(dtype)
     else:
         rest = add_up([merged, unit])
+    budget = min(budget, *fit.shape)  # no matrix has a higher rank, and components of nothing have no direction
     whole = compressed(rest)
     svd = leading_svd(whole.target, budget)
     B = whole.rows.expand(svd.left).reshape(-1, budget)

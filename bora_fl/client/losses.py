@@ -13,6 +13,11 @@ arXiv:2007.07314; FedLC, which has n_c^(-1/4) in the place of the share: Zhang e
 with p the shares over all clients. Where they are known, the best logits are those of a central model, and training
 from such a model moves nothing that the client's shares alone would move. The floor φ leaves a gradient to classes
 that the client does not have, as FedRS does (Li, Zhan, KDD 2021): with φ = 0 and a single class there is none at all.
+
+**Forgetting of what the others know.** Not-true distillation (FedNTD; Lee, Jeong, Shin, Bae, Yun, NeurIPS 2022,
+arXiv:2106.03395) leaves an example's own class out and holds the others' odds where the received model has them:
+
+    loss = CE(logits) + β KL(p̃ ‖ q̃),    p̃, q̃: softmax over the classes but the label, of the received model and of this
 """
 
 from collections.abc import Sequence
@@ -51,6 +56,23 @@ def prior_shift(
     mixed = (1 - floor) * own / max(len(classes), 1) + floor * everywhere
     ratio = torch.where(everywhere > 0, mixed / everywhere, torch.ones_like(mixed))
     return (strength * ratio.log()).float()
+
+
+def not_true_divergence(logits: Tensor, received: Tensor, labels: Tensor) -> Tensor:
+    """``KL(p̃ ‖ q̃)`` of FedNTD at temperature 1.
+
+    Args:
+        logits: ``[N, C]`` of the model that trains, C at least 2.
+        received: ``[N, C]`` of the model that the round started from.
+        labels: ``[N]``.
+
+    Returns:
+        ``[N]`` float32, 0 where both models agree on the odds of the classes that are not the label.
+    """
+    own = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
+    others = (len(labels), logits.shape[-1] - 1)
+    q, p = (z.float()[~own].view(others).log_softmax(-1) for z in (logits, received))
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:

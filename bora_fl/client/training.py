@@ -1,15 +1,17 @@
 """One client's local training: AdamW or SGD on what the round trains, and nothing else."""
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bora_fl.client.losses import not_true_divergence
 from bora_fl.config import TrainSettings
 from bora_fl.data import Encoded, draw_batches
 from bora_fl.device import autocast, settle
@@ -46,11 +48,18 @@ def learning_rate_factor(settings: TrainSettings, round: int, num_rounds: int) -
 
 
 def make_optimizer(model: FederatedModel, settings: TrainSettings, factor: float) -> torch.optim.Optimizer:
-    """The round's optimizer over what trains now; a head may have a learning rate of its own."""
+    """The round's optimizer over what trains now; B and the head may have learning rates of their own.
+
+    A rate for B that is a multiple of A's is LoRA+ (Hayou, Ghosh, Yu, ICML 2024, arXiv:2402.12354).
+    """
     rate = settings.learning_rate * factor
     head_rate = (settings.head_learning_rate or settings.learning_rate) * factor
-    body = model.factor_parameters() + model.other_parameters()
-    groups = [{"params": body, "lr": rate}, {"params": model.head_parameters(), "lr": head_rate}]
+    body = model.factor_parameters(frozenset({"A", "sigma"})) + model.other_parameters()
+    groups = [
+        {"params": body, "lr": rate},
+        {"params": model.factor_parameters(frozenset({"B"})), "lr": rate * settings.b_learning_rate_ratio},
+        {"params": model.head_parameters(), "lr": head_rate},
+    ]
     groups = [group for group in groups if group["params"]]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
@@ -79,7 +88,7 @@ def train(
     Args:
         model: Holds the received state; is trained in place.
         data: The client's training examples.
-        settings: Steps, batches, optimizer, clipping, FedProx.
+        settings: Steps, batches, optimizer, clipping, FedProx, FedNTD.
         factor: Share of the learning rate, from `learning_rate_factor`.
         seed: Seeds the batches and dropout.
         shift: ``[C]``, added to the logits (`losses.prior_shift`).
@@ -94,7 +103,7 @@ def train(
     optimizer = make_optimizer(model, settings, factor)
     anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     steps = num_steps(settings, len(data))
-    batches = draw_batches(
+    drawn = draw_batches(
         len(data),
         settings.batch_size,
         steps * settings.accumulation,
@@ -102,11 +111,16 @@ def train(
         data.lengths,
         settings.length_bucket,
     )
+    batches: Iterator[dict[str, Tensor]] = (data.batch(indices) for indices in drawn)
+    received: Iterator[Tensor] = iter(())
+    if settings.not_true_distillation:
+        kept = list(itertools.islice(batches, steps * settings.accumulation))
+        batches, received = iter(kept), iter(_logits(model, kept, settings))
     torch.manual_seed(seed)
     model.model.train()
     total, examples = 0.0, 0
     for step in range(1, steps + 1):
-        parts = [data.batch(next(batches)) for _ in range(settings.accumulation)]
+        parts = [next(batches) for _ in range(settings.accumulation)]
         targets = sum(_num_targets(part["labels"]) for part in parts)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
@@ -118,7 +132,11 @@ def train(
                 logits = model.model(**batch).logits
             if shift is not None:
                 logits = logits + shift.to(logits.device)
-            part_loss = example_losses(logits, labels)[0].sum() / max(targets, 1)
+            losses = example_losses(logits, labels)[0]
+            if settings.not_true_distillation:
+                apart = not_true_divergence(logits, next(received), labels)
+                losses = losses + settings.not_true_distillation * apart
+            part_loss = losses.sum() / max(targets, 1)
             part_loss.backward()  # type: ignore[no-untyped-call]
             loss += part_loss.item()
         if not math.isfinite(loss):
@@ -136,6 +154,18 @@ def train(
         if on_step:
             on_step(step, steps)
     return TrainResult(total / steps, steps, examples, time.perf_counter() - started)
+
+
+def _logits(model: FederatedModel, batches: Sequence[Mapping[str, Tensor]], settings: TrainSettings) -> list[Tensor]:
+    """The model's logits of each batch as it is now, without dropout."""
+    device = settle(model.model)
+    model.model.eval()
+    found = []
+    with torch.no_grad(), autocast(device, settings.precision):
+        for batch in batches:
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+            found.append(model.model(**inputs).logits.float())
+    return found
 
 
 def _num_targets(labels: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AliasGenerator, BaseModel, ConfigDict, Field
+from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Scalar = bool | int | float | str
 
@@ -100,14 +100,20 @@ class HeadSettings(Group):
     init: Literal["auto", "closed-form", "random"] = Field(
         "auto", description="closed-form: solved before round 1 from sums over all examples; auto: where that can be"
     )
-    solve_again: Literal["end", "never"] = Field(
+    solve_again: Annotated[str, BeforeValidator(str), Field(pattern=r"^(end|never|[1-9]\d{0,5})$")] = Field(
         "end",
-        description="solve it again on the adapted features after the last merge, and keep what has the least "
-        "held-out loss: the trained head, the solved one, or their mean (privacy.mode = none)",
+        description="never, end or N: solve it again on the adapted features after the last merge, or after every Nth "
+        "and the last, and keep what has the least held-out loss: the trained head, the solved one at some scale of "
+        "the logits, or their mean (privacy.mode = none)",
     )
     budget_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of privacy.epsilon that the sums are released with (privacy.mode = record)"
     )
+
+    def solves_after(self, round: int, *, last: bool) -> bool:
+        """Whether ``solve-again`` names this round."""
+        every = int(self.solve_again) if self.solve_again.isdigit() else 0
+        return self.solve_again != "never" and (last or (every > 0 and round % every == 0))
 
 
 class DataSettings(Group):
@@ -160,6 +166,7 @@ class TrainSettings(Group):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer, fresh each round")
     learning_rate: Positive = Field(1.5e-3, description="local learning rate in the first round")
     head_learning_rate: NonNegative = Field(0.0, description="learning rate of the trained head; 0 is learning-rate")
+    b_learning_rate_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A and Sigma")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over rounds")
     warmup_rounds: CountOrZero = Field(0, description="rounds of linear warm-up")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
@@ -173,6 +180,10 @@ class TrainSettings(Group):
     )
     label_prior_floor: Fraction = Field(
         0.1, description="share of all clients' class shares in a client's own, so that a missing class has a gradient"
+    )
+    not_true_distillation: NonNegative = Field(
+        0.0,
+        description="FedNTD's beta: holds the odds among the classes that are not an example's own (classification)",
     )
     checkpointing: bool = Field(False, description="gradient checkpointing")
     proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
@@ -202,7 +213,13 @@ class StrategySettings(Group):
     )
     sweeps: Count = Field(20, description="least-squares sweeps of a refactorization")
     residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
-    residual_rank: CountOrZero = Field(8, description="rank budget of carry and fold, per block")
+    residual_rank: CountOrZero = Field(8, description="rank budget of carry, fold and the product's momentum")
+    product_step: Fraction = Field(
+        1.0, description="share of the way from the last product to the mean product; below 1 is a moving average"
+    )
+    product_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Nesterov's momentum of the product, kept at rank residual-rank"
+    )
     threshold: Fraction = Field(0.9, description="share of the spectrum's energy kept (florist)")
     sparse_scale: NonNegative = Field(2.0, description="what fedrpca multiplies the clients' sparse part by")
     gram: Literal["blocks", "diagonal"] = Field(
@@ -282,6 +299,14 @@ class RunSettings(Group):
     evaluate_every: Count = Field(1, description="rounds between evaluations; the last is always evaluated")
     keep_best: bool = Field(
         True, description="end with the round of least held-out loss (privacy.mode = none, all clients each round)"
+    )
+    patience: CountOrZero = Field(
+        0, description="rounds without a lower held-out loss after which the run ends; 0 is never (needs keep-best)"
+    )
+    restart_margin: NonNegative = Field(
+        0.0,
+        description="how far the held-out loss may be above the best round's; beyond it the next round starts from "
+        "that round's adapter; 0 is any (needs keep-best)",
     )
     generate_every: CountOrZero = Field(
         0, description="rounds between generations for prompts of the central test set (causal-lm); 0 is never"

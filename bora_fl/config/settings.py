@@ -65,6 +65,8 @@ class Settings(Group):
                 f"data.packing = true with {at}: only a language model's rows can be packed, and under record-level "
                 "privacy a row is one record; set data.packing to false"
             )
+        if self.run.patience or self.run.restart_margin:
+            self._check_held_out_losses()
         if self.run.generate_every and (self.model.task != "causal-lm" or not self.data.test_split):
             lacking = f"data.test-split = {self.data.test_split!r}"
             lacking = lacking if self.model.task == "causal-lm" else f"model.task = {self.model.task!r}"
@@ -82,9 +84,15 @@ class Settings(Group):
                 f"train.label-prior = {self.train.label_prior:g} with privacy.mode = 'record': a client's class shares "
                 "would be in its loss without noise, so there is no label prior; set train.label-prior to 0"
             )
+        if self.train.not_true_distillation and self.model.task != "classification":
+            raise ValueError(
+                f"train.not-true-distillation = {self.train.not_true_distillation:g} with model.task = "
+                f"{self.model.task!r}: it compares the classes of a classifier; set train.not-true-distillation to 0"
+            )
         ignored = {
             "proximal-mu": (self.train.proximal_mu, {0.0}),
             "max-grad-norm": (self.train.max_grad_norm, {0.0, 1.0}),
+            "not-true-distillation": (self.train.not_true_distillation, {0.0}),
         }
         for key, (value, harmless) in ignored.items():
             if self.privacy.mode == "record" and value not in harmless:
@@ -148,6 +156,23 @@ class Settings(Group):
                 "kept; set a rank of 1 or more, or strategy.residual to drop"
             )
         return self
+
+    def _check_held_out_losses(self) -> None:
+        """What goes by the rounds' held-out losses needs them from all clients in every round."""
+        rules: tuple[tuple[str, Scalar, Scalar], ...] = (
+            ("run.keep-best", self.run.keep_best, True),
+            ("privacy.mode", self.privacy.mode, "none"),
+            ("privacy.secure-aggregation", self.privacy.secure_aggregation, False),
+            ("strategy.evaluate-in-train", self.strategy.evaluate_in_train, True),
+            ("strategy.fraction-train", self.strategy.fraction_train, 1.0),
+        )
+        for key, value, needed in rules:
+            if value != needed:
+                raise ValueError(
+                    f"{key} = {value!r} with run.patience = {self.run.patience}, run.restart-margin = "
+                    f"{self.run.restart_margin:g}: they go by the held-out losses of all clients; set {key} to "
+                    f"{needed!r}, or both to 0"
+                )
 
     def _check_client_privacy(self) -> None:
         """Noise at the server hides a client only if nothing else tells its update from another."""

@@ -209,9 +209,10 @@ class FederatedModel:
         """The layers with block factors, by the names that they have in the state."""
         return {name: self._layers[name] for name in self._factors}
 
-    def factor_parameters(self) -> list[nn.Parameter]:
-        """The adapter factors that train now, layer by layer."""
-        return [p for parts in self._factors.values() for p in parts.values() if p.requires_grad]
+    def factor_parameters(self, parts: frozenset[str] = frozenset({"A", "sigma", "B"})) -> list[nn.Parameter]:
+        """The adapter's factors of these parts that train now, layer by layer."""
+        factors = [item for layer in self._factors.values() for item in layer.items()]
+        return [p for part, p in factors if part in parts and p.requires_grad]
 
     def other_parameters(self) -> list[nn.Parameter]:
         """The other tensors of the adapter, or of the model, that train now."""

@@ -158,6 +158,7 @@ class Aggregator:
                 weights=weights,
                 grams=[u.grams[name] for u in chosen] if all(name in u.grams for u in chosen) else [],
                 carried=state.carried.get(name),
+                velocity=state.velocity.get(name),
             )
             for name, factors in state.current.layers.items()
         }
@@ -177,7 +178,16 @@ class Aggregator:
         fold = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
         carried = {name: layer.carried for name, layer in merges.items() if layer.carried is not None}
         version = state.fold_version + bool(fold)
-        after = replace(state, current=current, carried=carried, fold=fold, fold_version=version, optimizer=optimizer)
+        velocity = {name: layer.velocity for name, layer in merges.items() if layer.velocity is not None}
+        after = replace(
+            state,
+            current=current,
+            carried=carried,
+            velocity=velocity,
+            fold=fold,
+            fold_version=version,
+            optimizer=optimizer,
+        )
         return after, report
 
     def summary(self) -> str:
@@ -203,6 +213,8 @@ class Aggregator:
         if row.fits:
             rank = "" if settings.residual == "drop" else f", at most rank {settings.residual_rank}"
             lines.append(f"  residual: {settings.residual}{rank}")
+            if settings.product_step < 1 or settings.product_momentum:
+                lines.append(f"  product: step {settings.product_step:g}, momentum {settings.product_momentum:g}")
         if settings.robust != "none":
             lines.append(f"  robust rule: {settings.robust}, {settings.byzantine} clients assumed bad")
             if settings.robust in {"krum", "multi-krum"}:
@@ -278,6 +290,16 @@ def build(settings: Settings) -> Aggregator:
             "it leaves no residual to keep; set strategy.residual to drop, or strategy.name to refactor",
         ),
         (
+            not row.fits and (strategy.product_step < 1 or strategy.product_momentum > 0),
+            f"strategy.product-step = {strategy.product_step:g}, product-momentum = {strategy.product_momentum:g}",
+            "it makes no product of the adapter's rank; set them to 1 and 0, or strategy.name to refactor",
+        ),
+        (
+            strategy.product_momentum > 0 and strategy.residual_rank == 0,
+            "strategy.residual-rank = 0",
+            f"product-momentum = {strategy.product_momentum:g} is kept at that rank; set it to 1 or more",
+        ),
+        (
             strategy.server_optimizer != "none" and row.no_server_optimizer,
             f"strategy.server-optimizer = {strategy.server_optimizer!r}",
             row.no_server_optimizer + "; set it to none",
@@ -346,7 +368,7 @@ def _report(rounds: Mapping[str, LayerRound], merges: Mapping[str, LayerMerge]) 
         combinations["error"] = [1.0, 0.0, *[-1.0] * len(parts)]
         for part in parts.keys() & squares.keys():
             combinations[part] = [0.0, 0.0, *[float(part == other) for other in parts]]
-        norms = sizes([layer.mean_product(), layer.current, *parts.values()], list(combinations.values()))
+        norms = sizes([layer.next_product(), layer.current, *parts.values()], list(combinations.values()))
         for quantity, norm in zip(combinations, norms, strict=True):
             squares[quantity] += norm**2
     report = {name: math.sqrt(square) for name, square in squares.items() if name.endswith("_norm")}

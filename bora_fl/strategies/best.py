@@ -43,14 +43,18 @@ class Best:
         return cls(round, adapter, measured, fold_version) if measured else None
 
     def beats(self, other: "Best | None") -> bool:
-        """Whether its loss is lower than another's, over the examples of those clients that measured both.
+        """Whether its loss is lower than another's.
 
         Another's that stands on other frozen weights is beaten, since it cannot be gone back to.
         """
-        if other is None or other.fold_version != self.fold_version:
-            return True
+        return other is None or other.fold_version != self.fold_version or self.excess(other) < 0
+
+    def excess(self, other: "Best") -> float:
+        """By how much its mean loss is above another's, over the examples of those clients that measured both."""
         both = self.measured.keys() & other.measured.keys()
-        return sum(self.measured[k][2] * (self.measured[k][0] - other.measured[k][0]) for k in both) < 0
+        examples = sum(self.measured[k][2] for k in both)
+        difference = sum(self.measured[k][2] * (self.measured[k][0] - other.measured[k][0]) for k in both)
+        return difference / examples if examples else 0.0
 
     def metrics(self) -> dict[int, ClientMetrics]:
         """Client to what it measured."""

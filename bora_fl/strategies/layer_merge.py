@@ -26,6 +26,7 @@ class LayerRound:
         rank: The global adapter's rank in this layer.
         grams: One Gram matrix of the layer's inputs per update (`bora_fl.blocks.gram`); empty where any has none.
         carried: What an earlier round's rank could not hold, if it is kept on the server.
+        velocity: The product's velocity after the last round, if there is one.
         sigma_transform: `"exp_norm"` (Sigma must stay positive with `mean|log Sigma| = 1`) or `"identity"`.
         settings: The strategy's settings.
         seed: Seed of this layer in this round.
@@ -38,6 +39,7 @@ class LayerRound:
     weights: Sequence[float] = ()
     grams: Sequence[Tensor] = ()
     carried: BlockFactors | None = None
+    velocity: BlockFactors | None = None
     sigma_transform: str = "exp_norm"
     settings: StrategySettings = field(default_factory=StrategySettings)
     seed: int = 0
@@ -47,6 +49,25 @@ class LayerRound:
         extra = [] if self.carried is None else [self.carried]
         return merge([*self.updates, *extra], [*self.weights, *[1.0] * len(extra)])
 
+    def next_product(self) -> BlockFactors:
+        """Where a step from the received product `X` towards `M` leads, stacked; `M` itself by default.
+
+        With `Δ = M − X`, a = ``strategy.product-step`` and β = ``strategy.product-momentum``, Nesterov's momentum on
+        the product (as server momentum: Hsu et al., arXiv:1909.06335; the look-ahead: Sutskever et al., ICML 2013):
+
+            V ← β V + Δ,    X ← X + a (Δ + β V)
+
+        β = 0 is the moving average `a M + (1 − a) X`.
+        """
+        a, beta = self.settings.product_step, self.settings.product_momentum
+        if a == 1 and beta == 0:
+            return self.mean_product()
+        reach = a * (1 + beta)
+        factors, weights = [self.mean_product(), self.current], [reach, 1 - reach]
+        if self.velocity is not None:
+            factors, weights = [*factors, self.velocity], [*weights, a * beta**2]
+        return merge(factors, weights)
+
 
 class LayerMerge(NamedTuple):
     """The outcome of one layer.
@@ -55,11 +76,13 @@ class LayerMerge(NamedTuple):
         current: What the clients receive next.
         carried: What the server keeps and adds to the next merge.
         fold: The base delta: what the clients add to the frozen weight before they train on `current`.
+        velocity: The product's velocity, for the next merge.
     """
 
     current: BlockFactors
     carried: BlockFactors | None = None
     fold: BlockFactors | None = None
+    velocity: BlockFactors | None = None
 
 
 LayerRule = Callable[[LayerRound], LayerMerge]

@@ -12,7 +12,7 @@ _ROUNDING = 8  # singular values below this many units of rounding are zero
 
 
 def refactor(layer: LayerRound) -> LayerMerge:
-    """Fit block factors of the adapter's rank to the mean of the products (ours).
+    """Fit block factors of the adapter's rank to the mean of the products, or to `LayerRound.next_product` (ours).
 
     `min over (B, Sigma, A) of Σ_ij ‖M_ij − B_i diag(Sigma_ij) A_j‖²` with `M = Σ_k w_k delta_W^k`, started from the
     factor mean and so never worse than it. For one block this is the truncated SVD of M. With
@@ -52,7 +52,7 @@ def florist(layer: LayerRound) -> LayerMerge:
 def block_fit(layer: LayerRound) -> BlockFactors:
     """The best block factors of the adapter's rank, warm-started from the factor mean, in canonical form."""
     return refactorize(
-        layer.mean_product(),
+        layer.next_product(),
         layer.rank,
         start=padded(factor_mean(layer.updates, layer.weights), layer.rank),
         sigma_transform=layer.sigma_transform,
@@ -77,12 +77,23 @@ def truncated_svd(layer: LayerRound) -> BlockFactors:
 
 
 def keep_rest(layer: LayerRound, fit: BlockFactors) -> LayerMerge:
-    """Drop, carry or send as a base delta what the fit does not hold, within the rank budget."""
-    mode, target = layer.settings.residual, layer.mean_product()
+    """Drop, carry or send as a base delta what the fit does not hold, and keep the velocity, within the rank budget."""
+    mode, target, velocity = layer.settings.residual, layer.next_product(), _velocity(layer)
     if mode == "drop" or size(merge([target, fit], [1.0, -1.0])) <= negligible(target):
-        return LayerMerge(fit)
+        return LayerMerge(fit, velocity=velocity)
     rest = residual(target, fit, layer.settings.residual_rank)
-    return LayerMerge(fit, carried=rest) if mode == "carry" else LayerMerge(fit, fold=rest)
+    carried, fold = (rest, None) if mode == "carry" else (None, rest)
+    return LayerMerge(fit, carried, fold, velocity)
+
+
+def _velocity(layer: LayerRound) -> BlockFactors | None:
+    """``V ← β V + M − X`` of `LayerRound.next_product`, cut to the rank budget; None without momentum."""
+    beta = layer.settings.product_momentum
+    if beta == 0:
+        return None
+    before = [] if layer.velocity is None else [layer.velocity]
+    target = merge([layer.mean_product(), *before], [1.0, *[beta] * len(before)])
+    return residual(target, layer.current, layer.settings.residual_rank)
 
 
 def negligible(target: BlockFactors) -> float:

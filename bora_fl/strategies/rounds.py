@@ -24,6 +24,7 @@ from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
 from bora_fl.strategies.screening import credible
 from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
+from bora_fl.strategies.server_optimizers import OptimizerState
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import Instruction, size, to_arrays
 from bora_fl.wire.schema import INSTRUCTION
@@ -65,7 +66,7 @@ class Rounds:
         self.state = ServerState.start(AdapterState())
         self.folds: Deltas = []
         self._downlink = Downlink()
-        self._asked = 0
+        self._asked, self._ended = 0, False
         self._train_config, self._evaluate_config = ConfigRecord(), ConfigRecord()
         self._keeps_best = keeps_best(settings, self.aggregator.shares())
         self._privacy = ClientPrivacy.build(settings, self.aggregator.linear)
@@ -102,6 +103,8 @@ class Rounds:
             self.observer.on_start(self.nodes.num_partitions)
             usable = first_round > 1
             for number in range(first_round, self.settings.run.num_rounds + 1):
+                if self._ended or self._is_over(number - 1):
+                    break
                 report = self.round(grid, number) if number else self.round_zero(grid)
                 usable |= report.clients > 0
                 if not usable and (number or not self.settings.run.num_rounds):
@@ -149,22 +152,29 @@ class Rounds:
         else:
             intake = self.take_in(number, exchange(grid, messages, timeout))
         self._downlink.settle(intake.accepted, intake.held)
-        self._note(number - 1, intake.metrics)
-        # 3. Merge them.
-        merged = self.merge(number, intake, self._asked)
+        best, excess = self._note(number - 1, intake.metrics)
+        # 3. Merge them, unless what they started from was so much worse than the best round that it starts again there.
+        kept = number
+        if best and 0 < self.settings.run.restart_margin < excess:
+            log.warning(
+                "the adapter of round %d has %.3f more loss than that of round %d, which comes back",
+                *(number - 1, excess, best.round),
+            )
+            merged, kept = Merged(_restarted(self.state, best)), best.round
+        else:
+            merged = self.merge(number, intake, self._asked)
         self._advance(merged.state)
-        # 4. Solve the head again after the last merge.
-        last = number == self.settings.run.num_rounds
-        solved = self.solve_head(grid, number) if last and self._solves_again else Solved(self.state)
+        # 4. Solve the head again, after the last merge by default.
+        last = self._ended = number == self.settings.run.num_rounds or self._is_over(number)
+        again = self._may_solve_again and self.settings.head.solves_after(number, last=last)
+        solved = self.solve_head(grid, number) if again else Solved(self.state)
         self._advance(solved.state)
         # 5. Evaluate the result, and go back to an earlier one that did better.
         measured, rejected = self._evaluate_on_clients(grid, number, last)
-        if last and (best := self._note(number, measured)) and best.round < number:
+        if last and (best := self._note(number, measured)[0]) and best.round < number:
             log.info("the adapter of round %d has the least held-out loss, and is kept", best.round)
             self._advance(replace(self.state, current=best.adapter))
             measured, kept = best.metrics(), best.round
-        else:
-            kept = number
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.
         _warn(number, intake.rejected | rejected)
@@ -297,10 +307,9 @@ class Rounds:
         return Sent(server_round, self.state, parts, self.nodes.partition, self.aggregator.gram)
 
     @property
-    def _solves_again(self) -> bool:
-        settings = self.settings
-        wanted = settings.head.solve_again == "end" and settings.privacy.mode == "none"
-        return self.head is not None and wanted and "tensors" in self.aggregator.shares()
+    def _may_solve_again(self) -> bool:
+        shared = "tensors" in self.aggregator.shares()
+        return self.head is not None and self.settings.privacy.mode == "none" and shared
 
     def solve_head(self, grid: Grid, server_round: int) -> Solved:
         """Solve the classification head from the clients' sums, if the settings and the model have one to solve."""
@@ -354,20 +363,33 @@ class Rounds:
         self._downlink.forget(map(int, rejected))
         return measured, rejected
 
-    def _note(self, number: int, metrics: Mapping[int, ClientMetrics]) -> Best | None:
-        """Keep what clients have evaluated, if it is the best so far; the best so far."""
-        if self._keeps_best:
-            ratio = self.settings.strategy.max_weight_ratio
-            found = Best.of(number, self.state.current, credible(metrics, ratio), self.state.fold_version)
-            if found and found.beats(self.state.best):
-                self.state = replace(self.state, best=found)
-        return self.state.best
+    def _note(self, number: int, metrics: Mapping[int, ClientMetrics]) -> tuple[Best | None, float]:
+        """Keep what clients have evaluated, if it is the best so far; the best so far, and how far this is above it."""
+        if not self._keeps_best:
+            return None, 0.0
+        ratio = self.settings.strategy.max_weight_ratio
+        found = Best.of(number, self.state.current, credible(metrics, ratio), self.state.fold_version)
+        if found is None or self.state.best is None or found.beats(self.state.best):
+            self.state = replace(self.state, best=found or self.state.best)
+            return self.state.best, 0.0
+        return self.state.best, found.excess(self.state.best)
+
+    def _is_over(self, number: int) -> bool:
+        """Whether an evaluated round is the last before its time, since ``run.patience`` rounds had no lower loss."""
+        run, best = self.settings.run, self.state.best
+        tired = bool(run.patience and best and number - 1 - best.round >= run.patience)
+        return tired and self._keeps_best and run.evaluates(number)
 
     def _advance(self, state: ServerState) -> None:
         """Go on with a state, and keep its base delta if it is a new one."""
         if state.fold_version > self.state.fold_version:
             self.folds.append(flatten_deltas(state.fold))
         self.state = state
+
+
+def _restarted(state: ServerState, best: Best) -> ServerState:
+    """The best round's adapter; what the server kept of the rounds since does not belong to it."""
+    return replace(state, current=best.adapter, carried={}, velocity={}, optimizer=OptimizerState())
 
 
 def _warn(round: int, rejected: Mapping[str, str]) -> None:

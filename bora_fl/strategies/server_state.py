@@ -12,7 +12,8 @@ from bora_fl.state import AdapterState, flatten, flatten_factors, unflatten, unf
 from bora_fl.strategies.best import Best
 from bora_fl.strategies.server_optimizers import OptimizerState
 
-_CURRENT, _CARRIED, _RANK, _OPTIMIZER, _PRIVACY = "current/", "carried/", "memory/rank/", "memory/", "memory/privacy/"
+_CURRENT, _CARRIED, _VELOCITY = "current/", "carried/", "velocity/"
+_RANK, _OPTIMIZER, _PRIVACY = "memory/rank/", "memory/", "memory/privacy/"
 _BEST, _SHARES = "best/", "memory/class-shares"
 
 
@@ -24,6 +25,7 @@ class ServerState:
         current: What clients receive next.
         ranks: Layer to the global adapter's rank, which a strategy may leave for a while.
         carried: Layer to the residual kept on the server.
+        velocity: Layer to the product's velocity (``strategy.product-momentum``).
         fold: Layer to the base delta of this version, which clients add to their frozen weights before they train on
             `current`.
         fold_version: Increases by one with each non-empty base delta.
@@ -36,6 +38,7 @@ class ServerState:
     current: AdapterState
     ranks: Mapping[str, int] = field(default_factory=dict)
     carried: Mapping[str, BlockFactors] = field(default_factory=dict)
+    velocity: Mapping[str, BlockFactors] = field(default_factory=dict)
     fold: Mapping[str, BlockFactors] = field(default_factory=dict)
     fold_version: int = 0
     optimizer: OptimizerState = field(default_factory=OptimizerState)
@@ -56,11 +59,11 @@ class ServerState:
         """The state without its base delta, of which a run keeps every version.
 
         Returns:
-            `current/…`, `carried/…` and `best/…` as in `bora_fl.state`, and under `memory/`: `rank/<layer>`,
-            `first/<coordinate>` and `second/<coordinate>` (the moments), `class-shares`, `privacy/…`.
+            `current/…`, `carried/…`, `velocity/…` and `best/…` as in `bora_fl.state`, and under `memory/`:
+            `rank/<layer>`, `first/<coordinate>` and `second/<coordinate>` (the moments), `class-shares`, `privacy/…`.
         """
         tensors = {f"{_CURRENT}{name}": tensor for name, tensor in flatten(self.current).items()}
-        tensors |= flatten_factors(self.carried, _CARRIED)
+        tensors |= flatten_factors(self.carried, _CARRIED) | flatten_factors(self.velocity, _VELOCITY)
         tensors |= {f"{_RANK}{name}": torch.tensor(rank) for name, rank in self.ranks.items()}
         tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in self.optimizer.to_tensors().items()}
         if self.class_shares:
@@ -82,6 +85,7 @@ class ServerState:
             unflatten(_under(_CURRENT, tensors)),
             {name: int(rank) for name, rank in _under(_RANK, tensors).items()},
             unflatten_factors(tensors, _CARRIED),
+            unflatten_factors(tensors, _VELOCITY),
             fold_version=fold_version,
             optimizer=OptimizerState.from_tensors(_under(_OPTIMIZER, tensors)),
             class_shares=tuple(tensors[_SHARES].tolist()) if _SHARES in tensors else (),

@@ -52,6 +52,13 @@ def test_enough_budget_leaves_nothing_and_a_perfect_fit_leaves_zero() -> None:
     assert residual(clients[0], clients[0], 2).norm() < 1e-12 * clients[0].norm()
 
 
+def test_a_budget_above_the_smaller_side_leaves_nothing() -> None:
+    update, fit = random_factors(0, r=40), random_factors(1)
+    found = residual(update, fit, 30)
+    assert found.rank == 24
+    assert float((update.dense() - fit.dense() - found.dense()).norm()) < 1e-9 * float(update.dense().norm())
+
+
 def test_residuals_refuse_an_empty_budget() -> None:
     f = random_factors(0)
     with pytest.raises(ValueError, match="budget is 0"):

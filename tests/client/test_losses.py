@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bora_fl.client.losses import prior_shift, sample_losses
+from bora_fl.client.losses import not_true_divergence, prior_shift, sample_losses
 from bora_fl.client.per_sample import SampleGradients
 
 
@@ -55,6 +55,23 @@ def test_the_loss_of_the_model_itself_would_couple_them(llama):
         for y in (labels, masked)
     ]
     assert norms[1] > 1.5 * norms[0]
+
+
+def test_not_true_divergence_is_that_of_the_other_classes():
+    """Against probabilities of the softmax over all classes, with the label's taken out and the rest scaled to 1."""
+    torch.manual_seed(0)
+    logits, received = torch.randn(2, 5, 4)
+    labels = torch.tensor([0, 3, 2, 1, 3])
+    logits.requires_grad_(True)
+    found = not_true_divergence(logits, received, labels)
+    for n, label in enumerate(labels.tolist()):
+        others = [c for c in range(4) if c != label]
+        p, q = (z[n].double().softmax(0)[others] for z in (received, logits.detach()))
+        p, q = p / p.sum(), q / q.sum()
+        assert found[n].item() == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert torch.equal(gradient.gather(1, labels[:, None]), torch.zeros(5, 1))
+    assert float(not_true_divergence(received + 3, received, labels).abs().max()) < 1e-6
 
 
 def test_value_is_the_mean_over_a_sequence_s_own_targets():

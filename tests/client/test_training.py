@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from bora_fl.client.losses import not_true_divergence
 from bora_fl.client.site import Site
 from bora_fl.client.training import learning_rate_factor, num_steps, train
 from bora_fl.config import Settings, TrainSettings, parse
@@ -59,6 +61,37 @@ def test_a_strong_proximal_term_holds_the_adapter_back(site: Site):
         return sum(float((after[n] - before[n]).square().sum()) for n in before if "tensors" in n)
 
     assert 0 < moved(held) < 0.8 * moved(free)
+
+
+def test_b_and_the_head_have_learning_rates_of_their_own(site: Site):
+    """Adam's first step is the learning rate times the gradient's sign."""
+    rates = {"local_steps": 1, "learning_rate": 1e-3, "b_learning_rate_ratio": 5.0, "head_learning_rate": 2e-3}
+    _, before, after = run(site, site.settings.train.model_copy(update=rates))
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    assert max(v for name, v in moved.items() if name.endswith("/B")) == pytest.approx(5e-3, rel=1e-3)
+    assert max(v for name, v in moved.items() if "tensors" in name) == pytest.approx(2e-3, rel=1e-3)
+
+
+def test_distillation_holds_the_odds_of_the_other_classes(tiny_config):
+    site = Site(parse(tiny_config | {"data.label-column": "domain", "data.partition": "iid"}))  # three classes
+    data = site.data(0, 3).train
+    batch = data.batch(np.arange(len(data)))
+    labels = batch.pop("labels")
+
+    def moved(strength: float) -> float:
+        model = site.model()
+        model.write(site.__dict__.setdefault("start", model.read()))
+        model.train_only(ALL)
+        model.model.eval()
+        with torch.no_grad():
+            received = model.model(**batch).logits
+        settings = {"local_steps": 20, "learning_rate": 0.02, "not_true_distillation": strength}
+        train(model, data, site.settings.train.model_copy(update=settings), factor=1.0, seed=1)
+        model.model.eval()
+        with torch.no_grad():
+            return float(not_true_divergence(model.model(**batch).logits, received, labels).mean())
+
+    assert moved(20.0) < 0.5 * moved(0.0)
 
 
 def test_training_lowers_the_loss(site: Site):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bora_fl.config import ConfigError, parse
 from bora_fl.report import ClientMetrics, read_rows, training_rows
 from bora_fl.simulations.engine import round_of, simulate
 from bora_fl.state import AdapterState
@@ -73,3 +74,42 @@ def test_a_last_round_that_makes_things_worse_is_not_what_a_run_ends_with(tiny_c
     assert last["kept"] < 3
     assert last["loss"] == pytest.approx(kept["loss"], abs=1e-6)
     assert last["client_loss"] == min(row["client_loss"] for row in rows)
+
+
+def ruin_round(number: int):
+    """Client messages of this round and later, with a head that is 1,000 times too large."""
+
+    def ruin(message, partition):
+        if round_of(message) >= number:
+            sent = from_arrays(message.content.array_records[STATE])
+            message.content[STATE] = to_arrays({n: t * (1000.0 if "tensors" in n else 1.0) for n, t in sent.items()})
+        return message
+
+    return ruin
+
+
+def test_a_run_ends_when_its_patience_does(tiny_config):
+    given = {"run.num-rounds": 6, "run.keep-best": True, "run.patience": 2}
+    rows = read_rows(simulate(tiny_config | given, 3, tamper=ruin_round(2)) / "metrics.jsonl")
+    best = rows[-1]["kept"]
+    assert best in (0, 1)
+    assert rows[-1]["round"] == best + 3  # what a round merged is measured in the next
+
+
+def test_a_round_that_makes_things_worse_is_gone_back_from(tiny_config):
+    def once(message, partition):
+        return ruin_round(2)(message, partition) if round_of(message) == 2 else message
+
+    given = {"run.num-rounds": 4, "run.keep-best": True, "run.restart-margin": 0.5}
+    rows = read_rows(simulate(tiny_config | given, 3, tamper=once) / "metrics.jsonl")
+    best = rows[3]["kept"]
+    assert [row["kept"] for row in rows[1:3]] == [None, None]
+    assert best in (0, 1)
+    assert rows[2]["loss"] > rows[best]["loss"] + 0.5
+    assert rows[3]["loss"] == pytest.approx(rows[best]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("without", [{"run.keep-best": False}, {"strategy.fraction-train": 0.5}])
+def test_patience_needs_the_losses_of_all_clients(tiny_config, without):
+    with pytest.raises(ConfigError, match=next(iter(without)).replace(".", r"\.") + ".*run.patience"):
+        parse(tiny_config | {"run.keep-best": True, "run.patience": 2} | without)

@@ -9,6 +9,7 @@ import torch
 from bora_fl.blocks import BlockFactors, at_rank
 from bora_fl.blocks.factors import rescaled
 from bora_fl.blocks.gauge import block_row_norms
+from bora_fl.config import ConfigError
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.alignment import align
 from bora_fl.strategies.server_state import ServerState
@@ -410,6 +411,36 @@ def test_a_folded_residual_completes_the_merge(fleet, fleets):
     assert small.fold[LAYER].rank == 2
     assert not dropped.fold
     assert np.linalg.norm(total(small) - mean) < np.linalg.norm(total(dropped) - mean)
+
+
+@ALL_FLEETS
+@pytest.mark.parametrize(("step", "momentum"), [(0.5, 0.0), (1.0, 0.6), (0.7, 0.9)])
+def test_steps_of_the_product_follow_nesterov(fleet, step, momentum, fleets):
+    """Three rounds; what the rank cannot hold is carried, so that the recursion is that of dense matrices."""
+    fed = fleets[fleet]
+    agg = fed.built(
+        "refactor", product_step=step, product_momentum=momentum, residual="carry", residual_rank=64, sweeps=200
+    )
+    state = ServerState.start(fed.initial())
+    velocity = np.zeros_like(dense(state.current.layers[LAYER]))
+    for round in (1, 2, 3):
+        trained = [fed.train(state.current, agg.trains(round), 10 * round + k) for k in range(3)]
+        updates = [ClientUpdate(k, 1.0 + k, s) for k, s in enumerate(trained)]
+        mean = mean_of_products(np.array([1.0, 2.0, 3.0]) / 6, [parts(s.layers[LAYER]) for s in trained])
+        mean = mean + (dense(state.carried[LAYER]) if state.carried else 0.0)
+        before = dense(state.current.layers[LAYER])
+        velocity = momentum * velocity + mean - before
+        wanted = before + step * (mean - before + momentum * velocity)
+        state, _ = agg.aggregate(ServerState.from_tensors(state.to_tensors(), 0), updates, round)
+        close(total(state) + (dense(state.carried[LAYER]) if state.carried else 0.0), wanted, 1e-6)
+    assert bool(state.velocity) == (momentum > 0)
+
+
+def test_the_products_velocity_is_kept_at_the_rank_budget(fleets):
+    _, _, after, _, _, _ = play(fleets["bora exp_norm"], "refactor", product_momentum=0.5, residual_rank=3)
+    assert after.velocity[LAYER].rank == 3
+    with pytest.raises(ConfigError, match=r"strategy\.product-step = 0\.5.*strategy\.name = 'fedavg'"):
+        fleets["lora"].built("fedavg", product_step=0.5)
 
 
 def test_cellm_averages_what_arrives(fleets):
