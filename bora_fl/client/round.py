@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ from bora_fl.blocks.gram import Kind
 from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.losses import prior_shift
+from bora_fl.client.moments import kept
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
-from bora_fl.client.training import TrainResult, learning_rate_factor, train
+from bora_fl.client.training import TrainResult, learning_rate_factor, make_optimizer, train
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded
 from bora_fl.device import autocast, settle
@@ -97,7 +99,7 @@ def train_round(
         _warn_of_overlap(site, policy)
     by_mode: dict[str, Callable[[_Round], Release]] = {"record": _train_by_record, "local": _train_locally}
     train_by = by_mode.get(mode, _train_openly)
-    release = train_by(_Round(site, model, data, instruction, who, received, on_step, policy))
+    release = train_by(_Round(site, model, data, instruction, who, received, memory, on_step, policy))
     reply = leave(release, sent, received, instruction, site.settings, who, memory)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
@@ -135,6 +137,7 @@ class _Round:
     instruction: Instruction
     who: ClientIdentity
     received: AdapterState
+    memory: RecordDict
     on_step: OnStep | None
     policy: SitePolicy | None
 
@@ -149,9 +152,11 @@ class _Round:
         self.model.train_only(self.instruction.trains)
         settings = self.site.settings
         seed = derive(settings.run.seed, "batches", self.instruction.round, self.who.partition)
-        step = stage("train", self.on_step)
-        data = self.data.train
-        return train(self.model, data, settings.train, factor=self.factor, seed=seed, shift=self._shift(), on_step=step)
+        step, data, options = stage("train", self.on_step), self.data.train, settings.train
+        optimizer = make_optimizer(self.model, options, self.factor)
+        goes_on = options.optimizer_state == "kept"
+        with kept(self.memory, self.received, self.model, optimizer) if goes_on else nullcontext():
+            return train(self.model, data, options, optimizer=optimizer, seed=seed, shift=self._shift(), on_step=step)
 
     def _shift(self) -> Tensor | None:
         train, classes = self.site.settings.train, self.data.train.classes

@@ -78,7 +78,8 @@ def train(
     data: Encoded,
     settings: TrainSettings,
     *,
-    factor: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    factor: float = 1.0,
     seed: int,
     shift: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -89,7 +90,8 @@ def train(
         model: Holds the received state; is trained in place.
         data: The client's training examples.
         settings: Steps, batches, optimizer, clipping, FedProx, FedNTD.
-        factor: Share of the learning rate, from `learning_rate_factor`.
+        optimizer: Over what trains now; left out, a fresh one from `make_optimizer` and `factor`.
+        factor: Share of the learning rate, from `learning_rate_factor`; unused if there is an optimizer.
         seed: Seeds the batches and dropout.
         shift: ``[C]``, added to the logits (`losses.prior_shift`).
         on_step: Called with (step, steps) after each step; what it raises ends the training.
@@ -100,7 +102,7 @@ def train(
     started = time.perf_counter()
     device = settle(model.model)
     parameters = model.trained_parameters()
-    optimizer = make_optimizer(model, settings, factor)
+    optimizer = optimizer or make_optimizer(model, settings, factor)
     anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     steps = num_steps(settings, len(data))
     drawn = draw_batches(

@@ -163,7 +163,10 @@ class TrainSettings(Group):
         8, description="batches that are sorted by length together, so that little is padding; 1 is off"
     )
     accumulation: Count = Field(1, description="batches whose gradients make one step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer, fresh each round")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer")
+    optimizer_state: Literal["fresh", "kept"] = Field(
+        "fresh", description="whether adamw's moments start anew each round or stay at the client"
+    )
     learning_rate: Positive = Field(1.5e-3, description="local learning rate in the first round")
     head_learning_rate: NonNegative = Field(0.0, description="learning rate of the trained head; 0 is learning-rate")
     b_learning_rate_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A and Sigma")

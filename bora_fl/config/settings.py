@@ -89,6 +89,12 @@ class Settings(Group):
                 f"train.not-true-distillation = {self.train.not_true_distillation:g} with model.task = "
                 f"{self.model.task!r}: it compares the classes of a classifier; set train.not-true-distillation to 0"
             )
+        if self.train.optimizer_state == "kept" and (self.train.optimizer, self.privacy.mode) != ("adamw", "none"):
+            raise ValueError(
+                f"train.optimizer-state = 'kept' with train.optimizer = {self.train.optimizer!r}, privacy.mode = "
+                f"{self.privacy.mode!r}: only adamw's moments are kept, and only without privacy; set "
+                "train.optimizer-state to fresh"
+            )
         ignored = {
             "proximal-mu": (self.train.proximal_mu, {0.0}),
             "max-grad-norm": (self.train.max_grad_norm, {0.0, 1.0}),

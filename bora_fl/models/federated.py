@@ -247,6 +247,12 @@ class FederatedModel:
         """All that trains now."""
         return self.factor_parameters() + self.other_parameters() + self.head_parameters()
 
+    def named_trained(self) -> dict[str, nn.Parameter]:
+        """All that trains now, as ``layers/<layer>/<part>`` and ``tensors/<name>``."""
+        found = {f"layers/{layer}/{part}": p for layer, parts in self._factors.items() for part, p in parts.items()}
+        found |= {f"tensors/{name}": p for name, p in (self._tensors | self._scales).items()}
+        return {name: p for name, p in found.items() if p.requires_grad}
+
     def save(self, folder: Path, folds: list[dict[str, Tensor]]) -> None:
         """Write the adapter as PEFT does, and beside it ``folds.safetensors``: what was merged into the frozen weights.
 
