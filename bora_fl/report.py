@@ -130,7 +130,7 @@ class RoundReport:
     generation: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
     replies: Mapping[str, str] = field(default_factory=dict)
-    """Node, and the question where it was one for the head, to the digest of its reply: for the audit log alone."""
+    """Node, and the question if it was not to train, to the digest of its reply: for the audit log alone."""
 
     def row(self) -> dict[str, Any]:
         """As a line of ``metrics.jsonl``."""

@@ -40,6 +40,7 @@ FLOWER = {
     "bora_fl/client/worker/stub.py",
     "bora_fl/client/round.py",
     "bora_fl/client/secure_aggregation.py",
+    "bora_fl/strategies/arrivals.py",
     "bora_fl/strategies/base.py",
     "bora_fl/strategies/rounds.py",
     "bora_fl/strategies/downlink.py",

@@ -179,7 +179,8 @@ def grant(policy: SitePolicy | None, settings: Settings, request: Request) -> Se
     privacy = settings.privacy
     measures = request in ("evaluate", "head-losses")
     in_clear = request == "evaluate" and privacy.secure_aggregation  # the losses of heads leave masked
-    if in_clear or (measures and not released(policy, privacy.mode) >= EVALUATION):
+    of_no_use = request == "head-losses" and not settings.solves_head
+    if in_clear or of_no_use or (measures and not released(policy, privacy.mode) >= EVALUATION):
         raise Refused(Code.EVALUATION_WITHHELD)
     if request == "head-statistics" and not (settings.solves_head and (policy is None or policy.head_statistics)):
         raise Refused(Code.STATISTICS_WITHHELD)

@@ -34,8 +34,7 @@ class FederatedStrategy(Rounds, Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean loss and accuracy of the replies to `configure_evaluate`, weighted by held-out examples."""
-        metrics, _ = take_in_evaluations(replies, self.nodes.partition)
-        found = Evaluation.of(metrics.values())
+        found = Evaluation.of(take_in_evaluations(replies, self.nodes.partition).metrics.values())
         return MetricRecord({"eval-loss": found.loss, "eval-accuracy": found.accuracy}) if found else None
 
     def start(

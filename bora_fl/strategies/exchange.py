@@ -9,11 +9,12 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
+from bora_fl.strategies.arrivals import Arrivals
 from bora_fl.wire.schema import INSTRUCTION, SCHEMA
 
 log = logging.getLogger(__name__)
 
-LOST = "its SuperNode was started again and has lost the message"
+LOST = "it has lost the message or its reply: its SuperNode or the SuperLink was started again"
 
 
 def hello() -> RecordDict:
@@ -27,7 +28,8 @@ def exchange(
     """Send messages, and return the replies that come in time, each with the node it is about as its source.
 
     A SuperLink hands a message out once. A SuperNode that is killed with one and started again is online and never
-    answers it, so that Flower would wait until the time is over. But a SuperNode works on one message after the other:
+    answers it, so that Flower would wait until the time is over; and a SuperNode that cannot send a reply, since the
+    SuperLink was killed meanwhile, drops it. But a SuperNode works on one message after the other:
     one that answers a later question has lost the earlier message. Who is silent is asked once nobody has answered for
     `quiet` seconds, and for as long as the answers so far took. Flower's simulations lose no message and work on
     several of a node's at once: they are not asked.
@@ -50,12 +52,13 @@ def exchange(
         else:
             waiting[message_id] = message
     asked: dict[str, str] = {}
+    pull = Arrivals(grid).pull
     started = heard = time.monotonic()
     while waiting and time.monotonic() - started < timeout:
-        pulled = list(grid.pull_messages([*waiting, *asked]))
+        pulled = pull([*waiting, *asked])
         idle = {asked.pop(key) for m in pulled if (key := m.metadata.reply_to_message_id) in asked and m.has_content()}
         if idle:  # what they had to send was there before their answer to the question
-            pulled += grid.pull_messages(list(waiting))
+            pulled += pull(waiting)
         for reply in pulled:
             key = reply.metadata.reply_to_message_id
             asked.pop(key, None)

@@ -28,7 +28,7 @@ from bora_fl.state import AdapterState
 from bora_fl.strategies.screening import heavy
 from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.strategies.server_state import ServerState
-from bora_fl.wire.records import content_digest, size, to_arrays
+from bora_fl.wire.records import reply_digests, size, to_arrays
 from bora_fl.wire.replies import RejectedReplyError, read_head_losses, read_statistics
 from bora_fl.wire.schema import HEAD, HEADS
 
@@ -286,9 +286,8 @@ def _flat(heads: Mapping[str, Head]) -> dict[str, Tensor]:
 
 
 def _digests(replies: Iterable[Message], kind: str) -> dict[str, str]:
-    """As the sites log them: one kind of question may be put to a node beside another in the same round."""
-    name = kind.rpartition(".")[2].replace("_", "-")
-    return {f"{m.metadata.src_node_id} {name}": content_digest(m.content) for m in replies if m.has_content()}
+    """By the names that the sites' logs have for the questions."""
+    return reply_digests(replies, kind.rpartition(".")[2].replace("_", "-"))
 
 
 def _bytes(messages: Iterable[Message]) -> int:

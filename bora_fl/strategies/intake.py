@@ -15,7 +15,7 @@ from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
 from bora_fl.strategies.server_state import ServerState
-from bora_fl.wire.records import content_digest, size
+from bora_fl.wire.records import reply_digests, size
 from bora_fl.wire.replies import RejectedReplyError, read_evaluation, read_grams, read_reply, require_positive_sigma
 from bora_fl.wire.updates import Coding
 
@@ -49,6 +49,21 @@ class Intake:
     bytes_up: int = 0
     train_loss: float | None = None
     digests: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the replies to evaluate messages yield.
+
+    Attributes:
+        metrics: Client to what it measured on its held-out part.
+        rejected: Node to the reason why its reply is rejected.
+        digests: Node and ``evaluate`` to the digest of its reply, as it came.
+    """
+
+    metrics: dict[int, ClientMetrics]
+    rejected: dict[str, str]
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,6 @@ def take_in(
     metrics: dict[int, ClientMetrics] = {}
     rejected: dict[str, str] = {}
     held: dict[int, int] = {}
-    digests: dict[str, str] = {}
     nodes: set[int] = set()
     bytes_up = 0
     received = sorted(replies, key=lambda m: m.metadata.src_node_id)
@@ -122,7 +136,6 @@ def take_in(
         node = message.metadata.src_node_id
         if message.has_content():
             bytes_up += size(message.content)
-            digests[str(node)] = content_digest(message.content)
         try:
             state, reported = read_reply(message, sent.state.current, sent.parts, sent.round, adapter.rank, coding)
             if adapter.transform == "exp_norm":
@@ -150,7 +163,15 @@ def take_in(
     rejected |= {str(client): reason for client, reason in screened.items()}
     kept = {client: metrics[client] for client in metrics if client not in screened}
     return Intake(
-        tuple(updates), len(updates), len(received), kept, rejected, held, frozenset(nodes), bytes_up, digests=digests
+        tuple(updates),
+        len(updates),
+        len(received),
+        kept,
+        rejected,
+        held,
+        frozenset(nodes),
+        bytes_up,
+        digests=reply_digests(received),
     )
 
 
@@ -177,13 +198,12 @@ def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Int
     )
 
 
-def take_in_evaluations(
-    replies: Iterable[Message], partition: Callable[[int], int | None]
-) -> tuple[dict[int, ClientMetrics], dict[str, str]]:
-    """What clients measured on their held-out parts, and the reasons why other replies are rejected."""
+def take_in_evaluations(replies: Iterable[Message], partition: Callable[[int], int | None]) -> Evaluated:
+    """Check every reply, in any order, to an evaluate message."""
     found: dict[int, ClientMetrics] = {}
     rejected: dict[str, str] = {}
-    for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
+    received = sorted(replies, key=lambda m: m.metadata.src_node_id)
+    for message in received:
         node = message.metadata.src_node_id
         try:
             metrics = ClientMetrics.read(read_evaluation(message))
@@ -193,4 +213,4 @@ def take_in_evaluations(
             found[client] = metrics
         except RejectedReplyError as reply:
             rejected[str(node)] = reply.reason
-    return found, rejected
+    return Evaluated(found, rejected, reply_digests(received, "evaluate"))

@@ -19,7 +19,7 @@ from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.downlink import Downlink
 from bora_fl.strategies.exchange import exchange
 from bora_fl.strategies.head import HeadLayout, Solved, solve
-from bora_fl.strategies.intake import Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
+from bora_fl.strategies.intake import Evaluated, Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
 from bora_fl.strategies.screening import credible
@@ -170,7 +170,8 @@ class Rounds:
         solved = self.solve_head(grid, number) if again else Solved(self.state)
         self._advance(solved.state)
         # 5. Evaluate the result, and go back to an earlier one that did better.
-        measured, rejected = self._evaluate_on_clients(grid, number, last)
+        evaluations = self._evaluate_on_clients(grid, number, last)
+        measured, rejected = evaluations.metrics, evaluations.rejected
         if last and (best := self._note(number, measured)[0]) and best.round < number:
             log.info("the adapter of round %d has the least held-out loss, and is kept", best.round)
             self._advance(replace(self.state, current=best.adapter))
@@ -199,7 +200,7 @@ class Rounds:
             client_accuracy=clients.accuracy if clients else None,
             client_accuracy_min=clients.worst if clients else None,
             bytes_up=intake.bytes_up + solved.bytes_up,
-            replies=intake.digests | solved.digests,
+            replies=intake.digests | solved.digests | evaluations.digests,
             bytes_down=bytes_down + solved.bytes_down,
             seconds=time.perf_counter() - started,
             server_seconds=merged.seconds,
@@ -349,9 +350,7 @@ class Rounds:
         privacy, timeout = self.settings.privacy, self.settings.strategy.timeout
         return secure_mean(grid, messages, privacy, round=round, max_weight=max_weight, timeout=timeout)
 
-    def _evaluate_on_clients(
-        self, grid: Grid, number: int, last: bool
-    ) -> tuple[dict[int, ClientMetrics], dict[str, str]]:
+    def _evaluate_on_clients(self, grid: Grid, number: int, last: bool) -> Evaluated:
         arrays = to_arrays(flatten(self.state.current))
         if last and self._keeps_best:
             nodes = self.nodes.sample(1.0, number, "evaluate")
@@ -359,9 +358,9 @@ class Rounds:
         else:
             messages = list(self.configure_evaluate(number, arrays, self._evaluate_config, grid))
         replies = exchange(grid, messages, self.settings.strategy.timeout) if messages else []
-        measured, rejected = take_in_evaluations(replies, self.nodes.partition)
-        self._downlink.forget(map(int, rejected))
-        return measured, rejected
+        found = take_in_evaluations(replies, self.nodes.partition)
+        self._downlink.forget(map(int, found.rejected))
+        return found
 
     def _note(self, number: int, metrics: Mapping[int, ClientMetrics]) -> tuple[Best | None, float]:
         """Keep what clients have evaluated, if it is the best so far; the best so far, and how far this is above it."""

@@ -1,13 +1,13 @@
 """Adapter states, instructions and replies as Flower records, versioned."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import safetensors.numpy
 import safetensors.torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
@@ -144,6 +144,12 @@ def content_digest(content: RecordDict) -> str:
         proto = recorddict_to_proto(RecordDict({name: content[name]}))
         result.update(proto.SerializeToString(deterministic=True))
     return result.hexdigest()
+
+
+def reply_digests(replies: Iterable[Message], question: str = "") -> dict[str, str]:
+    """Node, and the question where a node may be asked more than one in a round, to the digest of its reply."""
+    name = f" {question}" if question else ""
+    return {f"{m.metadata.src_node_id}{name}": content_digest(m.content) for m in replies if m.has_content()}
 
 
 def shared(flat: Mapping[str, Tensor], parts: frozenset[str]) -> dict[str, Tensor]:

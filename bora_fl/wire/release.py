@@ -151,7 +151,7 @@ class StatisticsRelease:
 
 @dataclass(frozen=True)
 class HeadLossesRelease:
-    """Losses of several heads on the client's held-out part, exactly; ``none``, and ``client`` if allowed.
+    """Losses of several heads on the client's held-out part, exactly; ``none`` alone.
 
     Attributes:
         head_losses: Mean loss of each head, in the order in which they were sent.

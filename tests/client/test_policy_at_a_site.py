@@ -151,16 +151,17 @@ def test_the_numbers_that_the_site_withholds_do_not_leave_under_none(tiny_config
 SECRET = "Anna Schmidt F32.1"
 
 
-@pytest.mark.parametrize("mode", ["none", "record", "local", "secure"])
+@pytest.mark.parametrize("mode", ["none", "client", "record", "local", "secure"])
 def test_a_malformed_row_does_not_leave(mode: str, private, tmp_path: Path, caplog: pytest.LogCaptureFixture, policy):
     """It came back whole, and stood in the server's log and in metrics.jsonl."""
     table = tmp_path / "patients.csv"
     table.write_text(f'text,label,split\nfine,0,train\n"{SECRET}",1,train,one cell too many\n')
     config = private | {"privacy.mode": "none" if mode == "secure" else mode}
     config |= {"privacy.secure-aggregation": mode == "secure", "strategy.min-replies": 1}
-    nodes = policy(modes=["none", "record", "local"], data_path=str(table))
+    nodes = policy(modes=["none", "client", "record", "local"], data_path=str(table))
     (tmp_path / "policy.toml").write_text(
-        (tmp_path / "policy.toml").read_text() + "\n[local]\nepsilon = 8.0\ndelta = 1e-3"
+        (tmp_path / "policy.toml").read_text()
+        + "".join(f"\n[{mode}]\nepsilon = 8.0\ndelta = 1e-3" for mode in ("local", "client"))
     )
     seen = []
 

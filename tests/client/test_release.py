@@ -11,10 +11,12 @@ from flwr.app import Context, Message, RecordDict
 from bora_fl.client.app import app
 from bora_fl.privacy.policy import Metric, Mode
 from bora_fl.simulations.engine import InProcessGrid, simulate
+from bora_fl.state import unflatten
 from bora_fl.strategies.observer import RunFailedError
+from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.refusals import Code, Refusal
 from bora_fl.wire.release import NAMED, EvaluationRelease, GramRelease, Release
-from bora_fl.wire.schema import METRICS, REPLY, refusal
+from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, STATE, refusal
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
 MODES = get_args(Mode)
@@ -43,7 +45,10 @@ def listed(message: str, mode: str, named: bool) -> set[str]:
 
 
 def fields_of(content: RecordDict) -> set[str]:
-    found = set(content.array_records)
+    """Names as in the table; of what the head is solved from each tensor."""
+    found = set(content.array_records) - {HEADS}
+    if HEADS in content.array_records:
+        found |= {f"{HEADS}/{name}" for name in from_arrays(content.array_records[HEADS])}
     for name, record in [*content.config_records.items(), *content.metric_records.items()]:
         found |= {key if name in (REPLY, METRICS) else f"{name}/{key}" for key in record}
     return found
@@ -122,6 +127,7 @@ def test_a_train_reply_holds_what_the_table_lists(mode: str, named: bool, sent):
     assert len(trained) == 3
     for content in trained:
         assert fields_of(content) == listed("train", mode, named or mode == "none")
+        assert {part_of(name) for name in from_arrays(content.array_records[STATE])} == {"B", "scaling", "tensors"}
         if mode in ("record", "local") or (mode == "client" and not named):
             assert content.metric_records[METRICS]["num-examples"] == 1
 
@@ -130,6 +136,8 @@ def test_gram_matrices_leave_beside_the_state_where_they_are_asked_for(sent):
     trained = [content for kind, content in sent("none", strategy__name="regmean") if kind == "train"]
     assert len(trained) == 3
     assert all(fields_of(c) == listed("train", "none", True) | listed("grams", "none", True) for c in trained)
+    layers = unflatten(from_arrays(trained[0].array_records[STATE])).layers
+    assert all(from_arrays(content.array_records[GRAMS]).keys() == layers.keys() for content in trained)
     (cells,) = (cells for (kind, _), cells in table().items() if kind == "grams")
     assert protections(GramRelease)["grams"] == cells["none"]
     assert all(cells[mode] == ABSENT for mode in MODES[1:])
@@ -144,8 +152,8 @@ def test_replies_for_the_head_hold_what_the_table_lists(mode: str, sent):
     assert len(losses) == (6 if mode == "none" else 0)
     assert all(fields_of(content) == listed("head-statistics", mode, True) for content in sums)
     assert all(fields_of(content) == listed("head-losses", mode, True) for content in losses)
-    released = {f: cells[mode] for (kind, f), cells in table().items() if kind == "head-statistics"}
-    assert released["heads"] == SUMS.get(mode, ABSENT)
+    tensors = {cells[mode] for (kind, f), cells in table().items() if kind == "head-statistics" and f.startswith(HEADS)}
+    assert tensors == {SUMS.get(mode, ABSENT)}
     assert all(cells[m] == ABSENT for (k, f), cells in table().items() if k == "head-losses" for m in MODES[1:])
 
 
@@ -160,10 +168,12 @@ def test_a_site_that_is_asked_for_sums_that_no_mechanism_protects_refuses(change
         assert not reply.content.array_records
 
 
-def test_an_evaluation_reply_holds_what_the_table_lists(sent):
-    exact = [content for kind, content in sent("none", strategy__fraction_evaluate=1.0) if kind == "evaluate"]
+@pytest.mark.parametrize("mode", ["none", "client"])
+def test_an_evaluation_reply_holds_what_the_table_lists(mode: str, sent):
+    seen = sent(mode, get_args(Metric), strategy__fraction_evaluate=1.0)
+    exact = [content for kind, content in seen if kind == "evaluate"]
     assert len(exact) == 3
-    assert all(fields_of(content) == listed("evaluate", "none", True) for content in exact)
+    assert all(fields_of(content) == listed("evaluate", mode, True) for content in exact)
 
 
 @pytest.mark.parametrize("mode", ["none", "record", "local"])

@@ -211,21 +211,21 @@ def test_the_command_says_ok_or_the_first_broken_line(log: Path):
 
 def test_site_and_server_log_the_same_replies(tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: Any):
     monkeypatch.setenv("BORA_FL_STATE", str(tmp_path / "state"))
-    folder = simulate(tiny_config | {"run.num-rounds": 2, "head.init": "auto", "run.keep-best": False}, 3)
+    folder = simulate(tiny_config | {"run.num-rounds": 2, "head.init": "auto", "run.keep-best": True}, 3)
     at_server, at_site = folder / "audit.jsonl", tmp_path / "state" / "audit.jsonl"
     assert (verify(at_server).lines, verify(at_server).problem) == (4, "")
-    assert (verify(at_site).lines, verify(at_site).problem) == (19, "")
+    assert (verify(at_site).lines, verify(at_site).problem) == (22, "")
     sent = [json.loads(line) for line in at_site.read_text().splitlines()[1:]]
     received = [json.loads(line) for line in at_server.read_text().splitlines()[1:]]
-    assert [len(entry["replies"]) for entry in received] == [6, 3, 9]
+    assert [len(entry["replies"]) for entry in received] == [6, 3, 12]
     assert {entry["reply"] for entry in sent} == {reply for entry in received for reply in entry["replies"].values()}
     assert {(entry["kind"], entry["outcome"]) for entry in sent} == {
-        (kind, "released") for kind in ("train", "head-statistics", "head-losses")
+        (kind, "released") for kind in ("train", "evaluate", "head-statistics", "head-losses")
     }
     asked = {key.partition(" ")[2] for entry in received for key in entry["replies"]}
-    assert asked == {"", "head-statistics", "head-losses"}
+    assert asked == {"", "evaluate", "head-statistics", "head-losses"}
     assert {entry["run"] for entry in sent} == {entry["run"] for entry in received}
-    assert [entry["partition"] for entry in sent] == ["0", "1", "2"] * 6
+    assert [entry["partition"] for entry in sent] == ["0", "1", "2"] * 7
 
 
 def test_a_site_that_cannot_log_lets_nothing_out(tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: Any):

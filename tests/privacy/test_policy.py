@@ -102,6 +102,7 @@ def test_exact_evaluations_are_withheld_under_privacy_with_and_without_a_policy(
         assert grant(lenient, parse(RECORD | {"privacy.mode": mode}), "evaluate")
     else:
         assert code(lenient, {"privacy.mode": mode}, "evaluate") is Code.EVALUATION_WITHHELD
+    assert code(lenient, {"privacy.mode": mode}, "head-losses") is Code.EVALUATION_WITHHELD  # no run has use for them
 
 
 def test_evaluations_are_withheld_under_secure_aggregation_too():

@@ -5,14 +5,24 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
+from flwr.proto.node_pb2 import Node as Proto
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from bora_fl.strategies.arrivals import CUT_OFF
 from bora_fl.strategies.exchange import LOST, exchange
 from bora_fl.wire.schema import REPLY
 
-Node = Callable[[str], str]  # what became of a message of that kind: "answered", "at work", "gone" or "lost"
+Node = Callable[[str], str]
+"""What became of a message of that kind: "answered", "at work", "gone", "lost", "sending" its reply object by object,
+"cut off" meanwhile, or "given up" by the SuperLink then."""
 
 
 class SuperLink(HttpGrid):
@@ -21,6 +31,13 @@ class SuperLink(HttpGrid):
     def __init__(self, nodes: dict[int, Node]) -> None:
         self.nodes, self.sent, self.numbers = nodes, {}, itertools.count()
         self.kinds: list[str] = []
+        self.objects: dict[str, bytes | None] = {}  # of replies; None for one that has not come
+        self.coming: dict[str, bytes] = {}  # what has come by the next look
+        self.node, self._run = Proto(node_id=SUPERLINK_NODE_ID), Run.create_empty(1)
+
+    @property
+    def _runtime_client(self) -> "SuperLink":
+        return self
 
     def close(self) -> None:
         """There is no connection."""
@@ -35,23 +52,38 @@ class SuperLink(HttpGrid):
             ids.append(name)
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        replies = []
-        for name in list(message_ids):
-            message = self.sent.get(name)
-            if message is None:
-                continue
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802 - as in the protocol
+        told = PullAppMessagesResponse()
+        for name in request.message_ids:
+            message = self.sent[name]
             fate = self.nodes[message.metadata.dst_node_id](message.metadata.message_type)
-            if fate == "answered":
-                replies.append(Message(RecordDict({REPLY: ConfigRecord({"round": 1})}), reply_to=message))
-            elif fate == "gone":
+            if fate in ("at work", "lost"):
+                continue
+            reply = Message(RecordDict({REPLY: ConfigRecord({"round": 1})}), reply_to=message)
+            if fate == "gone":
                 reply = Message(Error(5, "node unavailable"), reply_to=message)
                 reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
-                replies.append(reply)
-            else:
-                continue
-            del self.sent[name]
-        return replies
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            parts = {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
+            if fate == "sending":
+                self.coming |= parts
+            self.objects |= dict.fromkeys(parts) if fate in ("sending", "cut off") else parts
+            if fate == "given up":
+                del self.objects[reply.object_id]
+            told.messages_list.append(message_to_proto(remove_content_from_message(reply)))
+            told.message_object_trees.append(get_object_tree(reply))
+            del self.sent[name]  # it is told of once
+        return told
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        content = self.objects.get(request.object_id, b"")
+        if content is None and request.object_id in self.coming:
+            self.objects[request.object_id] = self.coming.pop(request.object_id)
+        there = {"object_found": request.object_id in self.objects, "object_available": content is not None}
+        return PullObjectResponse(**there, object_content=content or b"")
+
+    def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> None:  # noqa: N802
+        assert self.objects[request.message_object_id]
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +146,32 @@ def test_a_reply_that_arrives_in_the_middle_of_a_look_counts():
 
 def test_the_superlink_s_errors_bear_the_node_s_name():
     assert run({2: prompt, 3: lambda kind: "gone"})[0] == {2: "answered", 3: "node unavailable"}
+
+
+def cut_off(kind: str) -> str:
+    """The SuperLink was killed while it was sent the reply; the node has dropped it, and answers what comes later."""
+    return "cut off" if kind == "train" else "answered"
+
+
+def test_a_reply_that_was_cut_off_is_not_waited_for_and_holds_up_no_other():
+    replies, grid = run({2: cut_off, 3: prompt, 4: slow(3)}, timeout=60.0)
+    assert replies == {2: LOST, 3: "answered", 4: "answered"}
+    assert grid.kinds.count("query") == 1
+
+
+def test_the_timeout_ends_the_wait_for_a_reply_that_is_still_sent():
+    assert run({2: lambda kind: "cut off", 3: prompt}, timeout=0.3)[0] == {3: "answered"}
+
+
+def test_a_reply_that_the_superlink_has_given_up_is_an_error():
+    assert run({2: lambda kind: "given up", 3: prompt}, timeout=60.0)[0] == {2: CUT_OFF, 3: "answered"}
+
+
+def test_a_reply_that_comes_bit_by_bit_is_whole_in_the_end():
+    replies, grid = run({2: lambda kind: "sending", 3: prompt}, timeout=60.0)
+    assert replies == {2: "answered", 3: "answered"}
+    assert grid.kinds == ["train", "train"]
+    assert all(grid.objects.values())
 
 
 def test_messages_that_the_superlink_does_not_take_are_errors(monkeypatch: pytest.MonkeyPatch):

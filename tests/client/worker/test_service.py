@@ -13,16 +13,19 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bora_fl.client import job as client_job
+from bora_fl.client.app import app
 from bora_fl.client.worker import stub
 from bora_fl.client.worker.address import Address, WorkerSettings, make_token
 from bora_fl.client.worker.service import SERVICE
 from bora_fl.client.worker.servicer import QUEUE, SiteWorker
 from bora_fl.client.worker.stub import WorkerError, hand_over, status
 from bora_fl.config import ConfigError
+from bora_fl.wire.refusals import Code
 from bora_fl.wire.schema import REPLY
 from tests.client.worker.in_process import Training, eventually, serving
 from tests.client.worker.messages import content, context
@@ -277,6 +280,22 @@ def test_a_job_that_cannot_be_understood_is_refused(job, code: str, worker: Site
         list(stub.Stub(channel).work(iter(requests), timeout=10, wait_for_ready=True))
     assert refused.value.code().name == code
     assert status(unix).pid == os.getpid()
+
+
+def test_the_text_of_an_error_in_the_worker_does_not_leave_the_site(
+    worker: SiteWorker, unix: WorkerSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_) -> RecordDict:
+        raise RuntimeError("Anna Schmidt F32.1")
+
+    monkeypatch.setattr(client_job, "perform", fail)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    node = Context(1, 2, {"partition-id": 0, "worker": f"unix:{unix.address.path}"}, RecordDict(), {})
+    reply = app(Message(content(), dst_node_id=2, message_type="train"), node)
+    refused = reply.content.config_records[REPLY]
+    assert refused["refused"] == Code.WORKER_UNAVAILABLE
+    assert "Anna" not in str(reply.content)
+    assert "Anna" in caplog.text
 
 
 def test_a_worker_that_is_not_there_is_named_after_a_wait(tmp_path: Path):

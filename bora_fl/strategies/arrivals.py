@@ -1,0 +1,93 @@
+"""Replies over a SuperLink as far as they have come, without waiting for one that is still on its way."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde_utils import metadata_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
+from flwr.superlink.grid import HttpGrid
+
+CUT_OFF = "its reply was cut off, and the SuperLink has given it up"
+
+
+@dataclass
+class _Arriving:
+    """A reply that a SuperNode has begun to send.
+
+    Attributes:
+        metadata: The reply's.
+        missing: Ids of its objects that have not been pulled yet, in the order in which they are sent.
+        contents: Id to object, of those that have.
+    """
+
+    metadata: Metadata
+    missing: list[str]
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+
+class Arrivals:
+    """`HttpGrid.pull_messages` that never waits.
+
+    A SuperLink tells of a reply once, when its SuperNode begins to send it; the objects that it consists of follow one
+    by one. Flower's own call waits for these. Where they do not come, since the SuperLink was killed while they were
+    sent, it waits for three minutes, with all other replies behind it. Here each look takes what is there, and the next
+    one goes on with it.
+
+    Args:
+        grid: Flower's grid.
+    """
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid = grid
+        self._arriving: dict[str, _Arriving] = {}
+
+    def pull(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that are whole by now, and an error for each that never will be.
+
+        Args:
+            message_ids: Of the messages that have not been answered yet.
+        """
+        # The SuperLink has forgotten the messages of whose replies it has told, and would answer with errors.
+        asked = set(message_ids)
+        if unknown := asked - self._arriving.keys():
+            told = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=sorted(unknown)))
+            for reply, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+                metadata, parts = metadata_from_proto(reply.metadata), iterate_object_tree(tree)
+                ids = list(dict.fromkeys(part.object_id for part in parts))
+                self._arriving[metadata.reply_to_message_id] = _Arriving(metadata, ids)
+        pulled = [self._go_on(key) for key in sorted(asked & self._arriving.keys())]
+        return [reply for reply in pulled if reply is not None]
+
+    def _go_on(self, key: str) -> Message | None:
+        """Pull what has come of a reply since the last look; the reply, if that is all of it."""
+        arriving, grid, run_id = self._arriving[key], self._grid, self._grid.run.run_id
+        api = grid._runtime_client
+        pull_object = make_pull_object_fn_protobuf(api.PullObject, grid.node, run_id)
+        try:
+            while arriving.missing:
+                arriving.contents[arriving.missing[0]] = pull_object(arriving.missing[0])
+                del arriving.missing[0]
+        except ObjectUnavailableError:
+            return None
+        except ObjectPullError:
+            del self._arriving[key]
+            return make_message(metadata=arriving.metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, CUT_OFF))
+        del self._arriving[key]
+        root = arriving.metadata.message_id
+        received = ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=root)
+        api.ConfirmMessageReceived(received)
+        message = cast(Message, inflate_object_from_contents(root, arriving.contents))
+        message.metadata.__dict__["_message_id"] = root
+        return message
