@@ -45,6 +45,7 @@ COMMANDS = {
         "Predict with a finished run: a label and its probability for each text, or a language model's response.",
     ),
     "export": ("bora_fl.exporting", "Write a finished run as a merged model or as a LoRA adapter."),
+    "push": ("bora_fl.hub", "Upload a finished run's adapter, or an exported folder, to the Hugging Face Hub."),
     "ui": (
         "bora_fl.page",
         "Write a page of a run or a comparison: one HTML file with curves, clients, privacy, settings; no network.",

@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "grpc_health": "grpcio-health-checking",
     "ray": "flwr[simulation]",
     "mlflow": "mlflow-skinny",
+    "huggingface_hub": "huggingface-hub",
 }
 NOT_SHIPPED = {"all", "test", "dev", "docs"}
 # What starts without any extra: both apps, the commands, the functions of `import bora_fl`.
