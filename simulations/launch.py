@@ -15,6 +15,7 @@ from bora_fl.config import ConfigError, Scalar, extras, parse
 from bora_fl.deployment.flower_app import app_table
 from bora_fl.deployment.launch import LaunchError, Outcome, Show, flower_environment, readable, reason
 from bora_fl.deployment.processes import Service, exit_on_sigterm
+from bora_fl.deployment.progress import pass_on
 from bora_fl.granted import grant, num_cores
 from bora_fl.report import read_rows
 
@@ -91,8 +92,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
         try:
             process.start()
             for line in process.follow():
-                if (text := readable(line)) and not text.startswith("error: "):
-                    show(text)
+                if not (text := readable(line)) or not text.startswith("error: "):
+                    pass_on(line, text, show)
             code = process.wait(0)
         except (KeyboardInterrupt, SystemExit):
             show("interrupted; the same command with -c run.resume=true goes on after the last finished round")

@@ -37,6 +37,7 @@ from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.head import HeadLayout
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.tracking import activity
 from bora_fl.tracking.prometheus import serving
 from bora_fl.tracking.sinks import Sinks, scalars
 
@@ -138,6 +139,7 @@ class Server(Observer):
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self, self._head_layout())
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, first_round)
         self._bring_to(state.current, strategy.folds)
+        activity.tell("write the adapter")
         self._write_result(strategy.folds)
         return self.folder
 
@@ -196,6 +198,7 @@ class Server(Observer):
         return self._evaluate(self.screening).loss
 
     def _evaluate(self, data: Encoded) -> Metrics:
+        activity.tell("evaluate on the test set")
         train, device = self.settings.train, settle(self.model.model)
         return evaluate(
             self.model.model, data, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision)

@@ -25,6 +25,7 @@ from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
 from bora_fl.strategies.screening import credible
 from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.tracking import activity
 from bora_fl.wire.records import Instruction, size, to_arrays
 from bora_fl.wire.schema import INSTRUCTION
 
@@ -102,6 +103,7 @@ class Rounds:
             self.observer.on_start(self.nodes.num_partitions)
             usable = first_round > 1
             for number in range(first_round, self.settings.run.num_rounds + 1):
+                activity.begin(number, self.settings.run.num_rounds)
                 report = self.round(grid, number) if number else self.round_zero(grid)
                 usable |= report.clients > 0
                 if not usable and (number or not self.settings.run.num_rounds):
@@ -151,6 +153,7 @@ class Rounds:
         self._downlink.settle(intake.accepted, intake.held)
         self._note(number - 1, intake.metrics)
         # 3. Merge them.
+        activity.tell("merge")
         merged = self.merge(number, intake, self._asked)
         self._advance(merged.state)
         # 4. Solve the head again after the last merge.
