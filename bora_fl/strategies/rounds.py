@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -170,8 +171,9 @@ class Rounds:
             kept = number
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.
-        _warn(number, intake.rejected | rejected)
-        reasons = left_out | intake.rejected | rejected | solved.rejected
+        self._warn(number, intake.rejected | rejected, intake.screened)
+        screened = {str(client): reason for client, reason in intake.screened.items()}
+        reasons = left_out | intake.rejected | screened | rejected | solved.rejected
         reported = {client: intake.metrics.get(client, ClientMetrics()) for client in intake.metrics | measured}
         reported |= {client: reported[client].joined(metrics) for client, metrics in measured.items()}
         clients = Evaluation.of((measured or reported).values())
@@ -328,7 +330,7 @@ class Rounds:
 
         masked = secure if self.settings.privacy.secure_aggregation else None
         solved = solve(self.head, self.state, self.settings, server_round, ask, answers, masked)
-        _warn(server_round, solved.rejected)
+        self._warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)
 
     def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
@@ -372,7 +374,11 @@ class Rounds:
             self.folds.append(flatten_deltas(state.fold))
         self.state = state
 
-
-def _warn(round: int, rejected: Mapping[str, str]) -> None:
-    for who, why in rejected.items():
-        log.warning("round %d: rejected the reply of %s: %s", round, who, why)
+    def _warn(
+        self, round: int, rejected: Mapping[str, str], screened: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        """Say whose replies were rejected: by node, and by client those that were screened."""
+        named = {self.nodes.called(int(who)) if who.isdigit() else who: why for who, why in rejected.items()}
+        named |= {self.nodes.called_client(client): why for client, why in screened.items()}
+        for who, why in named.items():
+            log.warning("round %d: rejected the reply of %s: %s", round, who, why)
