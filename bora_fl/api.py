@@ -111,6 +111,7 @@ def export(
     form: Literal["merged", "lora", "sentence-transformers"] = "merged",
     *,
     rank: int | None = None,
+    dtype: Literal["", "float32", "float16", "bfloat16"] = "",
     base: str = "",
 ) -> Path:
     """Write a finished run for other programs.
@@ -120,6 +121,7 @@ def export(
         target: The folder to write.
         form: ``merged``, a plain transformers model; ``lora``, a LoRA adapter of rank b·r; ``sentence-transformers``.
         rank: Of the LoRA adapter: the closest one of a lower rank.
+        dtype: Of the tensors written; as they were trained by default.
         base: See `load`.
 
     Returns:
@@ -132,13 +134,13 @@ def export(
 
     source, into = Path(folder).expanduser(), Path(target).expanduser()
     if form == "lora":
-        forms.export_lora(source, into, base, rank)
+        forms.export_lora(source, into, base, rank, dtype)
     elif rank is not None:
         raise ConfigError(f"rank = {rank} with form = {form!r}: only a LoRA adapter has a rank; use form='lora'")
     elif form == "merged":
-        forms.export_merged(source, into, base)
+        forms.export_merged(source, into, base, dtype)
     elif form == "sentence-transformers":
-        forms.export_sentence_transformers(source, into, base)
+        forms.export_sentence_transformers(source, into, base, dtype)
     else:
         raise ConfigError(f"form = {form!r}: use one of merged, lora, sentence-transformers")
     return into

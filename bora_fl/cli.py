@@ -22,7 +22,7 @@ from bora_fl.deployment.init import init
 
 if TYPE_CHECKING:
     from bora_fl.config import Scalar
-    from bora_fl.deployment.progress import JsonProgress
+    from bora_fl.deployment.progress import JsonProgress, Watcher
     from bora_fl.simulations.launch import Simulation
 
 # Commands with modules of their own: where they are, and the first line of their help.
@@ -45,6 +45,7 @@ COMMANDS = {
         "Predict with a finished run: a label and its probability for each text, or a language model's response.",
     ),
     "export": ("bora_fl.exporting", "Write a finished run as a merged model or as a LoRA adapter."),
+    "push": ("bora_fl.hub", "Upload a finished run's adapter, or an exported folder, to the Hugging Face Hub."),
     "ui": (
         "bora_fl.page",
         "Write a page of a run or a comparison: one HTML file with curves, clients, privacy, settings; no network.",
@@ -109,25 +110,27 @@ def main() -> None:
     try:
         cli()
     except Exception as error:
-        if not (known := _mistake(error)):
+        if not (found := _mistake(error)):
             raise
-        word, code = known
-        for line in str(error).splitlines() if code == 2 else [str(error)]:
+        word, message, code = found
+        for line in message.splitlines() if code == 2 else [message]:
             console.print(f"[bold red]{word}:[/] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(code)
 
 
-def _mistake(error: Exception) -> tuple[str, int] | None:
-    """What a known mistake is called and the exit code it ends in; None for any other exception."""
-    from bora_fl.config import ConfigError
+def _mistake(error: Exception) -> tuple[str, str, int] | None:
+    """What a known mistake is called, its message, and the exit code it ends in; None for any other exception."""
+    from bora_fl.config import ConfigError, extras
 
     if isinstance(error, ConfigError):
-        return "error", 2
+        return "error", str(error), 2
+    if isinstance(error, ImportError):
+        return ("error", message, 2) if (message := extras.explain(error)) else None
     from bora_fl.data import FetchError
     from bora_fl.deployment.launch import LaunchError
     from bora_fl.server.checkpoint import CheckpointError
 
-    return ("failed", 1) if isinstance(error, LaunchError | FetchError | CheckpointError) else None
+    return ("failed", str(error), 1) if isinstance(error, LaunchError | FetchError | CheckpointError) else None
 
 
 def _version(wanted: bool) -> None:
@@ -211,8 +214,8 @@ def run(
     except Exception as error:
         if not as_json or not (known := _mistake(error)):
             raise
-        _json().emit("failed", message=str(error), exit_code=known[1])
-        sys.exit(known[1])
+        _json().emit("failed", message=known[1], exit_code=known[2])
+        sys.exit(known[2])
 
 
 def _run(
@@ -236,17 +239,19 @@ def _run(
     from bora_fl.deployment import launch
 
     if attach:
-        show = _json() if as_json else _show
-        ending = partial(_stops, connection or "", on_interrupt)
-        _completed(launch.attach(str(attach), connection or "", stops=ending, show=show).log, as_json)
+        with _watching(as_json) as show:
+            ending = partial(_stops, show, connection or "", on_interrupt)
+            log = launch.attach(str(attach), connection or "", stops=ending, show=show).log
+        _completed(log, as_json)
         return
     federation = read_federation(Path.cwd())
     settings = {**federation.run_config, **overrides(run_config, federation.run_config)}
     where = connection or ("" if simulate else federation.connection)
     if where:
-        ending = partial(_stops, where, on_interrupt)
-        show = _json() if as_json else _show
-        _completed(launch.run(app.resolve(), settings, where, stops=ending, show=show).log, as_json)
+        with _watching(as_json) as show:
+            ending = partial(_stops, show, where, on_interrupt)
+            log = launch.run(app.resolve(), settings, where, stops=ending, show=show).log
+        _completed(log, as_json)
     elif clients := simulate or federation.simulate:
         from bora_fl.simulations.launch import Simulation
 
@@ -302,6 +307,16 @@ def _json(folder: Path | None = None) -> "JsonProgress":
     return JsonProgress(_show, folder)
 
 
+def _watching(as_json: bool, folder: Path | None = None) -> "contextlib.AbstractContextManager[Watcher]":
+    """Who shows a run: JSON lines, a live view in a terminal, lines elsewhere."""
+    from bora_fl.deployment.progress import Lines, LiveView
+
+    if as_json:
+        return contextlib.nullcontext(_json(folder))
+    draws = console.is_terminal and not console.is_dumb_terminal
+    return LiveView(console, folder) if draws else Lines(_show)
+
+
 def _completed(log: Path, as_json: bool) -> None:
     if as_json:
         _json().emit("completed", log=str(log))
@@ -314,20 +329,24 @@ def _simulate(app: Path, run_config: "dict[str, Scalar]", simulation: "Simulatio
     from bora_fl.simulations.launch import output_folder
     from bora_fl.simulations.launch import run as run_simulation
 
+    with _watching(as_json, output_folder(app.resolve(), run_config)) as show:
+        outcome = run_simulation(app.resolve(), run_config, simulation, show=show)
     if as_json:
-        show = _json(output_folder(app.resolve(), run_config))
-        done = run_simulation(app.resolve(), run_config, simulation, show=show)
-        show.emit("completed", log=str(done.log), folder=str(done.folder))
+        _json().emit("completed", log=str(outcome.log), folder=str(outcome.folder))
         return
-    outcome = run_simulation(app.resolve(), run_config, simulation, show=_show)
     console.print(rounds_table(outcome.rows, "rounds"))
     pictures = ("partition.png", "rounds.png")
     for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
-        console.print(f"  {outcome.folder}/{name}", highlight=False, soft_wrap=True)
+        if outcome.folder and (outcome.folder / name).exists():
+            console.print(f"  {outcome.folder}/{name}", highlight=False, soft_wrap=True)
 
 
-def _stops(connection: str, on_interrupt: str, run_id: str) -> bool:
+def _stops(show: "Watcher", connection: str, on_interrupt: str, run_id: str) -> bool:
     """Whether to stop a deployment's run when its submitter is interrupted; says what happens to it."""
+    from bora_fl.deployment.progress import LiveView
+
+    if isinstance(show, LiveView):
+        show.close()
     stops = on_interrupt == "stop"
     with contextlib.suppress(KeyboardInterrupt, EOFError, SystemExit):
         if on_interrupt == "ask" and sys.stdin.isatty() and isinstance(sys.exception(), KeyboardInterrupt):

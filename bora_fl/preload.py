@@ -5,18 +5,23 @@ transformers, Python breaks the deadlock of their import locks by handing one th
 this module first, and its own import lock makes the second thread wait for the first.
 """
 
-import opacus
+import importlib
+
 import peft
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from bora_fl.config import extras
+
 __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForSequenceClassification",
     "AutoTokenizer",
-    "opacus",
     "peft",
     "torch",
     "transformers",
 ]
+
+if not extras.missing("privacy"):
+    importlib.import_module("opacus")

@@ -44,7 +44,7 @@ class Explanation:
 
 def _why_not_triton(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor) -> str | None:
     if not _HAS_TRITON:
-        return "triton is not installed (pip install 'bora-fl[triton]')"
+        return 'triton is not installed (pip install "bora-fl[triton]")'
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"x is on {x.device.type}, and Triton's kernels run on cuda"
     if Sigma.shape[0] not in NUM_BLOCKS_FUSED:

@@ -4,7 +4,6 @@ This process stays small, and shows what the other one writes. Neither opens a p
 and when this one ends, however it ends, so does the other, with all its descendants.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -12,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bora_fl.config import ConfigError, Scalar, parse
+from bora_fl.config import ConfigError, Scalar, extras, parse
 from bora_fl.deployment.flower_app import app_table
 from bora_fl.deployment.launch import LaunchError, Outcome, Show, flower_environment, readable, reason
 from bora_fl.deployment.processes import Service, exit_on_sigterm
+from bora_fl.deployment.progress import pass_on
 from bora_fl.granted import grant, num_cores
 from bora_fl.report import read_rows
 
@@ -71,8 +71,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
     folder = output_folder(app, run_config)
     folder.mkdir(parents=True, exist_ok=True)
     backend = simulation.backend or ("ray" if os.environ.get("RAY_ADDRESS") else "processes")
-    if backend == "ray" and importlib.util.find_spec("ray") is None:
-        raise ConfigError("--backend ray: Ray is not installed; run `pip install 'bora-fl[simulation]'`")
+    if backend == "ray":
+        extras.require("ray", "--backend ray")
     arguments = asdict(simulation) | components | {"backend": backend}
     arguments["run_config"] = settings.flat() | {"run.output-dir": str(folder)}
     environment = flower_environment()
@@ -92,8 +92,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
         try:
             process.start()
             for line in process.follow():
-                if (text := readable(line)) and not text.startswith("error: "):
-                    show(text)
+                if not (text := readable(line)) or not text.startswith("error: "):
+                    pass_on(line, text, show)
             code = process.wait(0)
         except (KeyboardInterrupt, SystemExit):
             show("interrupted; the same command with -c run.resume=true goes on after the last finished round")

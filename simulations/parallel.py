@@ -19,6 +19,7 @@ from bora_fl.config import ConfigError, Scalar, parse
 from bora_fl.granted import grant
 from bora_fl.simulations.engine import InProcessGrid, failure, handle, identify
 from bora_fl.simulations.pool import Died, Pool
+from bora_fl.tracking import activity
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +94,21 @@ class WorkerGrid(InProcessGrid):
         ids = {id(task): f"{self._sent}-{number}" for number, task in enumerate(tasks)}
         self._sent += 1
 
+        what, done = messages[0].metadata.message_type.rpartition(".")[2], 0
+
+        def on_tick(running: list[Delivery]) -> None:
+            activity.tell(what, done, len(tasks), (int(t.context.node_config["partition-id"]) for t in running))
+
         def on_done(task: Delivery, answer: Answer | Died) -> None:
+            nonlocal done
+            done += 1
             if isinstance(answer, Died):
                 log.warning("client %s: %s", task.context.node_config["partition-id"], answer.reason)
                 self._replies[ids[id(task)]] = failure(task.message, answer.reason)
             else:
                 self._replies[ids[id(task)]], task.context.state = answer
 
-        self._pool.run(tasks, on_done, timeout=math.inf if timeout is None else timeout)
+        self._pool.run(tasks, on_done, on_tick, timeout=math.inf if timeout is None else timeout)
         return list(ids.values())
 
 

@@ -57,8 +57,10 @@ def main(
 def _check(run_config: dict[str, Scalar]) -> None:
     from bora_fl.deployment.doctor.preflight import preflight
     from bora_fl.server.app import log_progress
+    from bora_fl.tracking import activity
 
     log_progress()
+    activity.tell("check data and model")
     preflight(parse(run_config))
 
 

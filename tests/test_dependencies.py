@@ -1,12 +1,18 @@
-"""What is imported is declared, and what is declared is imported."""
+"""What is imported is declared, what is declared imported, and what all need imports nothing that an extra brings."""
 
 import ast
 import sys
 import tomllib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from bora_fl.cli import COMMANDS
+from bora_fl.config import ConfigError, Settings, extras, parse
+from bora_fl.server.run import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("bora_fl", "kernels", "simulations")
@@ -18,19 +24,68 @@ DISTRIBUTIONS = {
     "grpc_health": "grpcio-health-checking",
     "ray": "flwr[simulation]",
     "mlflow": "mlflow-skinny",
+    "huggingface_hub": "huggingface-hub",
 }
+NOT_SHIPPED = {"all", "test", "dev", "docs"}
+# What starts without any extra: both apps, the commands, the functions of `import bora_fl`.
+CORE = ("bora_fl.client.app", "bora_fl.client.job", "bora_fl.server.app", "bora_fl.cli", "bora_fl.api")
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
+    """Modules that a file imports, as far as their names tell, and whether it does so when it is itself imported."""
+
+    def visit(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, at_once) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and not child.level:
+                yield from ((f"{child.module}.{alias.name}", at_once) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                package = module_of(path).rsplit(".", child.level - (path.name == "__init__.py"))[0]
+                yield f"{package}.{child.module}", at_once
+            elif not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+                yield from visit(child, at_once and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    return tuple(visit(ast.parse(path.read_text()), True))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "bora_fl" else ("bora_fl", *parts)).removesuffix(".__init__")
+
+
+@cache
+def files() -> dict[str, Path]:
+    return {module_of(path): path for folder in SHIPPED for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
 def imported() -> dict[str, str]:
     """Distributions, each with a file that imports it."""
     found: dict[str, str] = {}
-    for path in sorted(path for folder in SHIPPED for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                modules.append(node.module)
-            for name in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"bora_fl"}:
-                found.setdefault(DISTRIBUTIONS.get(name, name), str(path.relative_to(ROOT)))
+    for path in files().values():
+        for name in {module.partition(".")[0] for module, _ in imports(path)} - sys.stdlib_module_names - {"bora_fl"}:
+            found.setdefault(DISTRIBUTIONS.get(name, name), str(path.relative_to(ROOT)))
+    return found
+
+
+def reached(start: str) -> dict[str, str]:
+    """Modules of others that are imported as soon as one of ours is, each with the file that does it."""
+    found: dict[str, str] = {}
+    todo, seen = [start], set()
+    while todo:
+        name = todo.pop()
+        while name and name not in files():
+            name = name.rpartition(".")[0]
+        if not name or name in seen:
+            continue
+        seen.add(name)
+        todo.append(name.rpartition(".")[0])
+        for module, at_once in imports(files()[name]):
+            if at_once and module.startswith("bora_fl"):
+                todo.append(module)
+            elif at_once:
+                found.setdefault(module.partition(".")[0], name)
     return found
 
 
@@ -46,12 +101,8 @@ def project() -> dict:
 
 
 def test_what_is_imported_is_declared(project: dict):
-    extras = {
-        name
-        for group in ("simulation", "triton", "gguf", "tracking")
-        for name in declared(project["optional-dependencies"][group])
-    }
-    known = declared(project["dependencies"]) | extras
+    optional = {name: declared(rows) for name, rows in project["optional-dependencies"].items()}
+    known = declared(project["dependencies"]).union(*(optional[name] for name in extras.EXTRAS))
     assert {name: path for name, path in imported().items() if name not in known} == {}
 
 
@@ -59,16 +110,50 @@ def test_what_is_required_is_imported(project: dict):
     assert declared(project["dependencies"]) - imported().keys() == set()
 
 
-def test_the_extra_named_all_is_all_that_shipped_code_can_use(project: dict):
-    (whole,) = (Requirement(text) for text in project["optional-dependencies"]["all"])
-    assert whole.extras == project["optional-dependencies"].keys() - {"all", "test", "dev"}
+def test_no_extra_is_required(project: dict):
+    optional = {module for modules in extras.EXTRAS.values() for module in modules}
+    assert not declared(project["dependencies"]) & {DISTRIBUTIONS.get(name, name) for name in optional}
+
+
+@pytest.mark.parametrize("start", [*CORE, *(f"{module}.command" for module, _ in COMMANDS.values())])
+def test_what_starts_without_an_extra_imports_none_of_them(start: str):
+    optional = {module for modules in extras.EXTRAS.values() for module in modules} - {"triton"}
+    assert start in files()
+    assert {name: where for name, where in reached(start).items() if name in optional} == {}
+
+
+def test_each_extra_brings_the_modules_that_are_looked_for(project: dict):
+    optional = project["optional-dependencies"]
+    for extra, modules in extras.EXTRAS.items():
+        names = {name.partition("-skinny")[0].replace("-", "_") for name in declared(optional[extra])}
+        assert names >= {"flwr[simulation]" if module == "ray" else module for module in modules}, extra
+    (whole,) = (Requirement(text) for text in optional["all"])
+    assert whole.extras == optional.keys() - NOT_SHIPPED == extras.EXTRAS.keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "message"),
+    [
+        ("opacus", {"privacy.mode": "record", "strategy.weighting": "uniform"}, "privacy.mode = 'record'"),
+        ("flwr_datasets", {"data.partition": "iid"}, "data.partition = 'iid'"),
+    ],
+)
+def test_a_run_that_needs_an_extra_names_it_at_once(module, settings, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    extra = {"opacus": "privacy", "flwr_datasets": "simulation"}[module]
+    with pytest.raises(ConfigError) as caught:
+        Server(parse(settings))
+    assert str(caught.value) == f'{message}: {module} is not installed; run `pip install "bora-fl[{extra}]"`'
+    extras.require_for(Settings.model_validate({"data": {"partition": "local"}}))
+
+
+def test_a_library_that_is_missed_anywhere_is_explained():
+    assert extras.explain(ModuleNotFoundError(name="opacus.grad_sample")) == (
+        'opacus is not installed; run `pip install "bora-fl[privacy]"`'
+    )
+    assert extras.explain(ModuleNotFoundError(name="nonsense")) is None
 
 
 def test_shipped_code_imports_no_test_tool():
     tools = {"pytest", "hypothesis", "unittest", "parameterized", "sklearn"}
-    for folder in SHIPPED:
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not {name.partition(".")[0] for name in names} & tools, path
+    assert not imported().keys() & tools

@@ -21,7 +21,7 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"exporting", "page", "predicting", "testing", "chat"},
+    {"exporting", "hub", "page", "predicting", "testing", "chat"},
     {"simulations", "cli", "api"},
 ]
 FLOWER = {

@@ -65,11 +65,11 @@ def _in_clear(kind: "Kind", content: RecordDict, context: Context) -> RecordDict
 
 @app.query()
 def identify(message: Message, context: Context) -> Message:
-    """Say which partition this node serves."""
+    """Say which partition this node serves, and what its site is called."""
 
     def handle() -> RecordDict:
         who = ClientIdentity.read(context.node_config, context.node_id)
-        return roll_call(who.partition, who.num_partitions)
+        return roll_call(who.partition, who.num_partitions, who.name)
 
     return answer(message, handle)
 

@@ -13,7 +13,7 @@ from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.refusing import refuse
 from bora_fl.client.round import OnStep, evaluate_round, train_round
 from bora_fl.client.site import site
-from bora_fl.config import Settings, parse
+from bora_fl.config import Settings, extras, parse
 from bora_fl.paths import state_folder
 from bora_fl.privacy.audit_log import AUDIT_LOG, AuditLogError, append
 from bora_fl.privacy.policy import SitePolicy, find_policy, grant
@@ -95,6 +95,7 @@ def _granted(
     """Do what the policy grants."""
     with refuse_as(Code.RUN_CONFIG_INVALID):
         asked = parse(context.run_config)
+        extras.require_for(asked)
     settings = grant(policy, asked, kind)
     who = ClientIdentity.read(context.node_config, context.node_id)
     if work is not None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from bora_fl.client.dpsgd import train_privately
 from bora_fl.client.losses import sample_losses
 from bora_fl.client.training import make_optimizer, num_steps
 from bora_fl.config import Settings
@@ -76,6 +75,8 @@ def train_privately_for_a_round(
         BudgetExceeded: If the steps do not fit into the budget; nothing is trained.
         Refused: If the ledger on disk cannot be read, or δ is too large for so few records.
     """
+    from bora_fl.client.dpsgd import train_privately  # Opacus is there with an extra alone
+
     require_small_delta(policy, settings, len(data))
     privacy, train = settings.privacy, settings.train
     device = settle(model.model)

@@ -4,7 +4,7 @@ Flower hands ServerApp and ClientApps a flat mapping of ``group.key`` to bool, i
 a frozen `Settings`; whatever is wrong ends in one `ConfigError` whose lines name the key, its value and the remedy.
 """
 
-from bora_fl.config import extensions
+from bora_fl.config import extensions, extras
 from bora_fl.config.federation_file import FEDERATION_FILE, Federation, federation_text, read_federation
 from bora_fl.config.groups import (
     AdapterSettings,
@@ -37,6 +37,7 @@ __all__ = [
     "TrainSettings",
     "describe",
     "extensions",
+    "extras",
     "federation_text",
     "overrides",
     "parse",

@@ -21,6 +21,7 @@ from pathlib import Path
 from bora_fl.config import Scalar, extensions, parse
 from bora_fl.deployment.flower_app import stage
 from bora_fl.deployment.processes import Service, exit_on_sigterm, tool
+from bora_fl.deployment.progress import pass_on
 from bora_fl.paths import state_folder
 
 # What Flower, Ray and OpenMP must be told; the README says why.
@@ -38,7 +39,7 @@ _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 _STAMP = re.compile(r"INFO|WARN|ERROR|bora-fl \|")
 
 Show = Callable[[str], None]
-"""Is given each line of a run's log that a person wants to read."""
+"""Is given each line of a run's log that a person wants to read; see `progress.Watcher`."""
 
 
 class LaunchError(RuntimeError):
@@ -125,8 +126,7 @@ def attach(run_id: str, connection: str = "", *, stops: Callable[[str], bool], s
         try:
             stream.start()
             for line in stream.follow():
-                if text := readable(line):
-                    show(text)
+                pass_on(line, readable(line), show)
             status = _await_end(run_id, target, stream, show)
         except (KeyboardInterrupt, SystemExit):
             stream.stop()

@@ -9,6 +9,12 @@ from rich.console import Console
 
 console = Console()
 FORMS = ("merged", "lora", "sentence-transformers")
+DTYPES = ("float32", "float16", "bfloat16")
+GGUF = (
+    "--as gguf: llama.cpp's own converter writes such files, and no package has it; run "
+    "`bora-fl export {folder} {target}` and then "
+    "`python llama.cpp/convert_hf_to_gguf.py {target} --outfile {target}.gguf`"
+)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Those that its ``--max-lora-rank`` takes; memory is set aside by it, whatever rank an adapter has."""
 
@@ -18,11 +24,16 @@ def export(
     target: Annotated[Path, typer.Argument(help="folder to write")],
     form: Annotated[
         str,
-        typer.Option("--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r; sentence-transformers"),
+        typer.Option(
+            "--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r; sentence-transformers; gguf says how"
+        ),
     ] = "merged",
     rank: Annotated[
         int, typer.Option(help="rank of the LoRA adapter: the closest one of a lower rank, and how close it is")
     ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="of the tensors written: float32, float16, bfloat16; as trained if empty")
+    ] = "",
     base: Annotated[
         str, typer.Option(help="where the base model is here: hub id or folder, if not where the run had it")
     ] = "",
@@ -31,6 +42,10 @@ def export(
     from bora_fl.config import ConfigError
     from bora_fl.exporting import forms
 
+    if form == "gguf":
+        raise ConfigError(GGUF.format(folder=folder, target=target))
+    if dtype and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
     if form not in FORMS:
         raise ConfigError(f"--as {form}: use one of {', '.join(FORMS)}")
     if rank and form != "lora":
@@ -38,7 +53,7 @@ def export(
     if form == "lora":
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            error = forms.export_lora(folder, target, base, rank or None)
+            error = forms.export_lora(folder, target, base, rank or None, dtype)
         for warning in said:
             if issubclass(warning.category, UserWarning):
                 _say(f"note: {warning.message}")
@@ -48,9 +63,9 @@ def export(
             served = ", ".join(map(str, VLLM_RANKS))
             _say(f"note: vLLM's --max-lora-rank takes {served}; give it the next one above {rank}")
     elif form == "merged":
-        forms.export_merged(folder, target, base)
+        forms.export_merged(folder, target, base, dtype)
     else:
-        forms.export_sentence_transformers(folder, target, base)
+        forms.export_sentence_transformers(folder, target, base, dtype)
     _say(f"wrote {target}")
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, parse
 from bora_fl.data import load_dataset
@@ -61,7 +63,7 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[Fe
     return model, load_tokenizer(named)
 
 
-def export_merged(folder: Path, target: Path, base: str = "") -> Path:
+def export_merged(folder: Path, target: Path, base: str = "", dtype: str = "") -> Path:
     """Write the fine-tuned model with everything merged into its weights, and its tokenizer.
 
     A model with pooling (`model.pooling`) carries its class as code and is opened with ``trust_remote_code=True``.
@@ -70,11 +72,12 @@ def export_merged(folder: Path, target: Path, base: str = "") -> Path:
         folder: See `load_run`.
         target: The folder to write; `AutoModel…from_pretrained` opens it without PEFT and without this package.
         base: See `load_run`.
+        dtype: Of the tensors written, such as ``bfloat16``; as they were trained by default.
 
     Returns:
         The target.
     """
-    model, tokenizer = _merged(folder, base)
+    model, tokenizer = _merged(folder, base, dtype)
     if isinstance(model, PooledClassification):
         save_pooled(model, tokenizer, target)
     else:
@@ -83,18 +86,19 @@ def export_merged(folder: Path, target: Path, base: str = "") -> Path:
     return target
 
 
-def export_sentence_transformers(folder: Path, target: Path, base: str = "") -> Path:
+def export_sentence_transformers(folder: Path, target: Path, base: str = "", dtype: str = "") -> Path:
     """Write the fine-tuned model for sentence-transformers: ``SentenceTransformer(target).encode(texts)`` are logits.
 
     Args:
         folder: See `load_run`.
         target: The folder to write.
         base: See `load_run`.
+        dtype: See `export_merged`; of the body, as the head's one layer stays in float32.
 
     Raises:
         ConfigError: If the model's head reads something else than pooled token states.
     """
-    model, tokenizer = _merged(folder, base)
+    model, tokenizer = _merged(folder, base, dtype)
     if not isinstance(model, PooledClassification):
         raise ConfigError(
             f"run.output-dir = '{folder}': {type(model).__name__} has a head of its own, which sentence-transformers "
@@ -104,12 +108,13 @@ def export_sentence_transformers(folder: Path, target: Path, base: str = "") -> 
     return target
 
 
-def _merged(folder: Path, base: str) -> tuple[Any, Any]:
-    model, tokenizer = load_run(folder, base)
-    return model.model if model.adapter.method == "full" else model.model.merge_and_unload(), tokenizer
+def _merged(folder: Path, base: str, dtype: str) -> tuple[Any, Any]:
+    run, tokenizer = load_run(folder, base)
+    model: Any = run.model if run.adapter.method == "full" else run.model.merge_and_unload()
+    return model.to(getattr(torch, dtype)) if dtype else model, tokenizer
 
 
-def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = None) -> float:
+def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = None, dtype: str = "") -> float:
     """Write a BoRA run's adapter as a LoRA adapter of rank b·r, exactly, or as the closest one of a lower rank.
 
     Args:
@@ -117,6 +122,7 @@ def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = N
         target: The folder to write, with the tokenizer and the label names beside the adapter.
         base: See `load_run`.
         rank: Of the LoRA adapter; b·r by default.
+        dtype: Of the factors; see `export_merged`.
 
     Returns:
         The relative error of the update, `‖M − M_rank‖ / ‖M‖` over all layers.
@@ -137,7 +143,7 @@ def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = N
     model, tokenizer = load_run(folder, base)
     if model.adapter.method != "bora":
         raise ConfigError(f"adapter.method = '{model.adapter.method}': only BoRA adapters are converted; PEFT opens it")
-    save_as_lora(model.model, target, rank=rank)
+    save_as_lora(model.model, target, rank=rank, dtype=getattr(torch, dtype) if dtype else None)
     tokenizer.save_pretrained(target)
     if model.task == "classification":
         write_labels(target, _label_names(model.model.config))

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
 from bora_fl.config import parse
 from bora_fl.server.run import Server
+from bora_fl.tracking import activity
 
 app = ServerApp()
 
@@ -17,6 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     log_progress()
+    activity.tell("load model and data")
     Server(parse(context.run_config)).run(grid)
 
 
@@ -28,3 +30,4 @@ def log_progress() -> None:
         handler.setFormatter(logging.Formatter("bora-fl | %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+    activity.show_on_stderr()

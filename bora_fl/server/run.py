@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bora_fl.blocks import at_rank, normalize_sigma
-from bora_fl.config import ConfigError, Settings
+from bora_fl.config import ConfigError, Settings, extras
 from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
 from bora_fl.data.prompts import Prompt, held_out_prompts
 from bora_fl.device import autocast, set_threads, settle
@@ -37,6 +37,7 @@ from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.head import HeadLayout
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.tracking import activity
 from bora_fl.tracking.prometheus import serving
 from bora_fl.tracking.sinks import Sinks, scalars
 
@@ -55,6 +56,7 @@ class Server(Observer):
     """
 
     def __init__(self, settings: Settings, save: Save = save) -> None:
+        extras.require_for(settings)
         self.settings = settings
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
         if settings.adapter.method != "full":
@@ -137,6 +139,7 @@ class Server(Observer):
         strategy = FederatedStrategy(self.settings, self.aggregator, self._run_id, self, self._head_layout())
         state = strategy.run(grid, checkpoint.state, checkpoint.folds, first_round)
         self._bring_to(state.current, strategy.folds)
+        activity.tell("write the adapter")
         self._write_result(strategy.folds)
         return self.folder
 
@@ -146,7 +149,10 @@ class Server(Observer):
         settings = self.settings.model_copy(update={"data": self._data})  # with the columns that were found
         write_result(adapter, self.tokenizer, settings, self.label_names, rows[-1]["round"])
         write_atomically(adapter / "README.md", model_card(self.settings, rows, self.label_names, self.pooling))
-        rounds_picture(rows, self.folder / "rounds.png")
+        if extras.missing("report", "matplotlib"):
+            log.info("rounds.png is not drawn: matplotlib is not installed; run `%s`", extras.remedy("report"))
+        else:
+            rounds_picture(rows, self.folder / "rounds.png")
 
     def _head_layout(self) -> HeadLayout | None:
         """Where the head stands in the adapter's state, if it is to be solved and is a linear layer."""
@@ -192,6 +198,7 @@ class Server(Observer):
         return self._evaluate(self.screening).loss
 
     def _evaluate(self, data: Encoded) -> Metrics:
+        activity.tell("evaluate on the test set")
         train, device = self.settings.train, settle(self.model.model)
         return evaluate(
             self.model.model, data, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision)

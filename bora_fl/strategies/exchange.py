@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
 from bora_fl.strategies.arrivals import Arrivals
+from bora_fl.tracking import activity
 from bora_fl.wire.schema import INSTRUCTION, SCHEMA
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,11 @@ def exchange(
         poll: Seconds between two looks for replies.
         quiet: Seconds without any reply, after which silent nodes are asked.
     """
-    if not isinstance(grid, HttpGrid):
-        return list(grid.send_and_receive(messages, timeout=timeout))
     sent = list(messages)
+    what = sent[0].metadata.message_type if sent else ""
+    if not isinstance(grid, HttpGrid):
+        activity.tell(_words(what), 0, len(sent))
+        return list(grid.send_and_receive(sent, timeout=timeout))
     waiting: dict[str, Message] = {}
     replies: list[Message] = []
     for message_id, message in zip(_push(grid, sent), sent, strict=True):
@@ -55,6 +58,7 @@ def exchange(
     pull = Arrivals(grid).pull
     started = heard = time.monotonic()
     while waiting and time.monotonic() - started < timeout:
+        activity.tell(_words(what), len(replies), len(sent))
         pulled = pull([*waiting, *asked])
         idle = {asked.pop(key) for m in pulled if (key := m.metadata.reply_to_message_id) in asked and m.has_content()}
         if idle:  # what they had to send was there before their answer to the question
@@ -78,6 +82,10 @@ def exchange(
         if waiting:
             time.sleep(poll)
     return replies
+
+
+def _words(message_type: str) -> str:
+    return {"query": "wait for clients"}.get(message_type, message_type.rpartition(".")[2])
 
 
 def _push(grid: Grid, messages: list[Message]) -> list[str | None]:

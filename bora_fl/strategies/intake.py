@@ -31,12 +31,13 @@ class Intake:
         clients: How many clients are in `updates`.
         answered: How many replied, whatever they replied.
         metrics: Client to what it reported.
-        rejected: Client or node to the reason why its reply is not among the updates.
+        rejected: Node to the reason why its reply is not among the updates, screening apart.
         held: Node to the newest base delta it holds.
         accepted: Nodes whose replies passed every check, screening apart.
         bytes_up: Size of the replies.
         train_loss: Mean training loss, where clients report it under secure aggregation.
         digests: Node to the digest of its reply, as it came.
+        screened: Client to the reason why its update, which passed every check, is not among the updates.
     """
 
     updates: tuple[ClientUpdate, ...] = ()
@@ -49,6 +50,7 @@ class Intake:
     bytes_up: int = 0
     train_loss: float | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    screened: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,6 @@ def take_in(
     updates, screened = screen(
         [accepted[c] for c in sorted(accepted)], sent.state, settings.strategy, shares, held_out_loss
     )
-    rejected |= {str(client): reason for client, reason in screened.items()}
     kept = {client: metrics[client] for client in metrics if client not in screened}
     return Intake(
         tuple(updates),
@@ -172,6 +173,7 @@ def take_in(
         frozenset(nodes),
         bytes_up,
         digests=reply_digests(received),
+        screened=screened,
     )
 
 

@@ -35,11 +35,25 @@ class Nodes:
     def __init__(self, settings: StrategySettings, seed: int) -> None:
         self._settings, self._seed = settings, seed
         self._partitions: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         self.num_partitions = 1
 
     def partition(self, node: int) -> int | None:
         """The partition that a node serves; None for an unknown node."""
         return self._partitions.get(node)
+
+    def called(self, node: int) -> str:
+        """A node in a message: by its site's name and partition, as far as they are known."""
+        client = self._partitions.get(node)
+        known = [f"client {client}"] if client is not None else []
+        first, *rest = [*filter(None, [self._names.get(node)]), *known, f"node {node}"]
+        return f"{first} ({', '.join(rest)})" if rest else first
+
+    def called_client(self, client: int) -> str:
+        """A client in a message: see `called`."""
+        return next(
+            (self.called(node) for node, served in self._partitions.items() if served == client), f"client {client}"
+        )
 
     def gather(self, grid: Grid) -> dict[str, str]:
         """Wait before round 1 for ``strategy.min-nodes``, or for as many nodes as the first ones say there are.
@@ -74,11 +88,11 @@ class Nodes:
         for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
             node = message.metadata.src_node_id
             try:
-                partition, self.num_partitions = read_roll_call(message)
+                partition, self.num_partitions, self._names[node] = read_roll_call(message)
                 if partition in self._partitions.values():
                     raise RejectedReplyError(node, f"another node serves partition {partition} already")
             except RejectedReplyError as rejected:
-                log.warning("node %s is left out: %s", node, rejected.reason)
+                log.warning("%s is left out: %s", self.called(node), rejected.reason)
                 left_out[str(node)] = rejected.reason
                 continue
             self._partitions[node] = partition

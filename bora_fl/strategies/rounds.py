@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -24,8 +25,8 @@ from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
 from bora_fl.strategies.screening import credible
 from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
-from bora_fl.strategies.server_optimizers import OptimizerState
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.tracking import activity
 from bora_fl.wire.records import Instruction, size, to_arrays
 from bora_fl.wire.schema import INSTRUCTION
 
@@ -105,6 +106,7 @@ class Rounds:
             for number in range(first_round, self.settings.run.num_rounds + 1):
                 if self._ended or self._is_over(number - 1):
                     break
+                activity.begin(number, self.settings.run.num_rounds)
                 report = self.round(grid, number) if number else self.round_zero(grid)
                 usable |= report.clients > 0
                 if not usable and (number or not self.settings.run.num_rounds):
@@ -160,8 +162,9 @@ class Rounds:
                 "the adapter of round %d has %.3f more loss than that of round %d, which comes back",
                 *(number - 1, excess, best.round),
             )
-            merged, kept = Merged(_restarted(self.state, best)), best.round
+            merged, kept = Merged(self.state.back_to(best.adapter)), best.round
         else:
+            activity.tell("merge")
             merged = self.merge(number, intake, self._asked)
         self._advance(merged.state)
         # 4. Solve the head again, after the last merge by default.
@@ -178,8 +181,9 @@ class Rounds:
             measured, kept = best.metrics(), best.round
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.
-        _warn(number, intake.rejected | rejected)
-        reasons = left_out | intake.rejected | rejected | solved.rejected
+        self._warn(number, intake.rejected | rejected, intake.screened)
+        screened = {str(client): reason for client, reason in intake.screened.items()}
+        reasons = left_out | intake.rejected | screened | rejected | solved.rejected
         reported = {client: intake.metrics.get(client, ClientMetrics()) for client in intake.metrics | measured}
         reported |= {client: reported[client].joined(metrics) for client, metrics in measured.items()}
         clients = Evaluation.of((measured or reported).values())
@@ -335,7 +339,7 @@ class Rounds:
 
         masked = secure if self.settings.privacy.secure_aggregation else None
         solved = solve(self.head, self.state, self.settings, server_round, ask, answers, masked)
-        _warn(server_round, solved.rejected)
+        self._warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)
 
     def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
@@ -385,12 +389,11 @@ class Rounds:
             self.folds.append(flatten_deltas(state.fold))
         self.state = state
 
-
-def _restarted(state: ServerState, best: Best) -> ServerState:
-    """The best round's adapter; what the server kept of the rounds since does not belong to it."""
-    return replace(state, current=best.adapter, carried={}, velocity={}, optimizer=OptimizerState())
-
-
-def _warn(round: int, rejected: Mapping[str, str]) -> None:
-    for who, why in rejected.items():
-        log.warning("round %d: rejected the reply of %s: %s", round, who, why)
+    def _warn(
+        self, round: int, rejected: Mapping[str, str], screened: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        """Say whose replies were rejected: by node, and by client those that were screened."""
+        named = {self.nodes.called(int(who)) if who.isdigit() else who: why for who, why in rejected.items()}
+        named |= {self.nodes.called_client(client): why for client, why in screened.items()}
+        for who, why in named.items():
+            log.warning("round %d: rejected the reply of %s: %s", round, who, why)

@@ -1,7 +1,7 @@
 """What a strategy knows between rounds, and its form as named tensors for a checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class ServerState:
     def start(cls, initial: AdapterState) -> "ServerState":
         """The state before round 1; it remembers the rank of every layer."""
         return cls(initial, {name: factors.rank for name, factors in initial.layers.items()})
+
+    def back_to(self, adapter: AdapterState) -> "ServerState":
+        """An earlier round's adapter; what the server kept of the rounds since does not belong to it."""
+        return replace(self, current=adapter, carried={}, velocity={}, optimizer=OptimizerState())
 
     def rank(self, layer: str) -> int:
         """The global adapter's rank in a layer."""

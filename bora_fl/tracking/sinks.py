@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from bora_fl.config import ConfigError, Scalar, extensions
+from bora_fl.config import ConfigError, Scalar, extensions, extras
 from bora_fl.tracking.trackers import TRACKERS
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _open(name: str) -> Sink:
         sink: Sink = (TRACKERS.get(name) or extensions.load("sinks", name, "run.sinks ="))()
     except ImportError as error:
         raise ConfigError(
-            f"run.sinks = {name!r}: {error.name or name} is not installed; run `pip install 'bora-fl[tracking]'`"
+            f"run.sinks = {name!r}: {error.name or name} is not installed; run `{extras.remedy('tracking')}`"
         ) from error
     missing = [method for method in ("start", "log", "finish") if not callable(getattr(sink, method, None))]
     if missing:

@@ -13,7 +13,7 @@ from bora_fl.state import PARTS, AdapterState, flatten, unflatten
 from bora_fl.wire.deltas import apply
 from bora_fl.wire.records import from_arrays, part_of
 from bora_fl.wire.refusals import explain
-from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA, STATE
+from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA, SITE_NAME, STATE
 from bora_fl.wire.updates import Coding
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
@@ -175,8 +175,8 @@ def read_head_losses(message: Message, count: int) -> tuple[list[float], float]:
     raise RejectedReplyError(node, f"expected {count} losses and a number of examples, each of at least 0")
 
 
-def read_roll_call(message: Message) -> tuple[int, int]:
-    """The partition that a node says it serves, and out of how many.
+def read_roll_call(message: Message) -> tuple[int, int, str]:
+    """The partition that a node says it serves, out of how many, and its site's name, empty if it says none.
 
     Raises:
         RejectedReplyError: For an error reply, another schema, or no valid partition.
@@ -186,7 +186,8 @@ def read_roll_call(message: Message) -> tuple[int, int]:
     partition, count = reply.get("partition"), reply.get("num-partitions")
     if not isinstance(partition, int) or not isinstance(count, int) or not 0 <= partition < count:
         raise RejectedReplyError(node, f"partition {partition!r} of {count!r} is not a partition")
-    return partition, count
+    name = reply.get("name", "")
+    return partition, count, name if isinstance(name, str) and re.fullmatch(SITE_NAME, name) else ""
 
 
 def _arrays(node: int, record: ArrayRecord) -> dict[str, Tensor]:

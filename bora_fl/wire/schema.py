@@ -12,6 +12,8 @@ Kind = Literal["train", "evaluate", "head-statistics", "head-losses"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 STATE, FOLDS, INSTRUCTION, REPLY, METRICS, HEADS = "state", "folds", "instruction", "reply", "metrics", "heads"
 GRAMS = "grams"
+SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
+"""What a site may be called: it stands in the server's messages."""
 HEAD = "head"
 """The record of a message that says which sums the head is to be solved from."""
 
@@ -31,7 +33,9 @@ def refusal(refused: Refusal) -> RecordDict:
     return RecordDict({REPLY: reply})
 
 
-def roll_call(partition: int, num_partitions: int) -> RecordDict:
+def roll_call(partition: int, num_partitions: int, name: str = "") -> RecordDict:
     """A reply to the question which partition a node serves: what its node config says."""
     reply = ConfigRecord({"schema": SCHEMA, "partition": partition, "num-partitions": num_partitions})
+    if name:
+        reply["name"] = name
     return RecordDict({REPLY: reply})

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bora_fl.config import Scalar, Settings, overrides, parse
+from bora_fl.config import Scalar, Settings, extras, overrides, parse
 
 # One client whose few records the canaries are half of, trained for long: what gives a lower bound its best chance.
 BASE: dict[str, Scalar] = {
@@ -49,6 +49,7 @@ def audit(
     with -c privacy.mode=client or local, canaries are clients that each send an update of their own. A bound above the
     claim refutes it (exit code 1). A small bound proves nothing.
     """
+    extras.require("privacy", "audit")
     settings = parse(BASE | ({} if noise else {"privacy.mode": "none"}) | overrides(run_config))
     if trials:
         _tell_times(settings, trials)

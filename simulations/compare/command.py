@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bora_fl.config import ConfigError, Scalar, overrides
+from bora_fl.config import ConfigError, Scalar, extras, overrides
 from bora_fl.granted import num_cores
 from bora_fl.simulations.compare.scenarios import SCENARIOS
 
@@ -122,6 +122,7 @@ def compare(
     if list_scenarios:
         _show_scenarios()
         return
+    extras.require("report", "compare")
     # The rest needs torch, which the command's help does not.
     from bora_fl.data import fetch
     from bora_fl.simulations.compare import report, results, tuning

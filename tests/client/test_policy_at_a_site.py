@@ -213,7 +213,7 @@ def test_under_record_privacy_every_failure_of_training_has_one_code(
     def fail(*_, **__):
         raise RuntimeError(f"an example of 4,711 tokens: {SECRET}")
 
-    monkeypatch.setattr("bora_fl.client.private.train_privately", fail)
+    monkeypatch.setattr("bora_fl.client.dpsgd.train_privately", fail)
     config = private | {"privacy.ledger-dir": str(tmp_path / "ledger")}
     with pytest.raises(RunFailedError, match="training-failed") as failed:
         simulate(config, 3)

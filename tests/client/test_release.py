@@ -190,7 +190,7 @@ def test_a_masked_reply_holds_what_the_table_lists(mode: str, sent):
 @pytest.mark.parametrize("mode", MODES)
 def test_queries_and_refusals_hold_what_the_table_lists(mode: str, config, tmp_path: Path):
     broken = config | {"privacy.mode": mode, "data.name": str(tmp_path / "missing.csv")}
-    grid = InProcessGrid(app, 1, broken)
+    grid = InProcessGrid(app, 1, broken, {0: {"name": "berlin"}})
     (query,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=2, message_type="query")])
     assert fields_of(query.content) == listed("query", mode, True)
     for kind in ("train", "evaluate"):

@@ -1,5 +1,6 @@
 """The app that is run where the working folder has none."""
 
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from bora_fl.config import ConfigError, Settings
+from bora_fl.config import ConfigError, Settings, parse
 from bora_fl.deployment import flower_app
 from bora_fl.deployment.flower_app import COMPONENTS, TABLE, stage
+from bora_fl.testing import check
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
@@ -60,3 +62,17 @@ def test_requirements_of_extras_are_left_out():
     assert flower_app._is_extra('gguf>=0.10; extra == "gguf"')
     assert not flower_app._is_extra("torch>=2.6")
     assert not flower_app._is_extra('triton>=3; platform_system == "Linux"')
+
+
+def test_the_template_is_an_app_that_flower_builds_and_its_settings_and_strategy_are_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "app.fab").write_bytes(build_fab_from_disk(ROOT / "deploy" / "flower-app"))
+    zipfile.ZipFile(tmp_path / "app.fab").extractall(tmp_path / "bundle")
+    monkeypatch.syspath_prepend(tmp_path / "bundle")
+    app = tomllib.loads((tmp_path / "bundle" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    settings = parse({f"{group}.{key}": value for group, keys in app["config"].items() for key, value in keys.items()})
+    check(settings.strategy.name, "only_the_ratio_of_weights_matters")
+    apps = importlib.import_module("finetuning.apps")
+    assert app["components"] == {"serverapp": "finetuning.apps:server", "clientapp": "finetuning.apps:client"}
+    assert (apps.client.__class__.__name__, apps.server.__class__.__name__) == ("ClientApp", "ServerApp")

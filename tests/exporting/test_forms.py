@@ -92,6 +92,7 @@ def test_a_lora_export_predicts_as_the_run_did(tiny_config, tmp_path: Path):
 
 def test_an_export_needs_no_data_and_truncates_to_a_rank(tiny_config, tiny_data: Path, tmp_path: Path):
     from peft import PeftModel
+    from safetensors.torch import load_file
 
     moved = tmp_path / "data.parquet"
     moved.write_bytes(tiny_data.read_bytes())
@@ -114,7 +115,9 @@ def test_an_export_needs_no_data_and_truncates_to_a_rank(tiny_config, tiny_data:
                 torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
             else:
                 assert not torch.equal(logits, expected)
-    export_merged(folder, tmp_path / "merged")
+    export_merged(folder, tmp_path / "merged", dtype="bfloat16")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
 
 
@@ -140,6 +143,8 @@ def test_of_a_run_that_goes_on_the_newest_checkpoint_is_exported(tiny_config, tm
     ("options", "message"),
     [
         (["--as", "gguff"], "--as gguff: use one of merged, lora"),
+        (["--as", "gguf"], "convert_hf_to_gguf.py"),
+        (["--dtype", "int8"], "--dtype int8: use one of float32, float16, bfloat16"),
         (["--as", "merged", "--rank", "8"], "--rank 8 with --as merged"),
         (["--as", "lora", "--rank", "-1"], "--rank -1"),
     ],

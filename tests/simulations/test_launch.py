@@ -17,6 +17,7 @@ from bora_fl.config import ConfigError
 from bora_fl.report import read_rows
 from bora_fl.simulations.engine import simulate
 from bora_fl.simulations.launch import LaunchError, Simulation, run
+from bora_fl.tracking.activity import Activity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,20 @@ for path in json.loads(sys.argv[1]):
         pass
 print(json.dumps(reached))
 """
+
+
+class Watched:
+    """Keeps all that it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.seen: list[Activity] = []
+
+    def __call__(self, text: str) -> None:
+        self.lines.append(text)
+
+    def activity(self, now: Activity) -> None:
+        self.seen.append(now)
 
 
 def command(config: dict, clients: int) -> list[str]:
@@ -72,8 +87,13 @@ def until(condition, seconds: float) -> None:
 
 def test_a_simulation_gives_the_adapter_of_one_process_and_leaves_nothing_behind(tiny_config, tmp_path: Path):
     config = tiny_config | {"run.num-rounds": 2}
-    lines: list[str] = []
-    outcome = run(ROOT, config, Simulation(3), show=lines.append)
+    watch = Watched()
+    outcome, lines = run(ROOT, config, Simulation(3), show=watch), watch.lines
+    assert {(now.what, now.round) for now in watch.seen} >= {("train", 1), ("merge", 1), ("train", 2), ("merge", 2)}
+    answered = [(now.done, now.total) for now in watch.seen if (now.what, now.round) == ("train", 2)]
+    assert answered == sorted(answered)
+    assert {total for _, total in answered} == {3}
+    assert {client for now in watch.seen for client in now.clients} == {0, 1, 2}
     assert [(row["round"], row["clients"]) for row in outcome.rows] == [(0, 0), (1, 3), (2, 3)]
     assert [line.split(":")[0] for line in lines if "/2: train loss" in line] == ["round 0/2", "round 1/2", "round 2/2"]
     assert not marked(outcome.folder)

@@ -132,14 +132,19 @@ def test_a_node_that_claims_a_partition_that_is_served_is_left_out_and_the_repor
     class Twins(Grid):
         def answer(self, message):
             reply = super().answer(message)
+            if message.metadata.message_type == "query":
+                name = "berlin" if message.metadata.dst_node_id == 2 + SICK else "a line\nof its own"
+                reply.content.config_records["reply"]["name"] = name
             if message.metadata.message_type == "query" and message.metadata.dst_node_id == 2 + SICK:
                 reply.content.config_records["reply"]["partition"] = 0
             return reply
 
     watch = Watch()
-    FederatedStrategy(settings(strategy__min_nodes=3), observer=watch).run(
-        Twins(), ServerState.start(adapter(0)), [], 1
-    )
+    strategy = FederatedStrategy(settings(strategy__min_nodes=3), observer=watch)
+    strategy.run(Twins(), ServerState.start(adapter(0)), [], 1)
+    assert strategy.nodes.called(2 + SICK) == f"berlin (node {2 + SICK})"
+    assert strategy.nodes.called(2) == strategy.nodes.called_client(0) == "client 0 (node 2)"
+    assert (strategy.nodes.called(77), strategy.nodes.called_client(77)) == ("node 77", "client 77")
     assert watch.reports[0].clients == 3
     assert "another node serves partition 0" in watch.reports[0].reasons[str(2 + SICK)]
 

@@ -1,6 +1,5 @@
 """A worker's life: bind, serve, and end with the job at work finished or cancelled."""
 
-import fcntl
 import hmac
 import logging
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from filelock import FileLock, Timeout
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from bora_fl.client.worker.address import Address, WorkerSettings, make_token, private_folder
@@ -119,9 +119,9 @@ def _bind(server: Any, address: Address) -> None:
 def _sole_owner(path: Path) -> Iterator[None]:
     """Hold a socket's lock, which ends with this process however it ends: a second worker must not take the socket."""
     private_folder(path)
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--listen unix:{path}: another worker serves there already") from None
+    try:
+        lock = FileLock(path.with_name(path.name + ".lock"), mode=0o600).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"--listen unix:{path}: another worker serves there already") from None
+    with lock:
         yield

@@ -8,6 +8,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from bora_fl.config import extras
 from bora_fl.deployment.doctor.finding import Finding
 
 
@@ -34,14 +35,16 @@ def check_requirement(requirement: Requirement, installed: str | None) -> Findin
 
 
 def check_versions() -> list[Finding]:
-    """Check Python and every dependency; those in order share one line."""
+    """Check Python, every dependency, and what is installed of the extras; those in order share one line."""
     try:
         package = metadata.metadata("bora-fl")
     except metadata.PackageNotFoundError:
         text = "bora-fl is not installed here, so that the versions it needs are not known"
         return [Finding("versions", "warn", text, "pip install bora-fl, the same version at the server and all sites")]
     wanted = [Requirement(text) for text in metadata.requires("bora-fl") or ()]
-    applying = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    applying = [r for r in wanted if _applies(r, "")]
+    optional = [r for r in wanted if r not in applying and any(_applies(r, extra) for extra in extras.EXTRAS)]
+    applying += [r for r in optional if _installed(r.name)]
     findings = [check_python(platform.python_version(), package["Requires-Python"])]
     findings += [check_requirement(requirement, _installed(requirement.name)) for requirement in applying]
     named = {f.subject: f.text for f in findings} | {"bora-fl": package["Version"]}
@@ -54,6 +57,10 @@ def _summary(versions: Mapping[str, str], findings: Iterable[Finding]) -> Findin
     right = sum(finding.level == "pass" for finding in findings)
     text = ", ".join(f"{name} {versions[name]}" for name in main if re.match(r"\d", versions.get(name, "")))
     return Finding("versions", "pass", f"{text}; {right} requirements are met")
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def _installed(name: str) -> str | None:

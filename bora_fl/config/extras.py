@@ -1,0 +1,75 @@
+"""Optional parts of the installation: what needs which extra, and the message where it is missing."""
+
+import importlib.util
+import sys
+from typing import Literal
+
+from bora_fl.config.groups import ConfigError
+from bora_fl.config.settings import Settings
+
+Extra = Literal["simulation", "ray", "report", "privacy", "llm", "tracking", "triton"]
+EXTRAS: dict[Extra, tuple[str, ...]] = {
+    "simulation": ("flwr_datasets",),
+    "ray": ("ray",),
+    "report": ("matplotlib", "scipy"),
+    "privacy": ("opacus", "scipy"),
+    "llm": ("gguf", "sentencepiece", "trl"),
+    "tracking": ("tensorboard", "wandb", "trackio", "mlflow"),
+    "triton": ("triton",),
+}
+"""The modules that each extra of the distribution brings."""
+
+
+def missing(extra: Extra, *modules: str) -> str:
+    """The first of an extra's modules that cannot be imported here, empty if all can.
+
+    Args:
+        extra: The extra.
+        modules: Look for these of them only.
+    """
+    return next((name for name in modules or EXTRAS[extra] if not _found(name)), "")
+
+
+def remedy(extra: Extra) -> str:
+    """The command that installs an extra."""
+    return f'pip install "bora-fl[{extra}]"'
+
+
+def require(extra: Extra, setting: str, *modules: str) -> None:
+    """Refuse what needs an extra that is not installed.
+
+    Args:
+        extra: The extra.
+        setting: What asks for it, such as ``privacy.mode = 'record'``.
+        modules: See `missing`.
+
+    Raises:
+        ConfigError: With the setting, the module that is missing and the command that installs it.
+    """
+    if name := missing(extra, *modules):
+        raise ConfigError(f"{setting}: {name} is not installed; run `{remedy(extra)}`")
+
+
+def explain(error: ImportError) -> str | None:
+    """The message for a module that could not be imported; None if no extra brings it."""
+    name = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if name in modules), None)
+    return f"{name} is not installed; run `{remedy(extra)}`" if extra else None
+
+
+def require_for(settings: Settings) -> None:
+    """Refuse a run whose settings need an extra that is not installed.
+
+    Raises:
+        ConfigError: See `require`.
+    """
+    if settings.privacy.mode != "none":
+        require("privacy", f"privacy.mode = {settings.privacy.mode!r}", "opacus")
+    if settings.data.partition != "local":
+        require("simulation", f"data.partition = {settings.data.partition!r}")
+
+
+def _found(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None

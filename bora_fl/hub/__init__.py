@@ -1,0 +1,1 @@
+"""Results on the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""A Flower app of BoRA adapters with a strategy of its own."""
