@@ -33,6 +33,7 @@ FLOWER = {
     "bora_fl/deployment/doctor/registration.py",
     "bora_fl/client/bridge.py",
     "bora_fl/client/head.py",
+    "bora_fl/client/moments.py",
     "bora_fl/client/job.py",
     "bora_fl/client/refusing.py",
     "bora_fl/client/worker/pieces.py",
