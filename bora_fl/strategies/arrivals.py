@@ -1,10 +1,10 @@
 """Replies over a SuperLink as far as they have come, without waiting for one that is still on its way."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import cast
 
-from flwr.app import Error, Message, Metadata
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde_utils import metadata_from_proto
@@ -19,7 +19,10 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid import HttpGrid
 
+log = logging.getLogger(__name__)
+
 CUT_OFF = "its reply was cut off, and the SuperLink has given it up"
+UNREADABLE = "its reply is no message"
 
 
 @dataclass
@@ -88,6 +91,23 @@ class Arrivals:
         root = arriving.metadata.message_id
         received = ConfirmMessageReceivedRequest(node=grid.node, run_id=run_id, message_object_id=root)
         api.ConfirmMessageReceived(received)
-        message = cast(Message, inflate_object_from_contents(root, arriving.contents))
-        message.metadata.__dict__["_message_id"] = root
-        return message
+        return _read(arriving)
+
+
+def _read(arriving: _Arriving) -> Message:
+    """The reply from its objects, or an error for what is no message.
+
+    The SuperLink looks at the heads of objects alone: what they hold is the sender's word, whom the reply is from and
+    what it answers included. For that the SuperLink's own word is taken.
+    """
+    metadata = arriving.metadata
+    try:
+        found: object = inflate_object_from_contents(metadata.message_id, arriving.contents)
+    except Exception:  # whatever a client sends must not end the run
+        log.warning("node %d: a reply cannot be read", metadata.src_node_id, exc_info=True)
+        found = None
+    if isinstance(found, Message) and found.has_error():
+        return make_message(metadata=metadata, error=found.error)
+    if isinstance(found, Message) and isinstance(found.content, RecordDict):
+        return make_message(metadata=metadata, content=found.content)
+    return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, UNREADABLE))

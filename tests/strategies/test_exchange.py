@@ -3,26 +3,32 @@
 import itertools
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PullObjectResponse
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node as Proto
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    add_header_to_object_body,
+    get_all_nested_objects,
+    get_object_tree,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from bora_fl.strategies.arrivals import CUT_OFF
+from bora_fl.strategies.arrivals import CUT_OFF, UNREADABLE
 from bora_fl.strategies.exchange import LOST, exchange
 from bora_fl.wire.schema import REPLY
 
 Node = Callable[[str], str]
 """What became of a message of that kind: "answered", "at work", "gone", "lost", "sending" its reply object by object,
-"cut off" meanwhile, or "given up" by the SuperLink then."""
+"cut off" meanwhile, or "given up" by the SuperLink then; of a node that lies, "garbled" bytes, "an array" in the place
+of a message, "an array in it" in the place of its content, or an answer "as another" node to another message."""
 
 
 class SuperLink(HttpGrid):
@@ -64,16 +70,34 @@ class SuperLink(HttpGrid):
                 reply = Message(Error(5, "node unavailable"), reply_to=message)
                 reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
             reply.metadata.__dict__["_message_id"] = reply.object_id
+            tree, root = get_object_tree(reply), reply.object_id
             parts = {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
+            parts |= {root: self.lie(fate, reply, parts[root], tree)}
             if fate == "sending":
                 self.coming |= parts
             self.objects |= dict.fromkeys(parts) if fate in ("sending", "cut off") else parts
             if fate == "given up":
                 del self.objects[reply.object_id]
             told.messages_list.append(message_to_proto(remove_content_from_message(reply)))
-            told.message_object_trees.append(get_object_tree(reply))
+            told.message_object_trees.append(tree)
             del self.sent[name]  # it is told of once
         return told
+
+    def lie(self, fate: str, reply: Message, truth: bytes, tree: ObjectTree) -> bytes:
+        """What a SuperLink, which looks at no more than an object's head, hands on as a reply's first object."""
+        array = Array(np.zeros(2, dtype=np.float32))
+        if fate == "garbled":
+            return add_header_to_object_body(b"\xff" * 9, reply)
+        if fate == "an array":
+            return array.deflate()
+        if fate == "an array in it":
+            self.objects[array.object_id] = array.deflate()
+            tree.children.add(object_id=array.object_id)
+            return truth.replace(reply.content.object_id.encode(), array.object_id.encode())
+        if fate == "as another":
+            victim = next(m for m in self.sent.values() if m.metadata.dst_node_id != reply.metadata.src_node_id)
+            return Message(RecordDict({REPLY: ConfigRecord({"round": 1})}), reply_to=victim).deflate()
+        return truth
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
         content = self.objects.get(request.object_id, b"")
@@ -118,6 +142,18 @@ def test_prompt_nodes_are_asked_nothing():
     replies, grid = run({2: prompt, 3: prompt})
     assert replies == {2: "answered", 3: "answered"}
     assert grid.kinds == ["train", "train"]
+
+
+@pytest.mark.parametrize("lie", ["garbled", "an array", "an array in it"])
+def test_a_reply_that_is_no_message_is_that_nodes_alone(lie: str):
+    replies, _ = run({2: lambda kind: lie, 3: prompt}, timeout=2.0)
+    assert replies == {2: UNREADABLE, 3: "answered"}
+
+
+def test_no_node_answers_for_another():
+    """What the body of a reply says of who sends it, and of what it answers, is its sender's own word."""
+    replies, _ = run({2: lambda kind: "as another", 3: slow(4)}, timeout=2.0)
+    assert replies == {2: "answered", 3: "answered"}
 
 
 def test_a_node_that_lost_its_message_is_not_waited_for():
