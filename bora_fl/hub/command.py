@@ -27,22 +27,19 @@ def push(
     from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     from bora_fl.config import ConfigError
     from bora_fl.deployment.launch import LaunchError
 
     source = uploaded(folder)
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ConfigError(f"REPO {repo}: {error}; give owner/name") from error
     hub = HfApi()
     try:
         hub.create_repo(repo, private=not public, exist_ok=True)
         if revision != "main":
             hub.create_branch(repo, branch=revision, exist_ok=True)
         done = hub.upload_folder(repo_id=repo, folder_path=source, revision=revision, commit_message=message)
+    except HFValidationError as error:
+        raise ConfigError(f"REPO {repo}: {error}; give owner/name") from error
     except (HTTPError, OSError, ValueError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LaunchError(f"{repo}: the Hub did not take it ({text}); see `hf auth whoami`, or set HF_TOKEN") from error
