@@ -3,7 +3,7 @@
 A moment belongs to a coordinate. A merge that refactorizes may turn a layer's components, permute them or flip their
 signs, and what was learned of one coordinate then stands for another. So the moments of a layer are kept only where
 every row of the received A points where the client left it, ``cos(A_k received, A_k left) ≥ 0.9``; else that layer's
-start anew, as all do without ``train.optimizer-state = kept``.
+start anew, as all do without ``train.optimizer-state = kept``. What the round before did not train has none.
 
 Under ``exp_norm`` sigma's effective value does not depend on its norm, which is set afresh in each round; its gradient
 goes with one over the norm, and so do its moments.
