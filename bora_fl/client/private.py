@@ -1,14 +1,14 @@
 """A client's round under record-level differential privacy: noise solved once, spent in the ledger, then trained."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from bora_fl.client.losses import sample_losses
-from bora_fl.client.training import make_optimizer, num_steps
+from bora_fl.client.optimizers import make_optimizer, num_steps
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import autocast, settle
@@ -49,7 +49,7 @@ def train_privately_for_a_round(
     data: Encoded,
     settings: Settings,
     *,
-    factor: float,
+    factors: Sequence[float] = (1.0,),
     run_id: str,
     partition: int,
     policy: SitePolicy | None = None,
@@ -61,7 +61,7 @@ def train_privately_for_a_round(
         model: Holds the received state, with what trains chosen; is trained in place.
         data: The client's training examples, one record each.
         settings: The run's settings, as the site grants them.
-        factor: Share of the learning rate in this round.
+        factors: Shares of the learning rate, from `learning_rate_factors`.
         run_id: The run, under which the steps are booked.
         partition: The client's partition; with the data's files it names the ledger where the site has no policy.
         policy: The site's.
@@ -100,7 +100,7 @@ def train_privately_for_a_round(
         losses,
         range(len(data)),
         collate,
-        make_optimizer(model, train, factor),
+        make_optimizer(model, train, factors),
         clip_norm=privacy.clip_norm,
         noise_multiplier=noise,
         expected_batch_size=_expected_batch(settings, len(data)),

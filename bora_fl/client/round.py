@@ -17,9 +17,10 @@ from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.losses import prior_shift
 from bora_fl.client.moments import kept
+from bora_fl.client.optimizers import learning_rate_factors, make_optimizer, num_steps
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
-from bora_fl.client.training import TrainResult, learning_rate_factor, make_optimizer, train
+from bora_fl.client.training import TrainResult, train
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded
 from bora_fl.device import autocast, settle
@@ -142,10 +143,11 @@ class _Round:
     policy: SitePolicy | None
 
     @property
-    def factor(self) -> float:
-        """The round's share of the learning rate."""
+    def factors(self) -> list[float]:
+        """The round's shares of the learning rate."""
         settings = self.site.settings
-        return learning_rate_factor(settings.train, self.instruction.round, settings.run.num_rounds)
+        steps = num_steps(settings.train, len(self.data.train))
+        return learning_rate_factors(settings.train, self.instruction.round, settings.run.num_rounds, steps)
 
     def train(self) -> TrainResult:
         """Train without noise."""
@@ -153,7 +155,7 @@ class _Round:
         settings = self.site.settings
         seed = derive(settings.run.seed, "batches", self.instruction.round, self.who.partition)
         step, data, options = stage("train", self.on_step), self.data.train, settings.train
-        optimizer = make_optimizer(self.model, options, self.factor)
+        optimizer = make_optimizer(self.model, options, self.factors)
         goes_on = options.optimizer_state == "kept"
         with kept(self.memory, self.received, self.model, optimizer) if goes_on else nullcontext():
             return train(self.model, data, options, optimizer=optimizer, seed=seed, shift=self._shift(), on_step=step)
@@ -193,7 +195,7 @@ def _train_by_record(round: _Round) -> RecordRelease:
             round.model,
             round.data.train,
             settings,
-            factor=round.factor,
+            factors=round.factors,
             run_id=round.instruction.run_id,
             partition=round.who.partition,
             policy=round.policy,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bora_fl.client.losses import not_true_divergence
+from bora_fl.client.optimizers import make_optimizer, num_steps
 from bora_fl.config import TrainSettings
 from bora_fl.data import Encoded, draw_batches
 from bora_fl.device import autocast, settle
@@ -31,55 +32,13 @@ class TrainResult:
     seconds: float
 
 
-def learning_rate_factor(settings: TrainSettings, round: int, num_rounds: int) -> float:
-    """The share of ``train.learning-rate`` that a round trains with.
-
-    Warm-up rises linearly over the first rounds; afterwards ``linear`` and ``cosine`` fall towards 0, which they would
-    reach one round after the last.
-    """
-    if round <= settings.warmup_rounds:
-        return round / (settings.warmup_rounds + 1)
-    done = (round - 1 - settings.warmup_rounds) / max(num_rounds - settings.warmup_rounds, 1)
-    if settings.schedule == "linear":
-        return 1 - done
-    if settings.schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    return 1.0
-
-
-def make_optimizer(model: FederatedModel, settings: TrainSettings, factor: float) -> torch.optim.Optimizer:
-    """The round's optimizer over what trains now; B and the head may have learning rates of their own.
-
-    A rate for B that is a multiple of A's is LoRA+ (Hayou, Ghosh, Yu, ICML 2024, arXiv:2402.12354).
-    """
-    rate = settings.learning_rate * factor
-    head_rate = (settings.head_learning_rate or settings.learning_rate) * factor
-    body = model.factor_parameters(frozenset({"A", "sigma"})) + model.other_parameters()
-    groups = [
-        {"params": body, "lr": rate},
-        {"params": model.factor_parameters(frozenset({"B"})), "lr": rate * settings.b_learning_rate_ratio},
-        {"params": model.head_parameters(), "lr": head_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
-
-
-def num_steps(settings: TrainSettings, num_examples: int) -> int:
-    """Optimizer steps of a round on that many examples."""
-    if settings.local_steps:
-        return settings.local_steps
-    return max(1, math.ceil(settings.local_epochs * num_examples / (settings.batch_size * settings.accumulation)))
-
-
 def train(
     model: FederatedModel,
     data: Encoded,
     settings: TrainSettings,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    factor: float = 1.0,
+    factors: Sequence[float] = (1.0,),
     seed: int,
     shift: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -90,8 +49,8 @@ def train(
         model: Holds the received state; is trained in place.
         data: The client's training examples.
         settings: Steps, batches, optimizer, clipping, FedProx, FedNTD.
-        optimizer: Over what trains now; left out, a fresh one from `make_optimizer` and `factor`.
-        factor: Share of the learning rate, from `learning_rate_factor`; unused if there is an optimizer.
+        optimizer: Over what trains now; left out, a fresh one from `make_optimizer` and `factors`.
+        factors: Shares of the learning rate, from `learning_rate_factors`; unused if there is an optimizer.
         seed: Seeds the batches and dropout.
         shift: ``[C]``, added to the logits (`losses.prior_shift`).
         on_step: Called with (step, steps) after each step; what it raises ends the training.
@@ -102,7 +61,7 @@ def train(
     started = time.perf_counter()
     device = settle(model.model)
     parameters = model.trained_parameters()
-    optimizer = optimizer or make_optimizer(model, settings, factor)
+    optimizer = optimizer or make_optimizer(model, settings, factors)
     anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     steps = num_steps(settings, len(data))
     drawn = draw_batches(

@@ -170,8 +170,11 @@ class TrainSettings(Group):
     learning_rate: Positive = Field(1.5e-3, description="local learning rate in the first round")
     head_learning_rate: NonNegative = Field(0.0, description="learning rate of the trained head; 0 is learning-rate")
     b_learning_rate_ratio: Positive = Field(1.0, description="LoRA+: learning rate of B over that of A and Sigma")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over rounds")
-    warmup_rounds: CountOrZero = Field(0, description="rounds of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="learning rate over the run")
+    schedule_by: Literal["round", "step"] = Field(
+        "round", description="whether the learning rate changes from round to round alone, or with each step"
+    )
+    warmup_rounds: NonNegative = Field(0.0, description="rounds of linear warm-up; a part of one with schedule-by step")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="momentum of sgd")
     max_grad_norm: NonNegative = Field(

@@ -116,6 +116,7 @@ _FOREIGN = {
     **dict.fromkeys(("fp16", "bf16", "amp"), "train.precision"),
     **dict.fromkeys(("gradient-checkpointing",), "train.checkpointing"),
     **dict.fromkeys(("scheduler", "lr-scheduler-type"), "train.schedule"),
+    **dict.fromkeys(("warmup-steps", "warmup-ratio"), "train.warmup-rounds, with train.schedule-by = step"),
     **dict.fromkeys(("r", "lora-r", "lora-rank"), "adapter.rank"),
     **dict.fromkeys(("b", "blocks"), "adapter.num-blocks"),
     **dict.fromkeys(("lora-alpha",), "adapter.alpha"),

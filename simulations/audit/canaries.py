@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bora_fl.client.optimizers import learning_rate_factors, num_steps
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
-from bora_fl.client.training import learning_rate_factor, train
+from bora_fl.client.training import train
 from bora_fl.config import ConfigError, HeadSettings, Settings
 from bora_fl.data import Encoded
 from bora_fl.evaluate import example_losses
@@ -156,12 +157,13 @@ def _train(model: FederatedModel, records: Encoded, settings: Settings) -> tuple
         privacy = settings.privacy.model_copy(update={"ledger_dir": folder})
         settings = settings.model_copy(update={"privacy": privacy})
         for number in range(1, settings.run.num_rounds + 1):
-            factor = learning_rate_factor(settings.train, number, settings.run.num_rounds)
+            steps = num_steps(settings.train, len(records))
+            factors = learning_rate_factors(settings.train, number, settings.run.num_rounds, steps)
             if privacy.mode == "none":
                 seed = derive(settings.run.seed, "batches", number, 0)
-                train(model, records, settings.train, factor=factor, seed=seed)
+                train(model, records, settings.train, factors=factors, seed=seed)
                 continue
-            spent = train_privately_for_a_round(model, records, settings, factor=factor, run_id="audit", partition=0)
+            spent = train_privately_for_a_round(model, records, settings, factors=factors, run_id="audit", partition=0)
             claimed, noise = float(spent["epsilon-per-record"]), float(spent["noise-multiplier"])
     return claimed, noise
 

@@ -87,5 +87,5 @@ def _seconds(site: Site, data: Encoded, settings: Settings) -> float:
         privacy = settings.privacy.model_copy(update={"ledger_dir": folder})
         own = settings.model_copy(update={"privacy": privacy})
         started = time.process_time()
-        train_privately_for_a_round(site.model(), data, own, factor=1.0, run_id="audit", partition=0)
+        train_privately_for_a_round(site.model(), data, own, run_id="audit", partition=0)
         return time.process_time() - started

@@ -36,7 +36,7 @@ def prepared(site: Site, state: AdapterState | None = None):
     start = site.__dict__.setdefault("start", model.read())
     model.write(state or start)
     model.train_only(ALL)
-    return model, make_optimizer(model, site.settings.train, 1.0)
+    return model, make_optimizer(model, site.settings.train)
 
 
 def test_two_rounds_are_one_without_a_break(site: Site):

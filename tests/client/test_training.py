@@ -1,4 +1,4 @@
-import math
+import json
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 
 from bora_fl.client.losses import not_true_divergence
 from bora_fl.client.site import Site
-from bora_fl.client.training import learning_rate_factor, num_steps, train
-from bora_fl.config import Settings, TrainSettings, parse
+from bora_fl.client.training import train
+from bora_fl.config import TrainSettings, parse
 from bora_fl.state import flatten
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})
@@ -25,7 +25,7 @@ def run(site: Site, settings: TrainSettings, trains: frozenset[str] = ALL, seed:
     model.write(start)
     before = flatten(model.read())
     model.train_only(trains)
-    result = train(model, site.data(0, 3).train, settings, factor=1.0, seed=seed)
+    result = train(model, site.data(0, 3).train, settings, seed=seed)
     return result, before, flatten(model.read())
 
 
@@ -49,6 +49,36 @@ def test_accumulation_is_one_step_on_the_larger_batch(site: Site):
     a, b = run(site, small)[2], run(site, large)[2]
     # the first 16 examples of a pass are the same however they are cut; Adam's first step is the gradient's sign
     assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-4
+
+
+def test_accumulation_weighs_every_target_token_alike(tiny_causal, tmp_path):
+    """Against one batch under the model's own loss, the mean over all target tokens of the batch."""
+    lines = [
+        {"prompt": "the film was", "response": " ".join(["very"] * n + ["good"])} for n in (0, 7, 1, 4, 2, 3, 0, 9)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    given = {"model.name": str(tiny_causal), "model.task": "causal-lm", "adapter.target-modules": "q_proj,v_proj"}
+    given |= {"adapter.num-blocks": 4, "adapter.rank": 2, "data.name": str(tmp_path / "pairs.jsonl")}
+    given |= {"data.partition": "iid", "data.evaluation-fraction": 0.0, "data.test-split": "", "model.max-length": 24}
+    sgd = {"train.optimizer": "sgd", "train.learning-rate": 1.0, "train.max-grad-norm": 0.0, "train.local-steps": 1}
+    site = Site(parse(given | sgd | {"train.batch-size": 2, "train.accumulation": 4, "train.precision": "fp32"}))
+    model, data = site.model(), site.data(0, 1).train
+    assert len(data) == len(lines)
+    model.train_only(ALL)
+    model.model.eval()
+    model.model(**data.batch(np.arange(len(data)))).loss.backward()
+    before = flatten(model.read())
+    wanted = {name: before[name] - p.grad for name, p in _named(model).items()}
+    train(model, data, site.settings.train, seed=3)
+    after = flatten(model.read())
+    for name, value in wanted.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(after[name], before[name]) for name in wanted)
+
+
+def _named(model):
+    """The trained factors by the names that they have in a flattened state; without sigma, which is transformed."""
+    return {n: p for n, p in model.named_trained().items() if not n.endswith("sigma")}
 
 
 def test_a_strong_proximal_term_holds_the_adapter_back(site: Site):
@@ -86,7 +116,7 @@ def test_distillation_holds_the_odds_of_the_other_classes(tiny_config):
         with torch.no_grad():
             received = model.model(**batch).logits
         settings = {"local_steps": 20, "learning_rate": 0.02, "not_true_distillation": strength}
-        train(model, data, site.settings.train.model_copy(update=settings), factor=1.0, seed=1)
+        train(model, data, site.settings.train.model_copy(update=settings), seed=1)
         model.model.eval()
         with torch.no_grad():
             return float(not_true_divergence(model.model(**batch).logits, received, labels).mean())
@@ -98,7 +128,7 @@ def test_training_lowers_the_loss(site: Site):
     model, data = site.model(), site.data(0, 3).train
     settings = site.settings.train.model_copy(update={"local_steps": 40, "learning_rate": 0.02})
     model.train_only(ALL)
-    losses = [train(model, data, settings, factor=1.0, seed=seed).loss for seed in range(3)]
+    losses = [train(model, data, settings, seed=seed).loss for seed in range(3)]
     assert losses[2] < 0.7 * losses[0]
 
 
@@ -106,27 +136,3 @@ def test_a_loss_that_is_not_finite_names_the_setting(site: Site):
     wild = site.settings.train.model_copy(update={"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": 0.0})
     with pytest.raises(FloatingPointError, match=r"train\.learning-rate"):
         run(site, wild)
-
-
-def test_learning_rates_fall_over_the_rounds_after_a_warm_up():
-    settings = TrainSettings()
-    linear = [learning_rate_factor(settings, r, 10) for r in range(1, 11)]
-    assert linear[0] == 1.0
-    assert linear[-1] == pytest.approx(0.1)
-    cosine = replace_schedule(settings, "cosine", 2)
-    values = [learning_rate_factor(cosine, r, 10) for r in range(1, 11)]
-    assert values[:2] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
-    assert values[2] == 1.0
-    assert values[-1] == pytest.approx((1 + math.cos(math.pi * 7 / 8)) / 2)
-    constant = replace_schedule(settings, "constant", 0)
-    assert {learning_rate_factor(constant, r, 10) for r in range(1, 11)} == {1.0}
-
-
-def replace_schedule(settings: TrainSettings, schedule: str, warmup: int) -> TrainSettings:
-    return settings.model_copy(update={"schedule": schedule, "warmup_rounds": warmup})
-
-
-def test_epochs_count_when_steps_do_not():
-    by_epoch = TrainSettings(local_steps=0, local_epochs=2.0, batch_size=8, accumulation=2)
-    assert num_steps(by_epoch, 100) == 13
-    assert num_steps(Settings().train, 100) == Settings().train.local_steps
