@@ -1,6 +1,7 @@
 """A round's messages out and its replies in, without waiting for a site that has lost its message."""
 
 import logging
+import secrets
 import time
 from collections.abc import Iterable
 
@@ -89,7 +90,13 @@ def _words(message_type: str) -> str:
 
 
 def _push(grid: Grid, messages: list[Message]) -> list[str | None]:
-    """Message ids; None for what the SuperLink did not take, which may be everything if it is too large for it."""
+    """Message ids; None for what the SuperLink did not take, which may be everything if it is too large for it.
+
+    A message's id is a digest of the message, and a SuperLink takes a reply for that of the node that it names, whoever
+    sends it: a site that knows what another was asked could answer for it. A random group keeps the id from others.
+    """
+    for message in messages:
+        message.metadata.group_id = secrets.token_hex(16)
     ids: list[str | None] = list(grid.push_messages(messages))
     return ids or [None] * len(messages)
 
