@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bora_fl.data import Encoded
+from bora_fl.data import Encoded, Pairs
 
 IGNORE = -100
+DPO_BETA = 0.1
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,14 +36,39 @@ def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     return losses.view(labels.shape).sum(1), targets.sum(1).float(), right.sum(1).float()
 
 
+def preference_losses(logits: Tensor, labels: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Direct preference optimization of each pair (Rafailov et al., NeurIPS 2023, arXiv:2305.18290, equation 7).
+
+    With ``r(y) = beta (log p(y | x) - log p_ref(y | x))``, a response's reward, the loss is
+    ``-log sigmoid(r(chosen) - r(rejected))``; log-probabilities are sums over a response's tokens.
+
+    Args:
+        logits: ``[2 N, T, vocabulary]``: of the chosen responses, then of the rejected ones.
+        labels: ``[2 N, T]``, with -100 where there is no target.
+        reference: ``[N, 2]``, the reference model's log-probability of each chosen and each rejected response.
+        beta: In units of 1 / nat.
+
+    Returns:
+        Loss and margin ``r(chosen) - r(rejected)`` of each pair, each ``[N]`` float32.
+    """
+    chosen, rejected = (-example_losses(logits, labels)[0]).chunk(2)
+    margins = beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
+    return -F.logsigmoid(margins), margins
+
+
 @dataclass(frozen=True)
 class Metrics:
-    """Mean cross-entropy per target, share of targets predicted right, and how many examples and targets there were."""
+    """Mean cross-entropy per target, share of targets predicted right, and how many examples and targets there were.
+
+    Of preference pairs: mean DPO loss, share of pairs whose chosen response has the larger reward, pairs, and the mean
+    margin between the two rewards.
+    """
 
     loss: float
     accuracy: float
     examples: int
     targets: int
+    margin: float | None = None
 
 
 def perplexity(loss: float) -> float:
@@ -78,6 +104,7 @@ def evaluate(
     data: Encoded,
     batch_size: int,
     *,
+    beta: float = DPO_BETA,
     autocast: Callable[[], torch.autocast] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Metrics:
@@ -85,27 +112,38 @@ def evaluate(
 
     Args:
         model: Takes input_ids and attention_mask, returns an object with ``logits``.
-        data: The examples; may be empty (then loss and accuracy are 0 over 0 examples).
-        batch_size: Examples per forward pass.
+        data: The examples, or pairs with their reference; may be empty (then loss and accuracy are 0 over 0 examples).
+        batch_size: Sequences per forward pass.
+        beta: Of `preference_losses`.
         autocast: Makes the autocast context to run under.
         progress: Called with (examples done, examples in all).
     """
     device = next(model.parameters()).device
     order = torch.as_tensor(data.lengths).argsort(descending=True, stable=True).numpy()
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals, paired = torch.zeros(3, dtype=torch.float64), isinstance(data, Pairs)
+    if paired:
+        batch_size = max(batch_size // 2, 1)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 batch = {k: v.to(device) for k, v in data.batch(order[start : start + batch_size]).items()}
-                labels = batch.pop("labels")
+                labels, reference = batch.pop("labels"), batch.pop("reference", None)
                 with autocast() if autocast else torch.autocast(device.type, enabled=False):
                     logits = model(**batch).logits
-                totals += torch.stack([part.double().sum().cpu() for part in example_losses(logits, labels)])
+                if reference is not None:
+                    losses, margins = preference_losses(logits, labels, reference, beta)
+                    parts = (losses, margins, (margins > 0).float())
+                else:
+                    parts = example_losses(logits, labels)
+                totals += torch.stack([part.double().sum().cpu() for part in parts])
                 if progress:
                     progress(min(start + batch_size, len(order)), len(order))
     finally:
         model.train(was_training)
     loss, targets, right = totals.tolist()
+    if paired:
+        pairs = max(len(order), 1)
+        return Metrics(loss / pairs, right / pairs, len(order), len(order), targets / pairs)
     return Metrics(loss / max(targets, 1), right / max(targets, 1), len(order), int(targets))

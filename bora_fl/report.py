@@ -100,11 +100,12 @@ class RoundReport:
 
     ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
     or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
-    ``perplexity`` is that of a language model's loss, and ``generation`` holds the means of ``exact_match`` and
-    ``rouge_l`` over ``examples`` held-out prompts. ``head`` names the classification head that was kept, where it was
-    solved: ``trained``, ``solved``, ``x0.5`` (the solved one with its logits scaled) or ``mean x0.5`` (of this and the
-    trained one). ``kept`` is set in the last round where ``run.keep-best`` has gone back to an earlier one's adapter:
-    it names that round.
+    ``perplexity`` is that of a language model's loss. Of preference pairs, ``loss`` is DPO's, ``accuracy`` the share
+    whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``generation``
+    holds the means of ``exact_match`` and ``rouge_l`` over ``examples`` held-out prompts. ``head`` names the
+    classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the solved one with its
+    logits scaled) or ``mean x0.5`` (of this and the trained one). ``kept`` is set in the last round where
+    ``run.keep-best`` has gone back to an earlier one's adapter: it names that round.
     """
 
     round: int
@@ -127,6 +128,7 @@ class RoundReport:
     epsilon: EpsilonSummary | None = None
     strategy: Mapping[str, float] = field(default_factory=dict)
     perplexity: float | None = None
+    margin: float | None = None
     generation: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
     replies: Mapping[str, str] = field(default_factory=dict)
@@ -228,6 +230,8 @@ def round_line(row: dict[str, Any], num_rounds: int) -> str:
     head = f", head {row['head']}" if row.get("head") else ""
     if row.get("perplexity") is not None:
         head += f", perplexity {row['perplexity']:.4g}"
+    if row.get("margin") is not None:
+        head += f", reward margin {row['margin']:.3g}"
     if row.get("generation"):
         head += f", ROUGE-L {row['generation']['rouge_l']:.3f}"
     return (
@@ -245,14 +249,15 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
     clients' held-out parts; ``ppl.`` is a language model's perplexity; ``ok`` and ``bad`` count the replies that were
     merged and rejected.
     """
-    causal = any(row.get("perplexity") is not None for row in rows)
-    result = Table(title=title, padding=(0, 1, 0, 0) if causal else (0, 1))  # 80 columns hold one more so
+    more = {"perplexity": "ppl.", "margin": "margin"}
+    more = {key: name for key, name in more.items() if any(row.get(key) is not None for row in rows)}
+    result = Table(title=title, padding=(0, 1, 0, 0) if more else (0, 1))  # 80 columns hold one more so
     for name in (
         "round",
         "train",
         "loss",
         "acc.",
-        *(["ppl."] if causal else []),
+        *more.values(),
         "on",
         "up MB",
         "down MB",
@@ -267,7 +272,7 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
             _number(row.get("train_loss")),
             _number(row.get("loss")),
             _number(row.get("accuracy")),
-            *([_number(row.get("perplexity"))] if causal else []),
+            *(_number(row.get(key)) for key in more),
             row.get("evaluated") or "-",
             f"{row['bytes_up'] / 1e6:.2f}",
             f"{row['bytes_down'] / 1e6:.2f}",

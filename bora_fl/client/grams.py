@@ -54,6 +54,7 @@ def input_grams(
         for first in range(0, len(sample), batch_size):
             batch = {k: v.to(device) for k, v in data.batch(np.sort(sample[first : first + batch_size])).items()}
             batch.pop("labels")
+            batch.pop("reference", None)
             mask = batch["attention_mask"].bool()
             with torch.no_grad(), autocast():
                 net(**batch)

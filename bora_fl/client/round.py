@@ -322,6 +322,7 @@ def _evaluate(site: Site, model: FederatedModel, data: Encoded, on_step: OnStep 
         model.model,
         data,
         train.evaluation_batch_size,
+        beta=train.dpo_beta,
         autocast=lambda: autocast(device, train.precision),
         progress=stage("evaluate", on_step),
     )

@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 
 from bora_fl.config import Settings
-from bora_fl.data import ClientData, client_data, load_dataset
-from bora_fl.device import set_threads
+from bora_fl.data import ClientData, Encoded, Pairs, client_data, load_dataset
+from bora_fl.device import autocast, set_threads, settle
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.models.reference import References, require_preferences
 from bora_fl.paths import cache_folder, path_part, write_atomically
 from bora_fl.state import unflatten_deltas
 from bora_fl.wire.refusals import Code, refuse_as
@@ -32,20 +33,44 @@ class Site:
         self.settings = settings
         with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
             raw = load_dataset(settings.data)
+        if raw.settings.format == "preference":
+            with refuse_as(Code.RUN_CONFIG_INVALID):
+                require_preferences(settings)
         with refuse_as(Code.MODEL_UNAVAILABLE, Code.OUT_OF_MEMORY):
             self._tokenizer: Any = load_tokenizer(settings.model)
             self._base: Any = load_base(settings.model, raw.label_names, settings.run.seed)
         _loads += 1
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
+        self._references: References | None = None
         self._originals: dict[str, torch.Tensor | torch.nn.Module] = {}
 
     def data(self, partition: int, num_partitions: int) -> ClientData:
         """A client's training and evaluation examples."""
         s = self.settings
-        return client_data(
+        found = client_data(
             s.data, s.model, self._tokenizer, partition, s.data.num_partitions or num_partitions, s.run.seed
         )
+        return ClientData(self._compared(found.train), self._compared(found.evaluation))
+
+    def _compared(self, examples: Encoded) -> Encoded:
+        """Preference pairs with what the base model makes of them; anything else as it is."""
+        if not isinstance(examples, Pairs):
+            return examples
+        model, (run, version) = self._model or self.model(), self._folded
+        known = self._references.find(examples) if self._references else None
+        if known is not None:
+            return known
+        if version:
+            self._restore(model)  # the reference is the base model of the run's start
+        if self._references is None:
+            self._references = References(model)
+        train, device = self.settings.train, settle(model.model)
+        found = self._references.find(examples) or self._references.compute(
+            model, examples, train.evaluation_batch_size, lambda: autocast(device, train.precision)
+        )
+        self.fold_to(model, run, version)
+        return found
 
     def texts(self) -> list[str]:
         """The text of each record of the training split, all partitions'."""

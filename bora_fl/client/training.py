@@ -16,7 +16,7 @@ from bora_fl.client.optimizers import make_optimizer, num_steps
 from bora_fl.config import TrainSettings
 from bora_fl.data import Encoded, draw_batches
 from bora_fl.device import autocast, settle
-from bora_fl.evaluate import example_losses
+from bora_fl.evaluate import example_losses, preference_losses
 from bora_fl.models import FederatedModel
 
 log = logging.getLogger(__name__)
@@ -82,18 +82,21 @@ def train(
     total, examples = 0.0, 0
     for step in range(1, steps + 1):
         parts = [next(batches) for _ in range(settings.accumulation)]
-        targets = sum(_num_targets(part["labels"]) for part in parts)
+        targets = sum(map(_num_targets, parts))
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for part in parts:
             examples += len(part["labels"])
             batch = {name: tensor.to(device) for name, tensor in part.items()}
-            labels = batch.pop("labels")
+            labels, reference = batch.pop("labels"), batch.pop("reference", None)
             with autocast(device, settings.precision):
                 logits = model.model(**batch).logits
             if shift is not None:
                 logits = logits + shift.to(logits.device)
-            losses = example_losses(logits, labels)[0]
+            if reference is None:
+                losses = example_losses(logits, labels)[0]
+            else:
+                losses = preference_losses(logits, labels, reference, settings.dpo_beta)[0]
             if settings.not_true_distillation:
                 apart = not_true_divergence(logits, next(received), labels)
                 losses = losses + settings.not_true_distillation * apart
@@ -129,6 +132,9 @@ def _logits(model: FederatedModel, batches: Sequence[Mapping[str, Tensor]], sett
     return found
 
 
-def _num_targets(labels: Tensor) -> int:
-    """Targets in a batch: classes, or tokens from the second position on."""
+def _num_targets(batch: Mapping[str, Tensor]) -> int:
+    """Targets in a batch: classes, tokens from the second position on, or pairs."""
+    if "reference" in batch:
+        return len(batch["reference"])
+    labels = batch["labels"]
     return labels.numel() if labels.dim() == 1 else int((labels[:, 1:] >= 0).sum())

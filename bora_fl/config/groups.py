@@ -127,12 +127,17 @@ class DataSettings(Group):
     subset: str = Field("", description="configuration of a hub data set")
     train_split: str = Field("train", description="split (or value of a column named split) that clients train on")
     test_split: str = Field("test", description="split of the server's central test set; empty for none")
-    format: Literal["auto", "text", "prompt", "messages"] = Field(
-        "auto", description="what a row is: a text, a prompt with a response, or messages; auto: by the columns"
+    format: Literal["auto", "text", "prompt", "messages", "preference"] = Field(
+        "auto",
+        description="what a row is: a text, a prompt with a response, messages, or a pair of responses, which is "
+        "trained by DPO; auto: by the columns",
     )
     text_column: str = Field("text", description="input text; the prompt, or the messages, for instruction data")
     label_column: str = Field("label", description="class (classification)")
-    response_column: str = Field("", description="answer (instruction data); the loss covers it alone")
+    response_column: str = Field(
+        "", description="answer (instruction data), or the response that was chosen; the loss covers it alone"
+    )
+    rejected_column: str = Field("", description="the response that was rejected (preference)")
     partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential", "local"] = (
         Field("natural", description="how examples are dealt to clients; local: every site has data of its own")
     )
@@ -149,8 +154,8 @@ class DataSettings(Group):
 
     @property
     def dialog(self) -> bool:
-        """Whether a row is a prompt with a response, or messages."""
-        return self.format in ("prompt", "messages") or bool(self.response_column)
+        """Whether a row is a prompt with a response or two, or messages."""
+        return self.format in ("prompt", "messages", "preference") or bool(self.response_column)
 
 
 class TrainSettings(Group):
@@ -181,6 +186,9 @@ class TrainSettings(Group):
         1.0, description="global gradient clipping; 0 is off; privacy.clip-norm is in its place under record"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast; auto is bf16 where it is fast")
+    dpo_beta: Positive = Field(
+        0.1, description="how closely DPO holds the model to the base model's responses (data.format = preference)"
+    )
     label_prior: NonNegative = Field(
         0.0, description="tau of the label-prior loss (classification): takes a client's class shares out of its loss"
     )

@@ -4,6 +4,7 @@ from bora_fl.data.clients import ClientData, client_data, draw_batches, loads, t
 from bora_fl.data.embedded import FetchError, fetch
 from bora_fl.data.encoded import Encoded
 from bora_fl.data.loading import RawData, load_dataset, source_fingerprint
+from bora_fl.data.pairs import Pairs
 from bora_fl.data.partitions import partition
 from bora_fl.data.picture import partition_picture
 from bora_fl.data.tokenizing import tokenize
@@ -12,6 +13,7 @@ __all__ = [
     "ClientData",
     "Encoded",
     "FetchError",
+    "Pairs",
     "RawData",
     "client_data",
     "draw_batches",

@@ -1,4 +1,4 @@
-"""What a row of a data set is, judging by the columns: a text, a prompt with a response, or messages."""
+"""What a row is, judging by the columns: a text, a prompt with a response, messages, or a pair of responses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +10,7 @@ TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment",
 PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
 RESPONSES = ("response", "output", "answer", "completion")
 DIALOGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+CHOSEN, REJECTED = ("chosen", "preferred"), ("rejected", "dispreferred")
 TOOLS = "tools"
 _MESSAGE_FIELDS = ({"role", "content"}, {"role"}, {"from", "value"})
 _DEFAULT = DataSettings()
@@ -30,17 +31,21 @@ def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> Data
             return found
     if settings.format in ("auto", "text"):
         return _of(settings, "text", settings.text_column)  # whoever reads the column says that it is missing
+    named = {"prompt": " and data.response-column", "preference": ", data.response-column and data.rejected-column"}
     raise ConfigError(
         f"data.format = {settings.format!r}: none of the columns {', '.join(columns)} fits; name it in "
-        f"data.text-column{' and data.response-column' if settings.format == 'prompt' else ''}, or set data.format to "
-        "auto"
+        f"data.text-column{named.get(settings.format, '')}, or set data.format to auto"
     )
 
 
 def _candidates(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> tuple[str, ...]:
     """What rows may be, the likeliest first; what is named is not searched for."""
+    if settings.rejected_column:
+        return ("preference",)
     if settings.response_column:
         return ("prompt",)
+    if settings.label_column not in columns and _find("preference", settings, columns):
+        return ("preference",)
     named = columns.get(settings.text_column)
     if named is not None and is_dialog(named):
         return ("messages",)
@@ -71,6 +76,8 @@ def usual(names: Sequence[str], fitting: Sequence[str]) -> str:
 def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType]) -> DataSettings | None:
     texts = [name for name, type_ in columns.items() if is_text(type_)]
     given = settings.text_column if settings.text_column != _DEFAULT.text_column else ""
+    if kind == "preference":
+        return _pairs(settings, columns, given)
     if kind == "messages":
         dialogs = [name for name, type_ in columns.items() if is_dialog(type_)]
         text = given or usual((_DEFAULT.text_column, *DIALOGS), dialogs) or next(iter(dialogs), "")
@@ -84,6 +91,16 @@ def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType])
     return _of(settings, kind, text, response) if text and response else None
 
 
-def _of(settings: DataSettings, kind: str, text: str, response: str = "") -> DataSettings:
-    columns = {"text_column": text, "response_column": response if kind == "prompt" else ""}
+def _pairs(settings: DataSettings, columns: Mapping[str, pa.DataType], given: str) -> DataSettings | None:
+    """The columns of preference pairs; the prompt may be part of the responses."""
+    fitting = [name for name, type_ in columns.items() if is_text(type_) or is_dialog(type_)]
+    chosen = settings.response_column or usual(CHOSEN, fitting)
+    rejected = settings.rejected_column or usual(REJECTED, fitting)
+    others = [name for name in fitting if name not in (chosen, rejected)]
+    text = given or usual(PROMPTS, others)
+    return _of(settings, "preference", text, chosen, rejected) if chosen and rejected else None
+
+
+def _of(settings: DataSettings, kind: str, text: str, response: str = "", rejected: str = "") -> DataSettings:
+    columns = {"text_column": text, "response_column": response, "rejected_column": rejected}
     return settings.model_copy(update={"format": kind, **columns})

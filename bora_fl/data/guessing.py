@@ -54,10 +54,13 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
         named = {key.replace("-", "_"): _named(table, key, value) for key, value in given.items()}
         columns = {field.name: field.type for field in table.schema}
         rows = resolved(DataSettings(name=name, label_column="", **named), columns)
-        _named(table, "text-column", rows.text_column)
+        if rows.format != "preference" or rows.text_column:
+            _named(table, "text-column", rows.text_column)
         found |= {"data.format": rows.format, "data.text-column": rows.text_column}
         found |= {"data.label-column": "", "data.response-column": rows.response_column}
-        texts = [rows.text_column, *([rows.response_column] if rows.response_column else [])]
+        if rows.rejected_column:
+            found["data.rejected-column"] = rows.rejected_column
+        texts = [name for name in (rows.text_column, rows.response_column) if name]
         found["model.max-length"] = _max_length(table, texts, _CAUSAL_LENGTHS)
     else:
         text = _column(table, "text-column", TEXTS, given, texts=True)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings, extensions
-from bora_fl.data import columns, files, messages
+from bora_fl.data import columns, files, messages, preferences
 from bora_fl.data.embedded import PREFIX, fetch
 from bora_fl.seeds import derive
 
@@ -26,8 +27,9 @@ log = logging.getLogger(__name__)
 
 _LOADING_FIELDS = {
     *("name", "subset", "train_split", "test_split", "text_column", "label_column", "response_column"),
-    *("format", "max_train_examples", "max_test_examples"),
+    *("rejected_column", "format", "max_train_examples", "max_test_examples"),
 }
+_ROWS = 2048  # that are Python objects at a time
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1000
 _recent: tuple[str, "RawData"] | None = None
 
@@ -50,7 +52,7 @@ class RawData:
 
     def texts(self) -> list[str]:
         """Each training row as text; messages as JSON."""
-        found = self.train[self.settings.text_column][:]
+        found = self.train[self.settings.text_column or self.settings.response_column][:]
         return [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in found]
 
 
@@ -277,31 +279,42 @@ def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.Chunke
 
 def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labelled: bool) -> "Dataset":
     keep = np.ones(len(data), dtype=bool)
-    for key, name in (("text-column", settings.text_column), ("response-column", settings.response_column)):
-        if key == "response-column" and not name:
-            continue
+    named = {"text": settings.text_column, "response": settings.response_column, "rejected": settings.rejected_column}
+    named = {key: name for key, name in named.items() if name or (key == "text" and settings.format != "preference")}
+    for key, name in named.items():
         if name not in data.column_names:
-            raise _missing(key, name, data)
-        text = column(data, name)
-        if settings.format == "messages":
-            if not columns.is_dialog(text.type):
-                raise ConfigError(
-                    f"data.text-column = {name!r} with data.format = 'messages': holds {text.type}, not lists of role "
-                    f"and content; columns are {', '.join(data.column_names)}"
-                )
-            keep &= np.array([messages.answers(messages.clean(row)) for row in text.to_pylist()], dtype=bool)
-            continue
-        if not columns.is_text(text.type):
+            raise _missing(f"{key}-column", name, data)
+        found = data.features.arrow_schema.field(name).type
+        fits = columns.is_dialog(found) if settings.format == "messages" else columns.is_text(found)
+        if not fits and not (settings.format == "preference" and columns.is_dialog(found)):
+            wanted = "lists of role and content" if settings.format == "messages" else "text"
             raise ConfigError(
-                f"data.{key} = {name!r}: holds {text.type}, not text; columns are {', '.join(data.column_names)}"
+                f"data.{key}-column = {name!r} with data.format = {settings.format!r}: holds {found}, not {wanted}; "
+                f"columns are {', '.join(data.column_names)}"
             )
-        keep &= pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False).to_numpy()
+        if settings.format in ("text", "prompt"):
+            text = column(data, name)
+            keep &= pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False).to_numpy()
+    if settings.format == "messages":
+        keep = _whole(
+            data,
+            [settings.text_column],
+            lambda found: [messages.answers(messages.clean(r)) for r in found[settings.text_column]],
+        )
+    elif settings.format == "preference":
+        wanted_columns = (settings.text_column, settings.response_column, settings.rejected_column)
+        keep = _whole(
+            data,
+            [c for c in wanted_columns if c],
+            lambda found: [pair.is_whole() for pair in preferences.rows_of(found, *wanted_columns)],
+        )
     if labelled:
         keep &= column(data, settings.label_column).is_valid().to_numpy()
     if not keep.any():
         raise ConfigError(
-            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response, or "
-            "messages with an assistant's turn; check data.text-column, data.label-column and data.response-column"
+            f"data.name = {settings.name!r}: no row of split {split!r} has all of text, label and response, messages "
+            "with an assistant's turn, or two different responses; check data.text-column, data.label-column, "
+            "data.response-column and data.rejected-column"
         )
     if keep.all():
         return data
@@ -309,6 +322,13 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
         "%s: %d of %d rows of split %s are incomplete and left out", settings.name, (~keep).sum(), len(keep), split
     )
     return data.select(np.flatnonzero(keep))
+
+
+def _whole(data: "Dataset", names: list[str], check: Callable[[dict[str, list[Any]]], list[bool]]) -> NDArray[np.bool_]:
+    """Which rows pass a check of some of their columns; few rows are Python objects at a time."""
+    rows = data.select_columns(names).with_format("arrow")
+    parts = (rows[start : start + _ROWS].to_pydict() for start in range(0, len(rows), _ROWS))
+    return np.array([kept for part in parts for kept in check(part)], dtype=bool)
 
 
 def _subsample(data: "Dataset", most: int) -> "Dataset":

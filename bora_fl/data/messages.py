@@ -91,7 +91,7 @@ def _turns(
         after = text(messages[: number + 1])
         if whole.startswith(after):
             head = text(messages[:number], prompt=True) if number else ""
-            turns.append((_common(head, after), len(after)))
+            turns.append((shared_length(head, after), len(after)))
             continue
         # The template writes a turn in another way once others follow it, such as without its reasoning: what stands
         # where a mark would stand is what it wrote.
@@ -102,7 +102,7 @@ def _turns(
     return whole, turns
 
 
-def _common(head: str, whole: str) -> int:
+def shared_length(head: str, whole: str) -> int:
     """Characters that two texts begin with alike: generation prompts may hold more than the turn's header."""
     return next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
 

@@ -8,6 +8,7 @@ import numpy as np
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data.columns import TOOLS
 from bora_fl.data.messages import answers, clean, read_tools, require_template
+from bora_fl.data.preferences import read_pair
 from bora_fl.data.tokenizing import ending_ids, opening_ids, prompt_heads, token_ids
 from bora_fl.seeds import derive
 
@@ -71,6 +72,8 @@ def held_out_prompts(raw: "Dataset", data: DataSettings, tokenizer: Any, count: 
         )
     chosen = np.random.default_rng(derive(0, "prompts")).permutation(len(raw))[:count]
     rows = raw.select(np.sort(chosen)).to_list()
+    if data.format == "preference":
+        return [_of_pair(tokenizer, data, row) for row in rows]
     if data.format == "prompt":
         ids = prompt_ids(tokenizer, [row[data.text_column] for row in rows], dialog=True)
         parts = [(row[data.text_column], row[data.response_column]) for row in rows]
@@ -84,3 +87,16 @@ def held_out_prompts(raw: "Dataset", data: DataSettings, tokenizer: Any, count: 
         asked, reference = before_answer(messages)
         found.append(Prompt(conversation_ids(tokenizer, asked, read_tools(row.get(TOOLS))), asked, reference))
     return found
+
+
+def _of_pair(tokenizer: Any, data: DataSettings, row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a preference pair, with the response that was chosen."""
+    given = row[data.text_column] if data.text_column else None
+    pair = read_pair(given, row[data.response_column], row[data.rejected_column])
+    if isinstance(pair.chosen, str):
+        dialog = not pair.written
+        ids = prompt_ids(tokenizer, [str(pair.prompt)], dialog)[0]
+        return Prompt(ids, pair.prompt, pair.chosen)
+    require_template(tokenizer, data.response_column)
+    asked: list[Any] = [*pair.prompt, *pair.chosen[:-1]]
+    return Prompt(conversation_ids(tokenizer, asked, read_tools(row.get(TOOLS))), asked, before_answer(pair.chosen)[1])

@@ -1,4 +1,4 @@
-"""From text to tokens: classification inputs, plain text, prompts with responses, and conversations."""
+"""From text to tokens: classification inputs, plain text, prompts with responses, conversations, and pairs."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
-from bora_fl.data import messages
+from bora_fl.data import messages, preferences
 from bora_fl.data.columns import TOOLS
 from bora_fl.data.encoded import Encoded
 from bora_fl.data.loading import column
+from bora_fl.data.pairs import Pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
     template (user, then assistant), or, without one, is the prompt, a newline, the response and EOS. Messages go
     through the chat template as a whole; the assistant's turns are the targets. When an example is too long, what
     stands before its first target loses its beginning, down to half of `max_length`, and then the example its end, so
-    that it keeps targets.
+    that it keeps targets. The responses of a preference pair follow the same tokens, and are the targets.
 
     Args:
         raw: A split as `load_dataset` returns it.
@@ -43,6 +44,12 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
     classification = model.task == "classification"
     if classification:
         _check_labels(raw, data)
+    pairs = data.format == "preference"
+    if pairs and classification:
+        raise ConfigError(
+            "data.format = 'preference' with model.task = 'classification': pairs of responses are for causal-lm; set "
+            "model.task to causal-lm, or data.format to text"
+        )
     if data.format == "messages":
         messages.require_template(tokenizer, data.text_column)
     tokens, targets = [np.empty(0, np.int32)], [np.empty(0, bool)]
@@ -56,9 +63,9 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         cut += sum(example.cut > 0 for example in examples)
         empty += sum(example.is_empty() for example in examples)
     if not classification:
-        _report(len(raw), cut, empty, model.max_length)
+        _report(len(lengths), cut, empty, model.max_length)
     ends = np.cumsum(lengths, dtype=np.int64)
-    return Encoded(
+    encoded = Encoded(
         tokens=np.concatenate(tokens),
         begin=ends - np.array(lengths, dtype=np.int64),
         lengths=np.array(lengths, dtype=np.int64),
@@ -69,6 +76,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         targets=np.concatenate(targets) if data.format == "messages" else None,
         cut=cut,
     )
+    return Pairs.of(encoded) if pairs else encoded
 
 
 class _Example(NamedTuple):
@@ -85,7 +93,14 @@ class _Example(NamedTuple):
 
 
 def _examples(rows: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Iterator[_Example]:
-    texts, longest, bos = column(rows, data.text_column).to_pylist(), model.max_length, tokenizer.bos_token_id
+    longest, bos = model.max_length, tokenizer.bos_token_id
+    if data.format == "preference":
+        for pair in _pairs(rows, data, tokenizer):
+            prompt, *responses = pair
+            room = max(map(len, responses))
+            yield from (_fit(prompt + response, len(prompt), longest, bos, room=room) for response in responses)
+        return
+    texts = column(rows, data.text_column).to_pylist()
     if model.task == "classification":
         yield from (_Example(ids) for ids in token_ids(tokenizer, texts, truncation=True, max_length=longest))
     elif data.format == "messages":
@@ -181,6 +196,28 @@ def _dialogs(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -
         yield opening + head, tail + ending
 
 
+def _pairs(rows: "Dataset", data: DataSettings, tokenizer: Any) -> Iterator[list[list[int]]]:
+    """Tokens of each pair's prompt, of the response that was chosen and of the one that was rejected."""
+    table = rows.with_format("arrow")[:].to_pydict()
+    pairs = preferences.rows_of(table, data.text_column, data.response_column, data.rejected_column)
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    parts: list[str] = []
+    marks: list[tuple[list[int], list[int]]] = []
+    for pair, tools in zip(pairs, table.get(TOOLS, [None] * len(pairs)), strict=True):
+        if not isinstance(pair.chosen, str):
+            messages.require_template(tokenizer, data.response_column)
+        by_template = templated and not pair.written
+        marks.append(([], []) if by_template else (opening_ids(tokenizer), ending_ids(tokenizer)))
+        if by_template:
+            parts += preferences.written(tokenizer, pair, messages.read_tools(tools))
+        else:
+            parts += [str(pair.prompt) if pair.written else f"{pair.prompt}\n", str(pair.chosen), str(pair.rejected)]
+    ids = token_ids(tokenizer, parts, add_special_tokens=False)
+    for number, (opening, ending) in enumerate(marks):
+        prompt, chosen, rejected = ids[3 * number : 3 * number + 3]
+        yield [opening + prompt, chosen + ending, rejected + ending]
+
+
 def _after(head: str, whole: str, response: str) -> str:
     """What the template writes after the generation prompt: the response and whatever closes the turn."""
     if whole.startswith(head):
@@ -190,9 +227,11 @@ def _after(head: str, whole: str, response: str) -> str:
     return response.strip() + closing if found else response
 
 
-def _fit(ids: list[int], prompt: int, max_length: int, bos: int | None, targets: Sequence[bool] = ()) -> _Example:
-    """Cut an example to `max_length`; `prompt` tokens stand before its first target."""
-    room = max(max_length - (len(ids) - prompt), max_length // 2)
+def _fit(
+    ids: list[int], prompt: int, max_length: int, bos: int | None, targets: Sequence[bool] = (), room: int = 0
+) -> _Example:
+    """Cut an example to `max_length`; `prompt` tokens stand before its first target, and `room` or more follow."""
+    room = max(max_length - max(len(ids) - prompt, room), max_length // 2)
     drop = max(prompt - room, 0)
     first = ids[:1] if drop and ids[0] == bos and room > 1 else []
     kept = first + ids[drop + len(first) :]

@@ -18,7 +18,15 @@ from bora_fl.paths import write_atomically
 from bora_fl.state import unflatten_deltas
 
 ABOUT, LABELS = "bora_fl.json", "labels.json"
-_KEPT = ("model.", "adapter.", "run.seed", "data.format", "data.text-column", "data.response-column")
+_KEPT = (
+    "model.",
+    "adapter.",
+    "run.seed",
+    "data.format",
+    "data.text-column",
+    "data.response-column",
+    "data.rejected-column",
+)
 
 
 @dataclass(frozen=True)

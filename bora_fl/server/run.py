@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings, extras
-from bora_fl.data import Encoded, load_dataset, partition_picture, test_data
+from bora_fl.data import Encoded, Pairs, load_dataset, partition_picture, test_data
 from bora_fl.data.prompts import Prompt, held_out_prompts
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate, perplexity
@@ -22,6 +22,7 @@ from bora_fl.heads import public_clip_norm
 from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_config, write_result
 from bora_fl.models.packing import require_packing
 from bora_fl.models.pooling import PooledClassification
+from bora_fl.models.reference import References, require_preferences
 from bora_fl.paths import digest, write_atomically
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
 from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, round_line, rounds_picture
@@ -73,6 +74,8 @@ class Server(Observer):
                 "empty, or set model.task to causal-lm"
             )
         self._data = raw.settings
+        if raw.settings.format == "preference":
+            require_preferences(settings)
         self.label_names = raw.label_names if classifies else None
         base = load_base(settings.model, raw.label_names, settings.run.seed)
         if settings.data.packing:
@@ -83,6 +86,11 @@ class Server(Observer):
         )
         self.tokenizer = load_tokenizer(settings.model)
         self.test: Encoded | None = test_data(settings.data, settings.model, self.tokenizer)
+        if isinstance(self.test, Pairs):
+            train, device = settings.train, settle(self.model.model)
+            self.test = References(self.model).compute(
+                self.model, self.test, train.evaluation_batch_size, lambda: autocast(device, train.precision)
+            )
         self._prompts: list[Prompt] = []
         if settings.run.generate_every and raw.test is not None:
             self._prompts = held_out_prompts(raw.test, raw.settings, self.tokenizer, settings.run.generate_examples)
@@ -94,6 +102,7 @@ class Server(Observer):
         self._save = save
         self._folded = 0
         self._latest: dict[str, float] = {}
+        self._margin: float | None = None
         self._run_id = ""
 
     @property
@@ -186,6 +195,7 @@ class Server(Observer):
             return None
         self._bring_to(state.current, folds)
         metrics = self._evaluate(self.test)
+        self._margin = metrics.margin
         return metrics.loss, metrics.accuracy
 
     def held_out_loss(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> float:
@@ -201,7 +211,11 @@ class Server(Observer):
         activity.tell("evaluate on the test set")
         train, device = self.settings.train, settle(self.model.model)
         return evaluate(
-            self.model.model, data, train.evaluation_batch_size, autocast=lambda: autocast(device, train.precision)
+            self.model.model,
+            data,
+            train.evaluation_batch_size,
+            beta=train.dpo_beta,
+            autocast=lambda: autocast(device, train.precision),
         )
 
     def on_round(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> None:
@@ -239,7 +253,9 @@ class Server(Observer):
         """The report with a language model's perplexity and, in the rounds for that, how what it writes compares."""
         if self.settings.model.task != "causal-lm":
             return report
-        if report.loss is not None:
+        if self._data.format == "preference":
+            report = replace(report, margin=self._margin if report.evaluated == "central" else None)
+        elif report.loss is not None:
             report = replace(report, perplexity=perplexity(report.loss))
         run = self.settings.run
         if not run.generate_every or (report.round % run.generate_every and report.round != run.num_rounds):

@@ -78,10 +78,13 @@ def check_examples(settings: Settings) -> Finding:
     """
     from bora_fl.data import tokenize
     from bora_fl.models import load_tokenizer
+    from bora_fl.models.reference import require_preferences
 
     subject, raw = f"examples of {settings.data.name}", load_dataset(settings.data)
     rows = min(len(raw.train), _EXAMINED)
     try:
+        if raw.settings.format == "preference":
+            require_preferences(settings)
         found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, load_tokenizer(settings.model))
     except (ConfigError, ValueError, OSError) as error:
         return Finding(subject, "fail", " ".join(str(error).split()), "correct data.* or model.*")
