@@ -71,7 +71,7 @@ def relative_error_of(target: Target, fit: Fit) -> float:
     return math.sqrt(max(squared, 0.0))
 
 
-def _proximal_solve(normal: Tensor, rhs: Tensor, present: Tensor) -> Tensor:
+def proximal_solve(normal: Tensor, rhs: Tensor, present: Tensor) -> Tensor:
     """Solve `normal x = rhs`, pulled to `present`: `[…, r, r]`, `[…, r, c]`, `[…, r, c]` -> `[…, r, c]`."""
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     floor = diagonal.amax(-1, keepdim=True) * 1e-30
@@ -88,7 +88,7 @@ def update_left(target: Target, fit: Fit) -> Fit:
     gram = fit.right.mT @ fit.right
     normal = torch.einsum("ijk,jkl,ijl->ikl", fit.sigma, gram, fit.sigma)
     rhs = target.apply(fit.right, fit.sigma)
-    left = _proximal_solve(normal, rhs.mT, fit.left.mT).mT
+    left = proximal_solve(normal, rhs.mT, fit.left.mT).mT
     return normalized(replace(fit, left=left))
 
 
@@ -100,7 +100,7 @@ def update_sigma(target: Target, fit: Fit, floor: float | None = None) -> Fit:
     """
     normal = (fit.left.mT @ fit.left).unsqueeze(1) * (fit.right.mT @ fit.right).unsqueeze(0)
     rhs = target.diagonal(fit.left, fit.right)
-    sigma = _proximal_solve(normal, rhs.unsqueeze(-1), fit.sigma.unsqueeze(-1)).squeeze(-1)
+    sigma = proximal_solve(normal, rhs.unsqueeze(-1), fit.sigma.unsqueeze(-1)).squeeze(-1)
     if floor is not None:
         bounded = _coordinate_descent(normal, rhs, fit.sigma.clamp_min(floor), floor)
         sigma = torch.where((sigma >= floor).all(-1, keepdim=True), sigma, bounded)

@@ -88,9 +88,9 @@ def factor_mean(factors: Sequence[BlockFactors], weights: Sequence[float]) -> Bl
     present = torch.zeros(rank, dtype=torch.float64, device=first.sigma.device)
     for f, w in zip(factors, weights, strict=True):
         share = float(w) / total
-        B[:, : f.rank] += f.B.double() * (share * f.scaling / scaling)
-        A[: f.rank] += f.A.double() * share
-        sigma[..., : f.rank] += f.sigma.double() * share
+        B[:, : f.rank].add_(f.B, alpha=share * f.scaling / scaling)  # in float64, without a copy
+        A[: f.rank].add_(f.A, alpha=share)
+        sigma[..., : f.rank].add_(f.sigma, alpha=share)
         present[: f.rank] += share
     sigma = torch.where(present > 0, sigma / present.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
     dtype = first.B.dtype

@@ -222,6 +222,9 @@ class StrategySettings(Group):
     wait_seconds: Positive = Field(600.0, description="how long to wait for min-nodes before the run stops")
     timeout: Positive = Field(3600.0, description="seconds a round waits for replies")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client")
+    memory_mb: Count = Field(
+        2048, description="megabytes that a merge's layers at work may take; more of them run at once with more"
+    )
     refit: Literal["B", "all"] = Field(
         "B", description="what a refactorization solves for: B alone, or B, A and Sigma in turn (more blocks than one)"
     )

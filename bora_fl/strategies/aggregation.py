@@ -12,11 +12,13 @@ from torch import Tensor
 from bora_fl.blocks import BlockFactors, merge, normalize_sigma
 from bora_fl.config import AdapterSettings, ConfigError, Settings, StrategySettings
 from bora_fl.seeds import derive
-from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.state import PARTS, AdapterState, ClientUpdate
 from bora_fl.strategies.catalogue import find
 from bora_fl.strategies.layer_merge import ALL, LayerMerge, LayerRound, Trains
+from bora_fl.strategies.layers import each_layer
+from bora_fl.strategies.merge_report import measured, squares
+from bora_fl.strategies.merge_report import report as summed
 from bora_fl.strategies.presets import PRESETS, Preset
-from bora_fl.strategies.products import sizes
 from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
 from bora_fl.strategies.server_optimizers import server_step
 from bora_fl.strategies.server_state import ServerState
@@ -151,24 +153,32 @@ class Aggregator:
             return state, report
         total = math.fsum(update.weight for update in chosen)
         weights = [update.weight / total for update in chosen]
-        rounds = {
-            name: replace(
-                self._layer_round(name, factors, state, round, trains),
+        reported = "B" in self.preset.shares or "sigma" in self.preset.shares
+        layers = list(state.current.layers)
+        reporting = set(measured(layers)) if reported else set()
+
+        def work(name: str) -> tuple[LayerMerge, dict[str, float]]:
+            layer = replace(
+                self._layer_round(name, state.current.layers[name], state, round, trains),
                 updates=[update.state.layers[name] for update in chosen],
                 weights=weights,
                 grams=[u.grams[name] for u in chosen] if all(name in u.grams for u in chosen) else [],
                 carried=state.carried.get(name),
                 velocity=state.velocity.get(name),
             )
-            for name, factors in state.current.layers.items()
-        }
-        merges = {name: self._merged(layer) for name, layer in rounds.items()}
+            result = self._merged(layer)
+            return result, squares(layer, result) if name in reporting else {}
+
+        found = each_layer(work, layers, self._layer_bytes(state, chosen), self._memory_bytes)
+        merges = {name: result for name, (result, _) in found.items()}
         current = AdapterState(
             {name: layer.current for name, layer in merges.items()},
             _mean_tensors(state.current.tensors, chosen, weights),
         )
-        if "B" in self.preset.shares or "sigma" in self.preset.shares:
-            report |= _report(rounds, merges)
+        if reported:
+            report |= summed(
+                [norms for _, norms in found.values() if norms], [layer.current.rank for layer in merges.values()]
+            )
         optimizer = state.optimizer
         if self.settings.server_optimizer != "none":
             shared = trains & self.preset.shares
@@ -189,6 +199,16 @@ class Aggregator:
             optimizer=optimizer,
         )
         return after, report
+
+    @property
+    def _memory_bytes(self) -> int:
+        return self.settings.memory_mb * 1_000_000
+
+    @staticmethod
+    def _layer_bytes(state: ServerState, updates: Sequence[ClientUpdate]) -> int:
+        """Bytes of the updates of the largest layer, at the adapter's rank, in float32."""
+        layers = state.current.layers.values()
+        return 4 * len(updates) * max((sum(getattr(f, part).numel() for part in PARTS) for f in layers), default=0)
 
     def summary(self) -> str:
         """The composition in words, with what it cannot take and why."""
@@ -354,25 +374,3 @@ def _mean_tensors(
             total += weight * update.state.tensors[name].double()
         means[name] = (total if tensor.is_floating_point() else total.round()).to(tensor.dtype)
     return means
-
-
-def _report(rounds: Mapping[str, LayerRound], merges: Mapping[str, LayerMerge]) -> dict[str, float]:
-    """Norms over all layers, from the factors alone."""
-    squares = dict.fromkeys(("error", "target", "update_norm", "fold_norm", "carried_norm"), 0.0)
-    for name, layer in rounds.items():
-        result = merges[name]
-        kept = {"current": result.current, "carried_norm": result.carried, "fold_norm": result.fold}
-        parts = {part: factors for part, factors in kept.items() if factors is not None}
-        none = [0.0] * len(parts)
-        combinations = {"target": [1.0, 0.0, *none], "update_norm": [1.0, -1.0, *none]}
-        combinations["error"] = [1.0, 0.0, *[-1.0] * len(parts)]
-        for part in parts.keys() & squares.keys():
-            combinations[part] = [0.0, 0.0, *[float(part == other) for other in parts]]
-        norms = sizes([layer.next_product(), layer.current, *parts.values()], list(combinations.values()))
-        for quantity, norm in zip(combinations, norms, strict=True):
-            squares[quantity] += norm**2
-    report = {name: math.sqrt(square) for name, square in squares.items() if name.endswith("_norm")}
-    report["merge_error"] = math.sqrt(squares["error"] / squares["target"]) if squares["target"] > 0 else 0.0
-    if merges:
-        report["rank"] = sum(layer.current.rank for layer in merges.values()) / len(merges)
-    return report

@@ -44,29 +44,39 @@ class LayerRound:
     settings: StrategySettings = field(default_factory=StrategySettings)
     seed: int = 0
 
+    def mean_parts(self) -> tuple[list[BlockFactors], list[float]]:
+        """Updates and weights whose weighted sum is `mean_product`."""
+        extra = [] if self.carried is None else [self.carried]
+        return [*self.updates, *extra], [*self.weights, *[1.0] * len(extra)]
+
     def mean_product(self) -> BlockFactors:
         """The mean of the clients' products plus what was carried, stacked: `M = Σ_k w_k delta_W^k + carried`."""
-        extra = [] if self.carried is None else [self.carried]
-        return merge([*self.updates, *extra], [*self.weights, *[1.0] * len(extra)])
+        return merge(*self.mean_parts())
 
-    def next_product(self) -> BlockFactors:
-        """Where a step from the received product `X` towards `M` leads, stacked; `M` itself by default.
+    def next_parts(self) -> tuple[list[BlockFactors], list[float]]:
+        """Updates and weights whose weighted sum is where a step from the received product `X` towards `M` leads.
 
-        With `Δ = M − X`, a = ``strategy.product-step`` and β = ``strategy.product-momentum``, Nesterov's momentum on
-        the product (as server momentum: Hsu et al., arXiv:1909.06335; the look-ahead: Sutskever et al., ICML 2013):
+        `M` itself by default. With `Δ = M − X`, a = ``strategy.product-step`` and β = ``strategy.product-momentum``,
+        Nesterov's momentum on the product (as server momentum: Hsu et al., arXiv:1909.06335; the look-ahead: Sutskever
+        et al., ICML 2013):
 
             V ← β V + Δ,    X ← X + a (Δ + β V)
 
         β = 0 is the moving average `a M + (1 − a) X`.
         """
         a, beta = self.settings.product_step, self.settings.product_momentum
+        parts, weights = self.mean_parts()
         if a == 1 and beta == 0:
-            return self.mean_product()
+            return parts, weights
         reach = a * (1 + beta)
-        factors, weights = [self.mean_product(), self.current], [reach, 1 - reach]
+        parts, weights = [*parts, self.current], [*(reach * weight for weight in weights), 1 - reach]
         if self.velocity is not None:
-            factors, weights = [*factors, self.velocity], [*weights, a * beta**2]
-        return merge(factors, weights)
+            parts, weights = [*parts, self.velocity], [*weights, a * beta**2]
+        return parts, weights
+
+    def next_product(self) -> BlockFactors:
+        """The sum of `next_parts`, stacked."""
+        return merge(*self.next_parts())
 
 
 class LayerMerge(NamedTuple):

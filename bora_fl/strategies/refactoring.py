@@ -4,6 +4,7 @@ import torch
 
 from bora_fl.blocks import BlockFactors, factor_mean, merge, padded, refactorize, residual, truncate
 from bora_fl.blocks.block_cores import compressed
+from bora_fl.blocks.left_fit import fit_left
 from bora_fl.blocks.svd import leading_svd
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
 from bora_fl.strategies.products import size
@@ -51,12 +52,17 @@ def florist(layer: LayerRound) -> LayerMerge:
 
 def block_fit(layer: LayerRound) -> BlockFactors:
     """The best block factors of the adapter's rank, warm-started from the factor mean, in canonical form."""
+    start = padded(factor_mean(layer.updates, layer.weights), layer.rank)
+    only_left = layer.settings.refit == "B" and layer.current.num_blocks > 1
+    fit = fit_left(*layer.next_parts(), start, layer.sigma_transform) if only_left else None
+    if fit is not None:
+        return fit
     return refactorize(
         layer.next_product(),
         layer.rank,
-        start=padded(factor_mean(layer.updates, layer.weights), layer.rank),
+        start=start,
         sigma_transform=layer.sigma_transform,
-        only_B=layer.settings.refit == "B" and layer.current.num_blocks > 1,
+        only_B=only_left,
         sweeps=layer.settings.sweeps,
     ).factors
 

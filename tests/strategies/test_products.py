@@ -5,7 +5,7 @@ import torch
 
 from bora_fl.blocks import BlockFactors, merge
 from bora_fl.strategies import products
-from bora_fl.strategies.products import sizes
+from bora_fl.strategies.products import cheap_sizes, image, sizes
 
 COMBINATIONS = [[1.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.5, 2.0, -1.0]]
 
@@ -35,3 +35,24 @@ def test_estimates_for_very_many_components_are_close_and_keep_zero(monkeypatch:
     assert sizes(factors, COMBINATIONS) == pytest.approx(wanted, rel=0.15)
     assert sizes(factors, COMBINATIONS) != pytest.approx(wanted, rel=1e-6)
     assert sizes([factors[0], factors[0]], [[1.0, -1.0]])[0] < 1e-12 * factors[0].norm()
+
+
+def test_the_image_of_vectors_is_that_of_the_dense_sum():
+    factors = [drawn(k, rank) for k, rank in enumerate((2, 30, 5))]
+    vectors = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = merge(factors, [0.5, -2.0, 0.1]).dense() @ vectors.reshape(18, 4)
+    found = image(factors, [0.5, -2.0, 0.1], vectors)
+    torch.testing.assert_close(found.reshape(24, 4), wanted, rtol=1e-12, atol=1e-12 * float(wanted.norm()))
+
+
+def test_what_is_only_reported_is_exact_while_cheap_and_else_close(monkeypatch: pytest.MonkeyPatch):
+    stack, other = [drawn(k, 30) for k in range(3)], drawn(4, 8)
+    sums = [(stack, [0.2, 0.3, 0.5]), ([other], [1.0])]
+    combinations = [[1.0, 0.0], [1.0, -1.0], [0.0, 0.0]]
+    wanted = sizes([merge(*sums[0]), other], combinations)
+    assert cheap_sizes(sums, combinations) == wanted
+    monkeypatch.setattr(products, "_CHEAP_PRODUCTS", 0)
+    found = cheap_sizes(sums, combinations)
+    assert found == pytest.approx(wanted, rel=0.4)
+    assert found[:2] != pytest.approx(wanted[:2], rel=1e-6)
+    assert found[2] == 0.0
