@@ -34,7 +34,8 @@ def test_it_is_the_dense_least_squares_solution(transform: str, num_blocks: int,
     given = clients(num_blocks, ranks)
     start = factor_mean(given, WEIGHTS)
     fit = fit_left(given, WEIGHTS, start, transform)
-    assert fit is not None and fit.rank == 3
+    assert fit is not None
+    assert fit.rank == 3
     wanted = dense_best(merge(given, WEIGHTS).dense(), start)
     assert float((fit.dense() - wanted).norm() / wanted.norm()) < 1e-10
     if transform == "exp_norm":
@@ -47,7 +48,8 @@ def test_it_is_the_refactorization_of_b_alone_however_many_parts_there_are(trans
     weights = [1 / 40] * 40
     start = factor_mean(given, weights)
     fit = fit_left(given, weights, start, transform)
-    assert fit is not None and fit.B.dtype == torch.float32
+    assert fit is not None
+    assert fit.B.dtype == torch.float32
     known = refactorize(merge(given, weights), 8, start=start, sigma_transform=transform, only_B=True)
     assert relative_error(fit, known.factors) < 1e-6
     assert relative_error(fit, merge(given, weights)) <= (1 + 1e-6) * relative_error(start, merge(given, weights))
@@ -56,13 +58,16 @@ def test_it_is_the_refactorization_of_b_alone_however_many_parts_there_are(trans
 def test_one_part_of_the_starts_rank_is_kept():
     (given,) = clients(4, (3,))
     fit = fit_left([given], [1.0], given, "exp_norm")
-    assert fit is not None and relative_error(fit, given) < 1e-10
+    assert fit is not None
+    assert relative_error(fit, given) < 1e-10
 
 
 def test_parts_that_cancel_leave_nothing():
     f, *_ = clients(2)
     fit = fit_left([f, f], [1.0, -1.0], f, "identity")
-    assert fit is not None and bool((fit.B == 0).all()) and bool(fit.A.any())
+    assert fit is not None
+    assert bool((fit.B == 0).all())
+    assert bool(fit.A.any())
 
 
 def test_a_sigma_out_of_reach_is_told():
