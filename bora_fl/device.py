@@ -57,7 +57,9 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
     Args:
         device: Where it runs.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware has instructions for it.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the hardware has instructions for it.
     """
+    if precision == "fp16":
+        return torch.autocast(device.type, dtype=torch.float16)
     enabled = precision == "bf16" or (precision == "auto" and _bf16_pays(device.type))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from bora_fl.config import TrainSettings
+from bora_fl.config import ConfigError, TrainSettings
+from bora_fl.device import pick_device
 from bora_fl.models import FederatedModel
 
 
@@ -59,6 +60,9 @@ def make_optimizer(
         model: What trains is chosen.
         settings: Optimizer and learning rates.
         factors: From `learning_rate_factors`; the last one is for all further steps too.
+
+    Raises:
+        ConfigError: For a paged optimizer without a CUDA device.
     """
     rate, head_rate = settings.learning_rate, settings.head_learning_rate or settings.learning_rate
     body = model.factor_parameters(frozenset({"A", "sigma"})) + model.other_parameters()
@@ -73,9 +77,28 @@ def make_optimizer(
             groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
     else:
-        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=settings.weight_decay)
+        optimizer = _adamw(settings.optimizer)(groups, lr=rate, weight_decay=settings.weight_decay)
     _follow(optimizer, factors)
     return optimizer
+
+
+def _adamw(name: str) -> Any:
+    """The class that a name of ``train.optimizer`` stands for.
+
+    Raises:
+        ConfigError: For pages where there is no GPU whose memory they would leave.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name.startswith("paged") and pick_device().type != "cuda":
+        raise ConfigError(
+            f"train.optimizer = {name!r}: there is no CUDA device here, whose memory paged moments could leave; set "
+            "train.optimizer to adamw or adamw-8bit"
+        )
+    import bitsandbytes.optim
+
+    names = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
+    return getattr(bitsandbytes.optim, names[name])
 
 
 def _follow(optimizer: torch.optim.Optimizer, factors: Sequence[float]) -> None:

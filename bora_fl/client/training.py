@@ -79,45 +79,66 @@ def train(
         batches, received = iter(kept), iter(_logits(model, kept, settings))
     torch.manual_seed(seed)
     model.model.train()
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     total, examples = 0.0, 0
     for step in range(1, steps + 1):
         parts = [next(batches) for _ in range(settings.accumulation)]
-        targets = sum(map(_num_targets, parts))
-        optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for part in parts:
-            examples += len(part["labels"])
-            batch = {name: tensor.to(device) for name, tensor in part.items()}
-            labels, reference = batch.pop("labels"), batch.pop("reference", None)
-            with autocast(device, settings.precision):
-                logits = model.model(**batch).logits
-            if shift is not None:
-                logits = logits + shift.to(logits.device)
-            if reference is None:
-                losses = example_losses(logits, labels)[0]
-            else:
-                losses = preference_losses(logits, labels, reference, settings.dpo_beta)[0]
-            if settings.not_true_distillation:
-                apart = not_true_divergence(logits, next(received), labels)
-                losses = losses + settings.not_true_distillation * apart
-            part_loss = losses.sum() / max(targets, 1)
-            part_loss.backward()  # type: ignore[no-untyped-call]
-            loss += part_loss.item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss} in step {step} of {steps}; lower train.learning-rate "
-                f"({settings.learning_rate}) or set train.max-grad-norm ({settings.max_grad_norm})"
-            )
-        for parameter, anchor in zip(parameters, anchors, strict=False):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal_mu)
-        if settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
+        taught = [next(received) if settings.not_true_distillation else None for _ in parts]
+        examples += sum(len(part["labels"]) for part in parts)
+        scale = math.inf
+        while scaler.get_scale() < scale:  # gradients that overflowed are taken again with a loss of half the scale
+            scale = scaler.get_scale()
+            optimizer.zero_grad(set_to_none=True)
+            loss = _backward(model, parts, taught, settings, shift, scaler)
+            if not math.isfinite(loss) or scale < 1:
+                raise FloatingPointError(
+                    f"the loss, or its gradient in half precision, became {loss} in step {step} of {steps}; lower "
+                    f"train.learning-rate ({settings.learning_rate}) or set train.max-grad-norm "
+                    f"({settings.max_grad_norm})"
+                )
+            scaler.unscale_(optimizer)
+            for parameter, anchor in zip(parameters, anchors, strict=False):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal_mu)
+            if settings.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
         total += loss
         if on_step:
             on_step(step, steps)
     return TrainResult(total / steps, steps, examples, time.perf_counter() - started)
+
+
+def _backward(
+    model: FederatedModel,
+    parts: Sequence[Mapping[str, Tensor]],
+    taught: Sequence[Tensor | None],
+    settings: TrainSettings,
+    shift: Tensor | None,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """The mean loss over all targets of the parts of a step; its scaled gradient is added to the parameters'."""
+    device = next(model.model.parameters()).device
+    targets = sum(map(_num_targets, parts))
+    loss = 0.0
+    for part, before in zip(parts, taught, strict=True):
+        batch = {name: tensor.to(device) for name, tensor in part.items()}
+        labels, reference = batch.pop("labels"), batch.pop("reference", None)
+        with autocast(device, settings.precision):
+            logits = model.model(**batch).logits
+        if shift is not None:
+            logits = logits + shift.to(logits.device)
+        if reference is None:
+            losses = example_losses(logits, labels)[0]
+        else:
+            losses = preference_losses(logits, labels, reference, settings.dpo_beta)[0]
+        if before is not None:
+            losses = losses + settings.not_true_distillation * not_true_divergence(logits, before, labels)
+        part_loss = losses.sum() / max(targets, 1)
+        scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
+        loss += part_loss.item()
+    return loss
 
 
 def _logits(model: FederatedModel, batches: Sequence[Mapping[str, Tensor]], settings: TrainSettings) -> list[Tensor]:

@@ -13,7 +13,7 @@ EXTRAS: dict[Extra, tuple[str, ...]] = {
     "ray": ("ray",),
     "report": ("matplotlib", "scipy"),
     "privacy": ("opacus", "scipy"),
-    "llm": ("gguf", "sentencepiece", "trl"),
+    "llm": ("gguf", "sentencepiece", "trl", "bitsandbytes"),
     "tracking": ("tensorboard", "wandb", "trackio", "mlflow"),
     "triton": ("triton",),
 }
@@ -67,6 +67,10 @@ def require_for(settings: Settings) -> None:
         require("privacy", f"privacy.mode = {settings.privacy.mode!r}", "opacus")
     if settings.data.partition != "local":
         require("simulation", f"data.partition = {settings.data.partition!r}")
+    if settings.model.quantization != "none":
+        require("llm", f"model.quantization = {settings.model.quantization!r}", "bitsandbytes")
+    if settings.train.optimizer not in ("adamw", "sgd"):
+        require("llm", f"train.optimizer = {settings.train.optimizer!r}", "bitsandbytes")
 
 
 def _found(name: str) -> bool:

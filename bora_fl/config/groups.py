@@ -40,6 +40,9 @@ class ModelSettings(Group):
     revision: str = Field("", description="hub revision; empty is the default branch")
     task: Literal["classification", "causal-lm"] = Field("classification", description="what the model is trained for")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="bitsandbytes' form of the frozen linear layers; 4bit: NF4 with double quantization"
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="how transformers computes attention; auto: its own choice for the model"
     )
@@ -168,7 +171,9 @@ class TrainSettings(Group):
         8, description="batches that are sorted by length together, so that little is padding; 1 is off"
     )
     accumulation: Count = Field(1, description="batches whose gradients make one step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="local optimizer")
+    optimizer: Literal["adamw", "sgd", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = Field(
+        "adamw", description="local optimizer; of bitsandbytes with 8-bit moments, or moments that leave a full GPU"
+    )
     optimizer_state: Literal["fresh", "kept"] = Field(
         "fresh", description="whether adamw's moments start anew each round or stay at the client"
     )
@@ -185,7 +190,9 @@ class TrainSettings(Group):
     max_grad_norm: NonNegative = Field(
         1.0, description="global gradient clipping; 0 is off; privacy.clip-norm is in its place under record"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast; auto is bf16 where it is fast")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast; auto is bf16 where it is fast; fp16 trains with a scaled loss"
+    )
     dpo_beta: Positive = Field(
         0.1, description="how closely DPO holds the model to the base model's responses (data.format = preference)"
     )

@@ -95,6 +95,7 @@ class Settings(Group):
                 f"{self.privacy.mode!r}: only adamw's moments are kept, and only without privacy; set "
                 "train.optimizer-state to fresh"
             )
+        self._check_precision()
         ignored = {
             "proximal-mu": (self.train.proximal_mu, {0.0}),
             "max-grad-norm": (self.train.max_grad_norm, {0.0, 1.0}),
@@ -162,6 +163,27 @@ class Settings(Group):
                 "kept; set a rank of 1 or more, or strategy.residual to drop"
             )
         return self
+
+    def _check_precision(self) -> None:
+        """What a low precision of weights or gradients cannot be had together with."""
+        model, fp16 = self.model, self.train.precision == "fp16"
+        if fp16 and self.privacy.mode == "record":
+            raise ValueError(
+                "train.precision = 'fp16' with privacy.mode = 'record': single examples' gradients are clipped, and a "
+                "scaled loss is not for them; set train.precision to bf16 or fp32"
+            )
+        whole = self.adapter.method == "full" or bool(self.adapter.modules_to_save)
+        whole = whole or (model.task == "classification" and self.adapter.train_head)
+        if fp16 and model.dtype == "float16" and whole:
+            raise ValueError(
+                "train.precision = 'fp16' with model.dtype = 'float16': modules that are trained whole would have "
+                "gradients in float16, too coarse to be unscaled; set model.dtype to float32"
+            )
+        if model.quantization != "none" and self.adapter.method == "full":
+            raise ValueError(
+                f"model.quantization = {model.quantization!r} with adapter.method = 'full': quantized weights are not "
+                "trained; set model.quantization to none, or adapter.method to bora"
+            )
 
     def _check_held_out_losses(self) -> None:
         """What goes by the rounds' held-out losses needs them from all clients in every round."""

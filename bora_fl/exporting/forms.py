@@ -23,7 +23,8 @@ from bora_fl.state import AdapterState, unflatten_deltas
 def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
     """The base model with a run's folds in its weights and the run's newest adapter, and the tokenizer.
 
-    Of a run that has not ended, or goes on, that is its newest checkpoint's.
+    The weights are in full precision, whatever ``model.quantization`` was. Of a run that has not ended, or goes on,
+    the adapter is its newest checkpoint's.
 
     Args:
         folder: The run's output folder, or a finished adapter's.
@@ -37,7 +38,7 @@ def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
     result = read_result(folder)
     newest = max((int(path.name[6:]) for path in (folder / "checkpoints").glob("round-*")), default=0)
     if result is not None and result.round >= newest:
-        return load_result(result, base), AutoTokenizer.from_pretrained(result.folder)
+        return load_result(result, base, quantized=False), AutoTokenizer.from_pretrained(result.folder)
     return _from_checkpoint(folder, result, base)
 
 
@@ -50,7 +51,7 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[Fe
     checkpoint = load_newest(folder / "checkpoints", flat)
     if checkpoint is None:
         raise ConfigError(f"run.output-dir = '{folder}': there is no whole checkpoint; run at least one round")
-    named = settings.model.model_copy(update={"name": base} if base else {})
+    named = settings.model.model_copy(update={"name": base or settings.model.name, "quantization": "none"})
     names = result.label_names if result else load_dataset(settings.data).label_names
     weights = load_base(named, names, settings.run.seed)
     model = FederatedModel(weights, settings.adapter, named, settings.run.seed, keep_head=settings.solves_head)

@@ -111,6 +111,8 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "revision": settings.revision or None}
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
+    if settings.quantization != "none":
+        options["quantization_config"] = _quantization(settings)
     source = resolve(settings.name)
     with _lock, torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "head"))
@@ -127,10 +129,13 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                 names = label_names or []
                 options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
                 options["label2id"] = {name: index for index, name in enumerate(names)}
+                kind = _classifier(settings)
+                if settings.quantization != "none":
+                    options["quantization_config"].llm_int8_skip_modules = _outside_the_body(kind, source, settings)
                 verbosity = transformers_logging.get_verbosity()
                 transformers_logging.set_verbosity_error()  # a new head is what is wanted, not a mishap to warn of
                 try:
-                    model = _classifier(settings).from_pretrained(source, **options)
+                    model = kind.from_pretrained(source, **options)
                 finally:
                     transformers_logging.set_verbosity(verbosity)
         except ConfigError:
@@ -144,10 +149,41 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                 f"model.name = {settings.name!r}: cannot be loaded as {settings.task} "
                 f"({' '.join(str(error).split())}); give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
             ) from error
+    for module in model.modules():
+        # On CPUs with bf16 instructions, evaluating would repack a Linear4bit and round its scales, for training too.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if model.config.pad_token_id is None:
         model.config.pad_token_id = model.config.eos_token_id
     model.config.use_cache = False
     return model
+
+
+def _quantization(settings: ModelSettings) -> Any:
+    """transformers' config of bitsandbytes for ``model.quantization``.
+
+    QLoRA (Dettmers et al., 2023, arXiv:2305.14314): 4-bit NormalFloat, its block scales quantized again.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+    )
+
+
+def _outside_the_body(kind: Any, source: str, settings: ModelSettings) -> list[str]:
+    """A classifier's modules beside its body, which are trained and so not quantized."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=settings.revision or None)
+    with torch.device("meta"):
+        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def require_language_model(settings: ModelSettings) -> None:

@@ -83,15 +83,18 @@ def read_result(folder: Path) -> Result | None:
     return None
 
 
-def load_result(result: Result, base: str = "") -> FederatedModel:
+def load_result(result: Result, base: str = "", *, quantized: bool = True) -> FederatedModel:
     """The base model with the adapter and all that was folded into its weights, on the CPU.
 
     Args:
         result: From `read_result`.
         base: Another place of the same base model, as for ``model.name``.
+        quantized: With the weights as the run's ``model.quantization`` has them; else in full precision.
     """
     settings = result.settings
     model = settings.model.model_copy(update={"name": base} if base else {})
+    if not quantized:
+        model = model.model_copy(update={"quantization": "none"})
     loaded = FederatedModel(
         load_base(model, result.label_names, settings.run.seed), settings.adapter, model, settings.run.seed
     )

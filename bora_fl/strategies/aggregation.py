@@ -305,6 +305,12 @@ def build(settings: Settings) -> Aggregator:
             "clients send Gram matrices of their inputs, which no noise protects; use refactor",
         ),
         (
+            settings.model.quantization != "none" and (row.folds or strategy.residual == "fold"),
+            f"model.quantization = {settings.model.quantization!r}, strategy.residual = {strategy.residual!r}",
+            "what is added to a quantized weight is rounded away; set model.quantization to none, strategy.residual to "
+            "carry or drop, or strategy.name to refactor",
+        ),
+        (
             strategy.residual != "drop" and not row.fits,
             f"strategy.residual = {strategy.residual!r}",
             "it leaves no residual to keep; set strategy.residual to drop, or strategy.name to refactor",

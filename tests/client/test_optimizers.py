@@ -7,7 +7,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from bora_fl.client.optimizers import learning_rate_factors, make_optimizer, num_steps
 from bora_fl.client.site import Site
 from bora_fl.client.training import train
-from bora_fl.config import Settings, TrainSettings, parse
+from bora_fl.config import ConfigError, Settings, TrainSettings, parse
 
 
 def rates(settings: TrainSettings, rounds: int = 10) -> list[float]:
@@ -58,6 +58,38 @@ def test_local_training_takes_each_step_at_its_own_rate(tiny_config):
     assert seen == [[pytest.approx(rate * f), pytest.approx(3 * rate * f)] for f in factors]
     assert factors[0] == pytest.approx(1 - 4 / 12)
     assert factors[-1] == pytest.approx(1 - 7 / 12)
+
+
+def test_eight_bit_moments_take_about_the_same_steps(tiny_config):
+    pytest.importorskip("bitsandbytes")
+    losses = {}
+    for name in ("adamw", "adamw-8bit"):
+        site = Site(parse(tiny_config | {"train.optimizer": name, "train.local-steps": 30}))
+        model = site.model()
+        model.train_only(frozenset({"A", "B", "sigma", "tensors"}))
+        losses[name] = train(model, site.data(0, 3).train, site.settings.train, seed=0).loss
+    assert losses["adamw-8bit"] == pytest.approx(losses["adamw"], rel=0.02)
+
+
+def test_a_gpu_s_optimizers_are_taken_from_bitsandbytes_there_and_refused_elsewhere(tiny_config, monkeypatch):
+    """There is no GPU here: what would be made on one is a stand-in."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made = []
+
+    def paged(groups, **options):
+        made.append(options)
+        return torch.optim.SGD(groups, lr=options["lr"])
+
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW", paged)
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW8bit", paged)
+    for name in ("paged-adamw", "paged-adamw-8bit"):
+        site = Site(parse(tiny_config | {"train.optimizer": name, "train.weight-decay": 0.1}))
+        with pytest.raises(ConfigError, match=f"train.optimizer = '{name}': there is no CUDA device .* to adamw"):
+            make_optimizer(site.model(), site.settings.train)
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr("bora_fl.client.optimizers.pick_device", lambda: torch.device("cuda"))
+            make_optimizer(site.model(), site.settings.train)
+    assert made == [{"lr": 0.02, "weight_decay": 0.1}] * 2
 
 
 def test_epochs_count_when_steps_do_not():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bora_fl.client.losses import not_true_divergence
+from bora_fl.client.optimizers import make_optimizer
 from bora_fl.client.site import Site
 from bora_fl.client.training import train
 from bora_fl.config import TrainSettings, parse
@@ -79,6 +80,29 @@ def test_accumulation_weighs_every_target_token_alike(tiny_causal, tmp_path):
 def _named(model):
     """The trained factors by the names that they have in a flattened state; without sigma, which is transformed."""
     return {n: p for n, p in model.named_trained().items() if not n.endswith("sigma")}
+
+
+def test_half_precision_with_a_scaled_loss_trains_as_single_precision_does(site: Site):
+    settings = site.settings.train.model_copy(update={"optimizer": "sgd", "learning_rate": 0.1})
+    single, before, wanted = run(site, settings)
+    half, _, found = run(site, settings.model_copy(update={"precision": "fp16"}))
+    assert half.loss == pytest.approx(single.loss, rel=1e-2)
+    moved = sum(float((wanted[n] - before[n]).square().sum()) for n in wanted) ** 0.5
+    apart = sum(float((wanted[n] - found[n]).square().sum()) for n in wanted) ** 0.5
+    assert 0 < apart < 0.03 * moved
+
+
+def test_a_step_that_overflows_is_taken_again_at_half_the_scale(site: Site, monkeypatch):
+    """With a loss scale that float16 cannot hold at first: no step is lost."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: scaler(device, 2.0**60, enabled=enabled))
+    half = site.settings.train.model_copy(update={"precision": "fp16"})
+    taken = []
+    optimizer = make_optimizer(site.model(), half)
+    optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    site.model().train_only(ALL)
+    result = train(site.model(), site.data(0, 3).train, half, optimizer=optimizer, seed=5)
+    assert len(taken) == result.steps == half.local_steps
 
 
 def test_a_strong_proximal_term_holds_the_adapter_back(site: Site):
