@@ -65,6 +65,7 @@ def statistics(
             data.train,
             train.evaluation_batch_size,
             num_classes,
+            width=settings.head.max_width,
             clip_norm=clip_norm if private else None,
             autocast=lambda: autocast(device, train.precision),
             progress=stage("sum up features", on_step),

@@ -109,6 +109,11 @@ class HeadSettings(Group):
         "and the last, and keep what has the least held-out loss: the trained head, the solved one at some scale of "
         "the logits, or their mean (privacy.mode = none)",
     )
+    max_width: Annotated[int, Field(ge=0)] = Field(
+        1024,
+        description="features that are wider are summed over so many random directions of theirs (k(k+1)/2 numbers a "
+        "client); 0: over all, however many",
+    )
     budget_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of privacy.epsilon that the sums are released with (privacy.mode = record)"
     )

@@ -9,6 +9,7 @@ from bora_fl.heads.private import (
     release_noise,
     solve_private,
 )
+from bora_fl.heads.projection import narrow, narrowed, widen
 from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
 from bora_fl.heads.sums import ClassSums
 
@@ -23,10 +24,13 @@ __all__ = [
     "head_metrics",
     "interpolate",
     "lda",
+    "narrow",
+    "narrowed",
     "public_clip_norm",
     "release",
     "release_noise",
     "ridge",
     "scaled",
     "solve_private",
+    "widen",
 ]

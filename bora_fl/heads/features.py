@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bora_fl.data import Encoded
 from bora_fl.evaluate import Metrics, example_losses
+from bora_fl.heads.projection import narrow
 from bora_fl.heads.solve import Head
 from bora_fl.heads.sums import ClassSums
 
@@ -53,6 +54,7 @@ def collect(
     batch_size: int,
     num_classes: int,
     *,
+    width: int = 0,
     clip_norm: float | None = None,
     autocast: Autocast | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -64,6 +66,7 @@ def collect(
         data: The client's training examples.
         batch_size: Examples per forward pass.
         num_classes: C.
+        width: Most directions that are summed over, see `narrow`; 0 is all.
         clip_norm: Given, each feature vector is scaled by ``min(1, clip_norm / |x|) / clip_norm``, to a norm of at most
             1, as `bora_fl.heads.private.release` needs it.
         autocast: Makes the autocast context to run under.
@@ -75,6 +78,7 @@ def collect(
     total: ClassSums | None = None
     done = 0
     for x, labels in features(model, data, batch_size, num_classes, autocast):
+        x = narrow(x, width)
         part = ClassSums.of(x if clip_norm is None else clip(x, clip_norm), labels, num_classes)
         total = part if total is None else total + part
         done += len(labels)

@@ -24,6 +24,7 @@ from torch import nn
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.heads.features import features
+from bora_fl.heads.projection import narrow
 from bora_fl.heads.solve import Head
 from bora_fl.heads.sums import ClassSums
 from bora_fl.privacy.accounting import solve_noise
@@ -161,7 +162,7 @@ def solve_private(
     return Head((weight + constant[:, None] * one) / clip_norm, None)
 
 
-def public_clip_norm(model: nn.Module, tokenizer: Any, num_classes: int, max_length: int) -> float:
+def public_clip_norm(model: nn.Module, tokenizer: Any, num_classes: int, max_length: int, width: int = 0) -> float:
     """C from public text alone: a high quantile of the norms of the features of sentences of Python's documentation.
 
     Args:
@@ -169,8 +170,10 @@ def public_clip_norm(model: nn.Module, tokenizer: Any, num_classes: int, max_len
         tokenizer: Its tokenizer.
         num_classes: C of the head.
         max_length: Tokens a text is cut at.
+        width: As in `collect`.
     """
-    norms = torch.cat([x.norm(dim=1) for x, _ in features(model, _public(tokenizer, max_length), 64, num_classes)])
+    public = features(model, _public(tokenizer, max_length), 64, num_classes)
+    norms = torch.cat([narrow(x, width).norm(dim=1) for x, _ in public])
     return float(norms.quantile(_QUANTILE))
 
 

@@ -177,7 +177,8 @@ class Server(Observer):
         if self.settings.privacy.mode == "record":
             model = self.settings.model
             classes = int(self.model.model.config.num_labels)
-            clip_norm = public_clip_norm(self.model.model, self.tokenizer, classes, model.max_length)
+            width = self.settings.head.max_width
+            clip_norm = public_clip_norm(self.model.model, self.tokenizer, classes, model.max_length, width)
         return HeadLayout(*found, clip_norm)
 
     def on_start(self, num_partitions: int) -> None:

@@ -20,9 +20,11 @@ from bora_fl.heads import (
     choose,
     interpolate,
     lda,
+    narrowed,
     release_noise,
     scaled,
     solve_private,
+    widen,
 )
 from bora_fl.state import AdapterState
 from bora_fl.strategies.screening import heavy
@@ -121,7 +123,8 @@ def solve(
     """
     noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
-    shape, ratio = state.current.tensors[layout.weight].shape, settings.strategy.max_weight_ratio
+    classes, dim = state.current.tensors[layout.weight].shape
+    shape, ratio = (classes, narrowed(dim, settings.head.max_width)), settings.strategy.max_weight_ratio
     digests: dict[str, str] = {}
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
     if secure:
@@ -182,7 +185,7 @@ def total(
 
     Args:
         replies: Replies to `STATISTICS`.
-        shape: ``[C, d]``.
+        shape: ``[C, k]``, k being how wide the summed features are.
         round: The round they must belong to.
         max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off. Noised
             ones are scaled down instead, see `bora_fl.heads.bounded`.
@@ -245,10 +248,11 @@ def candidates(
         settings: The run's.
         trained: Whether the state's head was trained.
     """
-    bias = layout.bias is not None
+    bias, dim = layout.bias is not None, state.tensors[layout.weight].shape[1]
     if settings.privacy.mode == "record":
-        return {"solved": solve_private(sums, release_noise(settings), clients, layout.clip_norm, bias=bias)}
-    solved = scaled(lda(sums, bias=bias))
+        private = solve_private(sums, release_noise(settings), clients, layout.clip_norm, bias=bias)
+        return {"solved": widen(private, dim)}
+    solved = scaled(widen(lda(sums, bias=bias), dim))
     if not trained:
         return solved
     own = layout.of(state)

@@ -52,6 +52,29 @@ def test_a_run_without_rounds_is_a_federation_of_one_exchange(solved):
     assert row["bytes_up"] > 3 * 4 * (2 * 16 + 16 * 17 // 2)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"privacy.secure-aggregation": True, "privacy.max-examples": 100},
+        {"privacy.mode": "record", "privacy.epsilon": 1e4, "privacy.delta": 1e-3, "strategy.weighting": "uniform"},
+    ],
+    ids=["plain", "masked", "private"],
+)
+def test_wide_features_are_summed_over_fewer_directions(solved, tmp_path, how):
+    def at(width: int):
+        own = {"head.max-width": width, "run.output-dir": str(tmp_path / f"{width}")}
+        own["privacy.ledger-dir"] = str(tmp_path / f"ledger-{width}")
+        return read_rows(simulate(solved | how | own, 3) / "metrics.jsonl")[0]
+
+    whole, few = at(16), at(8)
+    assert few["head"]
+    assert few["rejected"] == 0
+    if "privacy.secure-aggregation" not in how:  # the tiny model's features vary less than masking rounds
+        assert few["accuracy"] >= whole["accuracy"] - 0.1
+    assert few["bytes_up"] < whole["bytes_up"]
+
+
 def test_round_zero_is_the_first_row_and_training_goes_on_from_it(tiny_config):
     rows = read_rows(simulate(tiny_config | {"head.init": "auto"}, 3) / "metrics.jsonl")
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
