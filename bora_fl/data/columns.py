@@ -11,6 +11,10 @@ PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
 RESPONSES = ("response", "output", "answer", "completion")
 DIALOGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 CHOSEN, REJECTED = ("chosen", "preferred"), ("rejected", "dispreferred")
+IDS = (
+    *("domain", "client", "client_id", "silo", "site", "hospital", "user", "user_id", "author", "source", "dataset"),
+    *("task", "task_name", "task_type", "category", "topic", "subset", "language"),
+)
 TOOLS = "tools"
 _MESSAGE_FIELDS = ({"role", "content"}, {"role"}, {"from", "value"})
 _DEFAULT = DataSettings()

@@ -1,18 +1,21 @@
 """Local data: parquet, JSON lines, JSON, CSV and TSV files, folders of them, and folders that `datasets` saved."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from bora_fl.config import ConfigError
+from bora_fl.data.mapped import csv_options, mapped, read_json, simple
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_BLOCK_BYTES = 64 << 20  # a JSON line or CSV cell may be this long
+LARGE = 256 << 20  # bytes of files above which their rows stay on the disk
 
 
 def looks_local(name: str) -> bool:
@@ -55,22 +58,19 @@ def read_local(
         raise ConfigError(
             f"data.name = {name!r}: no data found; give a file or a folder of files {', '.join(SUFFIXES)}"
         )
-    from datasets import Dataset
-
     train_files = [p for p in files if path.is_dir() and _belongs(p.relative_to(path), train_split)]
     if train_files:
         test_files = [p for p in files if test_split and _belongs(p.relative_to(path), test_split)]
         if test_split and not test_files:
             raise _no_split("test", test_split, f"the folder holds {', '.join(p.name for p in files[:8])}")
-        return Dataset(_read(train_files)), Dataset(_read(test_files)) if test_files else None
-    table = _read(files)
-    if "split" not in table.column_names:
+        test = _dataset(read_tables(test_files), f"{path}:{test_split}") if test_files else None
+        return _dataset(read_tables(train_files), f"{path}:{train_split}"), test
+    whole = _dataset(read_tables(files), str(path))
+    if "split" not in whole.column_names:
         if test_split and not may_lack_splits:
             raise _no_split("test", test_split, f"{path.name} has no column named split")
-        return Dataset(table), None
-    return Dataset(_rows(table, "train", train_split)), Dataset(
-        _rows(table, "test", test_split)
-    ) if test_split else None
+        return whole, None
+    return _rows(whole, "train", train_split), _rows(whole, "test", test_split) if test_split else None
 
 
 def _belongs(path: Path, split: str) -> bool:
@@ -87,16 +87,16 @@ def _no_split(which: str, split: str, found: str) -> ConfigError:
     return ConfigError(f"data.{which}-split = {split!r}: {found}; name a split that is there, {remedy}")
 
 
-def _rows(table: pa.Table, which: str, split: str) -> pa.Table:
+def _rows(data: "Dataset", which: str, split: str) -> "Dataset":
+    import numpy as np
     import pyarrow.compute as pc
 
-    names = table["split"].cast(pa.string())
-    rows = table.filter(pc.equal(names, split))
-    if rows.num_rows == 0:
-        raise _no_split(
-            which, split, f"the column named split holds {', '.join(sorted(set(names.drop_null().to_pylist())))}"
-        )
-    return rows
+    names = data.data.column("split").cast(pa.string())
+    rows = np.flatnonzero(pc.fill_null(pc.equal(names, split), False).to_numpy())
+    if len(rows) == 0:
+        known = pc.unique(names.drop_null()).to_pylist()
+        raise _no_split(which, split, f"the column named split holds {', '.join(sorted(known))}")
+    return data.select(rows)
 
 
 def _read_saved(
@@ -123,28 +123,25 @@ def read_table(path: Path) -> pa.Table:
         ConfigError: If it cannot be read.
     """
     try:
-        table = _read_one(path)
-        fields = [field.with_type(_simple(field.type)) for field in table.schema]
-        return table.cast(pa.schema(fields, table.schema.metadata))
+        return simple(_read_one(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file") from error
 
 
-def _read(files: list[Path]) -> pa.Table:
-    tables = [read_table(path) for path in files]
+def read_tables(files: Sequence[Path]) -> pa.Table:
+    """The rows of several files; on the disk, as `mapped` has them, if they are large.
+
+    Raises:
+        ConfigError: If one cannot be read, or they do not have the same columns.
+    """
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        if sum(file.stat().st_size for file in files) > LARGE and not any(map(_is_array, files)):
+            return mapped(files)
+        return pa.concat_tables([read_table(file) for file in files], promote_options="permissive")
     except pa.ArrowException as error:
         raise ConfigError(
-            f"data.name: the files of {files[0].parent} do not have the same columns ({error})"
+            f"data.name: the files of {files[0].parent} cannot be read, or do not have the same columns ({error})"
         ) from error
-
-
-def _simple(kind: pa.DataType) -> pa.DataType:
-    """The same values without an encoding that few functions take."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.large_string() if pa.types.is_string_view(kind) else kind
 
 
 def _read_one(path: Path) -> pa.Table:
@@ -156,13 +153,22 @@ def _read_one(path: Path) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         from pyarrow import csv
 
-        return csv.read_csv(
-            path,
-            read_options=csv.ReadOptions(block_size=_BLOCK_BYTES),
-            parse_options=csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True),
-        )
-    if suffix == ".json" and path.read_text(encoding="utf8").lstrip()[:1] == "[":
+        return csv.read_csv(path, **csv_options(suffix))
+    if _is_array(path):
         return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf8")))
-    from pyarrow import json as pa_json
+    return read_json(path)
 
-    return pa_json.read_json(path, read_options=pa_json.ReadOptions(block_size=_BLOCK_BYTES))
+
+def _is_array(path: Path) -> bool:
+    """Whether a file is one JSON array, which cannot be read in pieces."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _dataset(table: pa.Table, name: str) -> "Dataset":
+    """The table as a data set; its fingerprint is no digest of the rows, which would read them all."""
+    from datasets import Dataset
+
+    return Dataset(table, fingerprint=hashlib.sha256(name.encode()).hexdigest()[:16])

@@ -9,15 +9,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, Scalar
-from bora_fl.data.columns import TEXTS, is_text, resolved, usual
+from bora_fl.data.columns import IDS, TEXTS, is_text, resolved, usual
 from bora_fl.data.embedded import PREFIX
-from bora_fl.data.files import data_files, looks_local, read_table
+from bora_fl.data.files import data_files, looks_local, read_tables
 
 LABELS = ("label", "labels", "class", "category", "sentiment", "topic", "target", "rating", "stars")
 _EMBEDDED_IDS = 4  # natural ids that each embedded data set has at least
 _LENGTHS = (32, 256)
 _CAUSAL_LENGTHS = (64, 1024)
 _CHARACTERS_A_TOKEN = 4
+_LOOKED_AT = 10_000  # rows for the length of an example
 
 
 def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, str]) -> dict[str, Scalar]:
@@ -49,7 +50,7 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     if not files:
         raise ConfigError(f"data.name = {name!r}: {path.absolute()} holds no data; give an existing file or folder")
     train = next((file for file in files if defaults.train_split in file.stem), files[0])
-    table = read_table(train)
+    table = read_tables([train])
     if causal:
         named = {key.replace("-", "_"): _named(table, key, value) for key, value in given.items()}
         columns = {field.name: field.type for field in table.schema}
@@ -69,12 +70,15 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     whole = num_clients > 0 and (len(files) == 1 or defaults.train_split not in train.stem)  # a part can be held out
     if not whole and not _has_test_split(table, files, defaults.test_split):
         found["data.test-split"] = ""
-    ids = pc.count_distinct(table[defaults.partition_by]).as_py() if defaults.partition_by in table.column_names else 0
-    return found | (_natural() if ids >= num_clients else dealt)
+    fitting = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    used = {value for key, value in found.items() if key.endswith("-column")}
+    name = usual(IDS, [column for column in fitting if column not in used])
+    ids = pc.count_distinct(table[name]).as_py() if name and not table[name].null_count else 0
+    return found | (_natural(name) if ids >= max(num_clients, 2) else dealt)
 
 
-def _natural() -> dict[str, Scalar]:
-    return {"data.partition": "natural", "data.partition-by": DataSettings().partition_by}
+def _natural(name: str = DataSettings().partition_by) -> dict[str, Scalar]:
+    return {"data.partition": "natural", "data.partition-by": name}
 
 
 def _dirichlet() -> dict[str, Scalar]:
@@ -108,7 +112,7 @@ def _has_test_split(table: pa.Table, files: Sequence[Path], split: str) -> bool:
 
 def _max_length(table: pa.Table, columns: Sequence[str], bounds: tuple[int, int]) -> int:
     """Tokens that most rows are no longer than, in steps of 16."""
-    rows = [table[name] for name in columns]
+    rows = [table[name][:_LOOKED_AT] for name in columns]
     lengths = [pc.utf8_length(row) if is_text(row.type) else _characters(row) for row in rows]
     length = pc.quantile(reduce(pc.add, lengths), 0.95)[0].as_py() or 0.0
     steps = -(-int(length / _CHARACTERS_A_TOKEN) // 16)

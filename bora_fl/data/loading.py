@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +29,7 @@ _LOADING_FIELDS = {
     *("name", "subset", "train_split", "test_split", "text_column", "label_column", "response_column"),
     *("rejected_column", "format", "max_train_examples", "max_test_examples"),
 }
-_ROWS = 2048  # that are Python objects at a time
+_ROWS, _BYTES = 2048, 4 << 20  # that are Python objects at a time: enough for a tokenizer's threads, little memory
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1000
 _recent: tuple[str, "RawData"] | None = None
 
@@ -129,6 +129,15 @@ def _source(key: str, name: str, subset: str) -> str:
 def column(data: "Dataset", name: str) -> pa.ChunkedArray:
     """One column of a data set as Arrow data."""
     return data.select_columns([name]).with_format("arrow")[:][name]
+
+
+def parts(data: "Dataset") -> "Iterator[Dataset]":
+    """A data set in parts of limited rows and size."""
+    for start in range(0, len(data), _ROWS):
+        rows = data.select(range(start, min(start + _ROWS, len(data))))
+        size = max(len(rows) * _BYTES // max(rows.with_format("arrow")[:].nbytes, 1), 1)
+        for first in range(0, len(rows), size):
+            yield rows.select(range(first, min(first + size, len(rows))))
 
 
 @contextmanager
@@ -278,7 +287,6 @@ def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.Chunke
 
 
 def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labelled: bool) -> "Dataset":
-    keep = np.ones(len(data), dtype=bool)
     named = {"text": settings.text_column, "response": settings.response_column, "rejected": settings.rejected_column}
     named = {key: name for key, name in named.items() if name or (key == "text" and settings.format != "preference")}
     for key, name in named.items():
@@ -292,22 +300,7 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
                 f"data.{key}-column = {name!r} with data.format = {settings.format!r}: holds {found}, not {wanted}; "
                 f"columns are {', '.join(data.column_names)}"
             )
-        if settings.format in ("text", "prompt"):
-            text = column(data, name)
-            keep &= pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False).to_numpy()
-    if settings.format == "messages":
-        keep = _whole(
-            data,
-            [settings.text_column],
-            lambda found: [messages.answers(messages.clean(r)) for r in found[settings.text_column]],
-        )
-    elif settings.format == "preference":
-        wanted_columns = (settings.text_column, settings.response_column, settings.rejected_column)
-        keep = _whole(
-            data,
-            [c for c in wanted_columns if c],
-            lambda found: [pair.is_whole() for pair in preferences.rows_of(found, *wanted_columns)],
-        )
+    keep = _complete(data.select_columns(list(dict.fromkeys(named.values()))), settings)
     if labelled:
         keep &= column(data, settings.label_column).is_valid().to_numpy()
     if not keep.any():
@@ -324,11 +317,19 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
     return data.select(np.flatnonzero(keep))
 
 
-def _whole(data: "Dataset", names: list[str], check: Callable[[dict[str, list[Any]]], list[bool]]) -> NDArray[np.bool_]:
-    """Which rows pass a check of some of their columns; few rows are Python objects at a time."""
-    rows = data.select_columns(names).with_format("arrow")
-    parts = (rows[start : start + _ROWS].to_pydict() for start in range(0, len(rows), _ROWS))
-    return np.array([kept for part in parts for kept in check(part)], dtype=bool)
+def _complete(data: "Dataset", settings: DataSettings) -> NDArray[np.bool_]:
+    """Which rows have all that they are to have; few of them are Python objects at a time."""
+
+    def check(found: dict[str, list[Any]]) -> list[bool]:
+        if settings.format == "messages":
+            return [messages.answers(messages.clean(row)) for row in found[settings.text_column]]
+        if settings.format == "preference":
+            named = (settings.text_column, settings.response_column, settings.rejected_column)
+            return [pair.is_whole() for pair in preferences.rows_of(found, *named)]
+        return [all(text and text.strip() for text in row) for row in zip(*found.values(), strict=True)]
+
+    found = (check(part.with_format("arrow")[:].to_pydict()) for part in parts(data))
+    return np.array([kept for part in found for kept in part], dtype=bool)
 
 
 def _subsample(data: "Dataset", most: int) -> "Dataset":

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data.columns import IDS, usual
 from bora_fl.data.loading import RawData, column, load_dataset
 from bora_fl.seeds import derive
 
@@ -30,7 +31,8 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
       ten times, while a client gets fewer than two examples.
     - ``pathological``: each client holds `classes_per_client` classes, the first of them in turn so that none is left
       out while there are as many clients as classes.
-    - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`. With fewer clients than ids every
+    - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`, or, where that is not set, of the
+      first column with a usual name of an id (`IDS`). With fewer clients than ids every
       client holds whole ids, dealt from the largest to whoever has least.
     - ``local``: nothing is dealt; a site's rows are all its own.
 
@@ -83,6 +85,8 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
         ConfigError: If there is no such column or a row lacks an id.
     """
     name = settings.partition_by
+    if name == DataSettings().partition_by and name not in raw.train.column_names:
+        name = usual(IDS, raw.train.column_names) or name
     if name not in raw.train.column_names:
         raise ConfigError(
             f"data.partition-by = {name!r} with data.partition = {settings.partition!r}: columns are "
@@ -93,6 +97,10 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
         raise ConfigError(
             f"data.partition-by = {name!r}: {values.null_count} of {len(values)} rows have no id; fill them in or name "
             "another column"
+        )
+    if pa.types.is_nested(values.type):
+        raise ConfigError(
+            f"data.partition-by = {name!r}: holds {values.type}, which is no id; name a column of strings or numbers"
         )
     if not pa.types.is_primitive(values.type):
         values = values.cast(pa.string())

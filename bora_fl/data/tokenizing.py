@@ -11,15 +11,14 @@ from bora_fl.config import ConfigError, DataSettings, ModelSettings
 from bora_fl.data import messages, preferences
 from bora_fl.data.columns import TOOLS
 from bora_fl.data.encoded import Encoded
-from bora_fl.data.loading import column
+from bora_fl.data.flat import Flat
+from bora_fl.data.loading import column, parts
 from bora_fl.data.pairs import Pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
-
-_ROWS = 2048  # tokenized at a time: enough for the tokenizer's threads, little memory
 
 
 def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded:
@@ -52,28 +51,29 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         )
     if data.format == "messages":
         messages.require_template(tokenizer, data.text_column)
-    tokens, targets = [np.empty(0, np.int32)], [np.empty(0, bool)]
-    lengths, prompts, cut, empty = [], [], 0, 0
-    for start in range(0, len(raw), _ROWS):
-        examples = list(_examples(raw.select(range(start, min(start + _ROWS, len(raw)))), data, model, tokenizer))
-        tokens.append(np.fromiter(chain.from_iterable(example.ids for example in examples), np.int32))
-        targets.append(np.fromiter(chain.from_iterable(example.targets for example in examples), bool))
-        lengths += [len(example.ids) for example in examples]
-        prompts += [example.prompt for example in examples]
+    tokens, targets = Flat[np.int32](np.int32), Flat[np.bool_](bool)
+    counted, before, cut, empty = Flat[np.int64](np.int64), Flat[np.int64](np.int64), 0, 0
+    for rows in parts(raw):
+        examples = list(_examples(rows, data, model, tokenizer))
+        tokens.extend(chain.from_iterable(example.ids for example in examples))
+        targets.extend(chain.from_iterable(example.targets for example in examples))
+        counted.extend(len(example.ids) for example in examples)
+        before.extend(example.prompt for example in examples)
         cut += sum(example.cut > 0 for example in examples)
         empty += sum(example.is_empty() for example in examples)
+    lengths = counted.array()
     if not classification:
         _report(len(lengths), cut, empty, model.max_length)
     ends = np.cumsum(lengths, dtype=np.int64)
     encoded = Encoded(
-        tokens=np.concatenate(tokens),
-        begin=ends - np.array(lengths, dtype=np.int64),
-        lengths=np.array(lengths, dtype=np.int64),
-        prompts=np.array(prompts, dtype=np.int64),
+        tokens=tokens.array(),
+        begin=ends - lengths,
+        lengths=lengths,
+        prompts=before.array(),
         classes=column(raw, data.label_column).to_numpy().astype(np.int64) if classification else None,
         pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         max_length=model.max_length,
-        targets=np.concatenate(targets) if data.format == "messages" else None,
+        targets=targets.array() if data.format == "messages" else None,
         cut=cut,
     )
     return Pairs.of(encoded) if pairs else encoded
@@ -201,7 +201,7 @@ def _pairs(rows: "Dataset", data: DataSettings, tokenizer: Any) -> Iterator[list
     table = rows.with_format("arrow")[:].to_pydict()
     pairs = preferences.rows_of(table, data.text_column, data.response_column, data.rejected_column)
     templated = bool(getattr(tokenizer, "chat_template", None))
-    parts: list[str] = []
+    texts: list[str] = []
     marks: list[tuple[list[int], list[int]]] = []
     for pair, tools in zip(pairs, table.get(TOOLS, [None] * len(pairs)), strict=True):
         if not isinstance(pair.chosen, str):
@@ -209,10 +209,10 @@ def _pairs(rows: "Dataset", data: DataSettings, tokenizer: Any) -> Iterator[list
         by_template = templated and not pair.written
         marks.append(([], []) if by_template else (opening_ids(tokenizer), ending_ids(tokenizer)))
         if by_template:
-            parts += preferences.written(tokenizer, pair, messages.read_tools(tools))
+            texts += preferences.written(tokenizer, pair, messages.read_tools(tools))
         else:
-            parts += [str(pair.prompt) if pair.written else f"{pair.prompt}\n", str(pair.chosen), str(pair.rejected)]
-    ids = token_ids(tokenizer, parts, add_special_tokens=False)
+            texts += [str(pair.prompt) if pair.written else f"{pair.prompt}\n", str(pair.chosen), str(pair.rejected)]
+    ids = token_ids(tokenizer, texts, add_special_tokens=False)
     for number, (opening, ending) in enumerate(marks):
         prompt, chosen, rejected = ids[3 * number : 3 * number + 3]
         yield [opening + prompt, chosen + ending, rejected + ending]

@@ -115,7 +115,7 @@ def test_a_change_that_keeps_the_size_is_seen(tmp_path: Path) -> None:
 
 
 def test_lines_inside_csv_cells_survive_long_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bora_fl.data.files._BLOCK_BYTES", 256)
+    monkeypatch.setattr("bora_fl.data.mapped.PIECE_BYTES", 256)
     texts = [f"{i}\n{'word ' * (i % 7)}end\n" for i in range(200)]
     rows = "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate(texts))
     (tmp_path / "d.csv").write_text("text,label\n" + rows)

@@ -181,3 +181,14 @@ def test_nothing_is_printed(shop: DataSettings, capfd: pytest.CaptureFixture[str
 def test_picture_is_a_png(fields: dict[str, Any], shop: DataSettings, tmp_path: Path) -> None:
     path = partition_picture(change(shop, **fields), 5, 0, tmp_path / "new" / "split.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ids_are_found_where_no_column_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = {"text": ["a", "b", "c", "d"], "Source": ["x", "y", "x", "y"], "tags": [["t"]] * 4}
+    pq.write_table(pa.table(columns), path)
+    settings = DataSettings(name=str(path), test_split="", label_column="")
+    assert [part.tolist() for part in partition(settings, 2, 0)] == [[0, 2], [1, 3]]
+    for name, words in (("task", "columns are text, Source, tags"), ("tags", "holds list.*no id")):
+        with pytest.raises(ConfigError, match=words):
+            partition(change(settings, partition_by=name), 2, 0)

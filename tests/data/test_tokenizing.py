@@ -90,7 +90,7 @@ def test_what_is_too_long_loses_the_prompts_beginning_then_the_responses_end(
 
 def test_batches_of_rows_do_not_show(words: Any, shop: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokenized(shop, CAUSAL, words)
-    monkeypatch.setattr("bora_fl.data.tokenizing._ROWS", 7)
+    monkeypatch.setattr("bora_fl.data.loading._ROWS", 7)
     parts = tokenized(shop, CAUSAL, words)
     assert all(np.array_equal(getattr(whole, k), getattr(parts, k)) for k in ("tokens", "begin", "lengths", "prompts"))
 
