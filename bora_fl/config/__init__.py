@@ -18,7 +18,7 @@ from bora_fl.config.groups import (
     StrategySettings,
     TrainSettings,
 )
-from bora_fl.config.run_config import describe, overrides, parse, suggest
+from bora_fl.config.run_config import describe, meaning, overrides, parse, suggest
 from bora_fl.config.settings import Settings
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "extensions",
     "extras",
     "federation_text",
+    "meaning",
     "overrides",
     "parse",
     "read_federation",

@@ -73,19 +73,27 @@ def overrides(pairs: list[str] | None, base: Mapping[str, Scalar] | None = None)
 
 
 def describe(word: str = "") -> list[tuple[str, Scalar, str]]:
-    """Every key with its default and meaning: a group's if `word` is one, else those in which `word` occurs."""
+    """Every key with its default and meaning: a group's if `word` is one, else those in which `word` occurs.
+
+    A word that occurs in none, but is what other tools call a setting, finds that setting.
+    """
     default = Settings()
     rows = [(key, value, _description(key)) for key, value in default.flat().items()]
     if word in Settings.model_fields:
         return [row for row in rows if row[0].startswith(f"{word}.")]
-    return [row for row in rows if word.lower() in f"{row[0]} {row[2]}".lower()]
+    found = [row for row in rows if word.lower() in f"{row[0]} {row[2]}".lower()]
+    return found or [row for row in rows if row[0] in meaning(word).replace(",", "").split()]
+
+
+def meaning(name: str) -> str:
+    """The setting, or option, that other tools and papers call `name`; empty if it is not known."""
+    return _FOREIGN.get(name.rpartition(".")[2].lower().replace("_", "-"), "")
 
 
 def suggest(key: str) -> str:
     """The remedy for a key that does not exist, by what it means elsewhere or by how it is spelt."""
-    name = key.rpartition(".")[2].lower().replace("_", "-")
-    if name in _FOREIGN:
-        return f"use {_FOREIGN[name]}"
+    if meant := meaning(key):
+        return f"use {meant}"
     near = difflib.get_close_matches(key, Settings().flat(), n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "`bora-fl config` lists the keys"
 

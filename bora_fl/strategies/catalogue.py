@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
-from bora_fl.config import ConfigError, extensions
+from bora_fl.config import ConfigError, extensions, meaning
 from bora_fl.strategies.presets import PRESETS, Preset
 
 
@@ -30,9 +30,7 @@ def find(name: str, key: str = "strategy.name =") -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     if not extensions.reference("strategies", name):
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names())}"
-        raise ConfigError(f"{key} {name!r}: no such strategy; {hint}")
+        raise ConfigError(f"{key} {name!r}: no such strategy; {_hint(name)}")
     found = extensions.load("strategies", name, key)
     if isinstance(found, Preset):
         return replace(found, name=name)
@@ -41,6 +39,13 @@ def find(name: str, key: str = "strategy.name =") -> Preset:
     raise ConfigError(
         f"{key} {name!r}: it is a {type(found).__name__}; name a Preset, or a function from LayerRound to LayerMerge"
     )
+
+
+def _hint(name: str) -> str:
+    if setting := meaning(name):
+        return f"with any strategy, use {setting}"
+    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names())}"
 
 
 def _of_rule(name: str, rule: Callable[..., object]) -> Preset:

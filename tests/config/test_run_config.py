@@ -109,5 +109,7 @@ def test_settings_are_described_all_by_group_or_by_a_word():
     assert [key for key, _, _ in group] == [key for key in Settings().flat() if key.startswith("run.")]
     found = {key for key, _, _ in describe("Warm")}
     assert "train.warmup-rounds" in found
+    assert [key for key, _, _ in describe("lr")] == ["train.learning-rate"]
+    assert [key for key, _, _ in describe("num_train_epochs")] == ["train.local-steps", "train.local-epochs"]
     assert not describe("no such word")
     assert all(meaning for _, _, meaning in describe())
