@@ -1,14 +1,17 @@
 """What is imported is declared, what is declared imported, and what all need imports nothing that an extra brings."""
 
 import ast
+import contextlib
 import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from bora_fl.cli import COMMANDS
 from bora_fl.config import ConfigError, Settings, extras, parse
@@ -157,3 +160,24 @@ def test_a_library_that_is_missed_anywhere_is_explained():
 def test_shipped_code_imports_no_test_tool():
     tools = {"pytest", "hypothesis", "unittest", "parameterized", "sklearn"}
     assert not imported().keys() & tools
+
+
+def test_the_constraints_pin_all_that_any_extra_brings(project: dict):
+    """`make test` installs every extra with them, which fails where two pins exclude each other."""
+    rows = [row for row in (ROOT / "constraints.txt").read_text().splitlines() if not row.startswith("#")]
+    pins = {canonicalize_name(row.name): row.specifier for row in map(Requirement, rows)}
+    asked = [*project["dependencies"], *(row for rows in project["optional-dependencies"].values() for row in rows)]
+    todo, seen = [("bora-fl", row, "") for row in asked], set()
+    while todo:
+        by, text, extra = todo.pop()
+        row = Requirement(text)
+        name = canonicalize_name(row.name)
+        if (row.marker and not row.marker.evaluate({"extra": extra})) or (text, extra) in seen or name == "bora-fl":
+            continue
+        seen.add((text, extra))
+        assert name in pins, f"{by} needs {text}: constraints.txt does not pin it"
+        (pin,) = pins[name]
+        assert row.specifier.contains(pin.version, prereleases=True), f"{by} needs {text}, constraints.txt has {pin}"
+        with contextlib.suppress(PackageNotFoundError):
+            if pin.version == version(name).partition("+")[0]:
+                todo += [(name, needed, wanted) for needed in requires(name) or () for wanted in ("", *row.extras)]

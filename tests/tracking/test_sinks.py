@@ -1,5 +1,6 @@
 """What a tracker is told, with fakes in the place of the libraries."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bora_fl.config import ConfigError
+from bora_fl.config import ConfigError, Settings
 from bora_fl.report import ClientMetrics, RoundReport
 from bora_fl.simulations.engine import simulate
 from bora_fl.tracking.sinks import Sinks, scalars
@@ -53,6 +54,23 @@ def test_a_tracker_gets_config_and_every_number_with_its_round(name: str, tmp_pa
     assert name == "tensorboard" or "'run.seed': 7" in text
     assert all(options.get("step", 2) == 2 for _, _, options in calls)
     assert calls[-1][0] in ("close", "finish", "end_run")
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_s_own_library_takes_what_it_is_told(name: str, tmp_path: Path, monkeypatch, caplog):
+    for key, value in (("WANDB_MODE", "offline"), ("TRACKIO_DIR", str(tmp_path / "trackio")), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(key, value)  # some are read at import
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip(LIBRARY.get(name, name))
+    sinks = Sinks(name)
+    sinks.start(tmp_path, Settings().flat())
+    for _ in range(2):
+        sinks.round(ROW)
+    sinks.finish()
+    assert "gets no more" not in caplog.text
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(re.match(r"events\.out|run-\w+\.wandb|bora-fl\.db|mlflow\.db", file) for file in written), written
 
 
 def test_the_numbers_of_a_row():
