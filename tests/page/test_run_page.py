@@ -153,7 +153,6 @@ def test_a_chart_stays_inside_its_picture(points):
     assert line_chart("loss", {"a": []}) == ""
 
 
-@pytest.mark.slow
 def test_a_browser_loads_it_sorts_it_and_asks_nobody(folder: Path, tmp_path: Path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
