@@ -44,6 +44,10 @@ COMMANDS = {
         "bora_fl.predicting",
         "Predict with a finished run: a label and its probability for each text, or a language model's response.",
     ),
+    "evaluate": (
+        "bora_fl.evaluating",
+        "Evaluate a finished run's language model on tasks of lm-evaluation-harness.",
+    ),
     "export": ("bora_fl.exporting", "Write a finished run as a merged model or as a LoRA adapter."),
     "push": ("bora_fl.hub", "Upload a finished run's adapter, or an exported folder, to the Hugging Face Hub."),
     "ui": (

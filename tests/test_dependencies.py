@@ -23,6 +23,7 @@ SHIPPED = ("bora_fl", "kernels", "simulations")
 DISTRIBUTIONS = {
     "flwr_datasets": "flwr-datasets",
     "google": "protobuf",
+    "lm_eval": "lm-eval",
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
     "ray": "flwr[simulation]",

@@ -21,7 +21,7 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"exporting", "hub", "page", "predicting", "testing", "chat"},
+    {"exporting", "hub", "page", "predicting", "testing", "chat", "evaluating"},
     {"simulations", "cli", "api"},
 ]
 FLOWER = {

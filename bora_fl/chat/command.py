@@ -16,6 +16,7 @@ def chat(
     system: Annotated[str, typer.Option(help="system prompt")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="of what is drawn; 0 takes the most likely token", min=0)] = 0.0,
+    round: Annotated[int, typer.Option(help="as it was after this round; -1 is the end", min=-1)] = -1,
     base: Annotated[
         str, typer.Option(help="where the base model is here: hub id or folder, if not where the run had it")
     ] = "",
@@ -28,16 +29,13 @@ def chat(
 
     from bora_fl.config import ConfigError
     from bora_fl.data.prompts import conversation_ids, prompt_ids
-    from bora_fl.models import read_result
     from bora_fl.models.generating import complete
-    from bora_fl.models.result import load
+    from bora_fl.predicting.opening import open_run, require_result
 
-    result = read_result(run)
-    if result is None:
-        raise ConfigError(f"RUN {run}: it holds no finished adapter; name the output folder of a finished run")
+    result = require_result(run)
     if result.settings.model.task != "causal-lm":
         raise ConfigError(f"RUN {run}: it holds a classifier, which does not write; use `bora-fl predict`")
-    model, tokenizer = load(run, base)
+    model, tokenizer = open_run(run, base, None if round < 0 else round)
     dialog = result.settings.data.dialog
     remembers = dialog and bool(getattr(tokenizer, "chat_template", None))
     if system and not remembers:

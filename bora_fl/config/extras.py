@@ -7,13 +7,14 @@ from typing import Literal
 from bora_fl.config.groups import ConfigError
 from bora_fl.config.settings import Settings
 
-Extra = Literal["simulation", "ray", "report", "privacy", "llm", "tracking", "triton"]
+Extra = Literal["simulation", "ray", "report", "privacy", "llm", "evaluation", "tracking", "triton"]
 EXTRAS: dict[Extra, tuple[str, ...]] = {
     "simulation": ("flwr_datasets",),
     "ray": ("ray",),
     "report": ("matplotlib", "scipy"),
     "privacy": ("opacus", "scipy"),
     "llm": ("gguf", "sentencepiece", "trl", "bitsandbytes"),
+    "evaluation": ("lm_eval",),
     "tracking": ("tensorboard", "wandb", "trackio", "mlflow"),
     "triton": ("triton",),
 }

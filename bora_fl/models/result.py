@@ -5,17 +5,20 @@ adapter, and the tokenizer has its own files.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
+from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, Settings, parse
 from bora_fl.models.base import load_base
 from bora_fl.models.federated import FederatedModel
 from bora_fl.paths import write_atomically
-from bora_fl.state import unflatten_deltas
+from bora_fl.state import AdapterState, unflatten_deltas
 
 ABOUT, LABELS = "bora_fl.json", "labels.json"
 _KEPT = (
@@ -83,13 +86,20 @@ def read_result(folder: Path) -> Result | None:
     return None
 
 
-def load_result(result: Result, base: str = "", *, quantized: bool = True) -> FederatedModel:
+def load_result(
+    result: Result,
+    base: str = "",
+    *,
+    quantized: bool = True,
+    at: tuple[AdapterState, Sequence[Mapping[str, Tensor]]] | None = None,
+) -> FederatedModel:
     """The base model with the adapter and all that was folded into its weights, on the CPU.
 
     Args:
         result: From `read_result`.
         base: Another place of the same base model, as for ``model.name``.
         quantized: With the weights as the run's ``model.quantization`` has them; else in full precision.
+        at: Another state of the same adapter, and the folds up to it, such as a checkpoint's.
     """
     settings = result.settings
     model = settings.model.model_copy(update={"name": base} if base else {})
@@ -98,6 +108,14 @@ def load_result(result: Result, base: str = "", *, quantized: bool = True) -> Fe
     loaded = FederatedModel(
         load_base(model, result.label_names, settings.run.seed), settings.adapter, model, settings.run.seed
     )
+    if at is not None:
+        state, earlier = at
+        for fold in earlier:
+            loaded.add_to_base(unflatten_deltas(fold))
+        adapter = settings.adapter  # a strategy's state may be of a lower rank
+        layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in state.layers.items()}
+        loaded.write(AdapterState(layers, state.tensors))
+        return loaded
     folds = result.folder / "folds.safetensors"
     if folds.is_file():
         flat = load_file(folds)

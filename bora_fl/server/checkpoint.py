@@ -139,6 +139,21 @@ def load_newest(folder: Path, config: dict[str, Scalar]) -> Checkpoint | None:
     return None
 
 
+def load_round(folder: Path, round: int) -> Checkpoint:
+    """The checkpoint of a round, whatever its settings.
+
+    Raises:
+        CheckpointError: If it is not there, or damaged.
+    """
+    path = folder / f"round-{round:05d}"
+    try:
+        return _load(path)[1]
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, RecursionError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+
+
 def _read_manifest(path: Path) -> _Manifest:
     """The manifest of a checkpoint's folder, checked.
 

@@ -1,0 +1,1 @@
+"""``bora-fl evaluate``."""
