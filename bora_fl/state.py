@@ -23,6 +23,10 @@ class AdapterState:
     layers: Mapping[str, BlockFactors] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def rank(self, layer: str) -> int:
+        """The rank of a layer's factors."""
+        return self.layers[layer].rank
+
 
 @dataclass(frozen=True)
 class ClientUpdate:

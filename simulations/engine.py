@@ -101,8 +101,9 @@ class InProcessGrid(Grid):
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Run all handlers and return all replies."""
-        return self.pull_messages(self.push_messages(messages))
+        """Run the handlers one after the other, each when its reply is asked for."""
+        for message in list(messages):
+            yield from self.pull_messages(self.push_messages([message]))
 
     def _handle(self, message: Message) -> Message | None:
         node = message.metadata.dst_node_id

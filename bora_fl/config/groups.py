@@ -235,7 +235,9 @@ class StrategySettings(Group):
     timeout: Positive = Field(3600.0, description="seconds a round waits for replies")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client")
     memory_mb: Count = Field(
-        2048, description="megabytes that a merge's layers at work may take; more of them run at once with more"
+        2048,
+        description="megabytes for replies until they are merged, and again for the layers that are merged at once; "
+        "replies beyond wait in a temporary file",
     )
     refit: Literal["B", "all"] = Field(
         "B", description="what a refactorization solves for: B alone, or B, A and Sigma in turn (more blocks than one)"

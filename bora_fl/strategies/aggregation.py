@@ -19,7 +19,7 @@ from bora_fl.strategies.layers import each_layer
 from bora_fl.strategies.merge_report import measured, squares
 from bora_fl.strategies.merge_report import report as summed
 from bora_fl.strategies.presets import PRESETS, Preset
-from bora_fl.strategies.robust import COORDINATE_RULES, RULES, RobustRound
+from bora_fl.strategies.robust import COORDINATE_RULES, RULES, WHOLE_RULES, RobustRound
 from bora_fl.strategies.server_optimizers import server_step
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.codecs import Codec
@@ -84,7 +84,7 @@ class Aggregator:
     def refuses(self, update: ClientUpdate, state: ServerState) -> str:
         """Why this update cannot be merged, in words; empty if it can."""
         for name, current in state.current.layers.items():
-            rank = update.state.layers[name].rank
+            rank = update.state.rank(name)
             if self.preset.same_rank and rank != current.rank:
                 return f"layer {name} has rank {rank}, the adapter {current.rank}: {self.preset.same_rank}"
             if self.settings.robust in COORDINATE_RULES and rank != current.rank:
@@ -204,6 +204,12 @@ class Aggregator:
     def _memory_bytes(self) -> int:
         return self.settings.memory_mb * 1_000_000
 
+    def _memory(self) -> str:
+        """What of the replies is in memory at once, in words."""
+        if self.settings.robust in WHOLE_RULES:
+            return f"all replies at once, since {self.settings.robust} makes new updates of them"
+        return f"{self.settings.memory_mb} MB of replies, the others in a file, merged layer by layer"
+
     @staticmethod
     def _layer_bytes(state: ServerState, updates: Sequence[ClientUpdate]) -> int:
         """Bytes of the updates of the largest layer, at the adapter's rank, in float32."""
@@ -228,6 +234,7 @@ class Aggregator:
                 if row.folds
                 else ""
             ),
+            f"  memory: {self._memory()}",
             f"  secure aggregation: {'possible' if self.linear else 'no, the server must see every update'}",
         ]
         if row.fits:

@@ -1,7 +1,7 @@
 """Replies over a SuperLink as far as they have come, without waiting for one that is still on its way."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import Error, Message, Metadata, RecordDict
@@ -56,8 +56,8 @@ class Arrivals:
         self._grid = grid
         self._arriving: dict[str, _Arriving] = {}
 
-    def pull(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are whole by now, and an error for each that never will be.
+    def pull(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies that are whole by now, one after the other, and an error for each that never will be.
 
         Args:
             message_ids: Of the messages that have not been answered yet.
@@ -70,8 +70,10 @@ class Arrivals:
                 metadata, parts = metadata_from_proto(reply.metadata), iterate_object_tree(tree)
                 ids = list(dict.fromkeys(part.object_id for part in parts))
                 self._arriving[metadata.reply_to_message_id] = _Arriving(metadata, ids)
-        pulled = [self._go_on(key) for key in sorted(asked & self._arriving.keys())]
-        return [reply for reply in pulled if reply is not None]
+        for key in sorted(asked & self._arriving.keys()):
+            reply = self._go_on(key)
+            if reply is not None:
+                yield reply
 
     def _go_on(self, key: str) -> Message | None:
         """Pull what has come of a reply since the last look; the reply, if that is all of it."""

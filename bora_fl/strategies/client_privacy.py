@@ -130,7 +130,7 @@ class ClientPrivacy:
     def refuses(self, update: ClientUpdate, state: ServerState) -> str:
         """Why this update counts as zero, in words; empty if it does not."""
         for name, current in state.current.layers.items():
-            rank = update.state.layers[name].rank
+            rank = update.state.rank(name)
             if rank != current.rank:
                 return (
                     f"layer {name} has rank {rank}, the adapter {current.rank}: privacy.mode = 'client' noises every "

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -27,7 +27,14 @@ def hello() -> RecordDict:
 def exchange(
     grid: Grid, messages: Iterable[Message], timeout: float, *, poll: float = 1.0, quiet: float = 60.0
 ) -> list[Message]:
-    """Send messages, and return the replies that come in time, each with the node it is about as its source.
+    """Send messages, and return the replies that come in time: see `arriving`."""
+    return list(arriving(grid, messages, timeout, poll=poll, quiet=quiet))
+
+
+def arriving(
+    grid: Grid, messages: Iterable[Message], timeout: float, *, poll: float = 1.0, quiet: float = 60.0
+) -> Iterator[Message]:
+    """Send messages, and yield the replies as they come in time, each with the node it is about as its source.
 
     A SuperLink hands a message out once. A SuperNode that is killed with one and started again is online and never
     answers it, so that Flower would wait until the time is over; and a SuperNode that cannot send a reply, since the
@@ -47,32 +54,39 @@ def exchange(
     what = sent[0].metadata.message_type if sent else ""
     if not isinstance(grid, HttpGrid):
         activity.tell(_words(what), 0, len(sent))
-        return list(grid.send_and_receive(sent, timeout=timeout))
+        yield from grid.send_and_receive(sent, timeout=timeout)
+        return
     waiting: dict[str, Message] = {}
-    replies: list[Message] = []
+    answered = 0
     for message_id, message in zip(_push(grid, sent), sent, strict=True):
         if message_id is None:
-            replies.append(_error(message, "the SuperLink did not take the message"))
+            answered += 1
+            yield _error(message, "the SuperLink did not take the message")
         else:
             waiting[message_id] = message
     asked: dict[str, str] = {}
     pull = Arrivals(grid).pull
     started = heard = time.monotonic()
     while waiting and time.monotonic() - started < timeout:
-        activity.tell(_words(what), len(replies), len(sent))
-        pulled = pull([*waiting, *asked])
-        idle = {asked.pop(key) for m in pulled if (key := m.metadata.reply_to_message_id) in asked and m.has_content()}
-        if idle:  # what they had to send was there before their answer to the question
-            pulled += pull(waiting)
-        for reply in pulled:
+        activity.tell(_words(what), answered, len(sent))
+        idle: set[str] = set()
+        for reply in pull([*waiting, *asked]):
             key = reply.metadata.reply_to_message_id
-            asked.pop(key, None)
-            if key in waiting:
-                message = waiting.pop(key)
-                failed = reply.has_error()
-                replies.append(_error(message, reply.error.reason or "", reply.error.code) if failed else reply)
+            if key in asked:
+                about = asked.pop(key)
+                idle |= {about} if reply.has_content() else set()
+            elif key in waiting:
+                answered += 1
+                yield _about(waiting.pop(key), reply)
                 heard = time.monotonic()
-        replies += [_error(waiting.pop(key), LOST) for key in sorted(idle & waiting.keys())]
+        for reply in pull(waiting) if idle else ():  # what they had to send was there before their answer
+            if (key := reply.metadata.reply_to_message_id) in waiting:
+                answered += 1
+                yield _about(waiting.pop(key), reply)
+                heard = time.monotonic()
+        for key in sorted(idle & waiting.keys()):
+            answered += 1
+            yield _error(waiting.pop(key), LOST)
         if time.monotonic() - heard > max(quiet, heard - started):
             silent = [key for key in waiting if key not in asked.values()]
             nodes = [waiting[key].metadata.dst_node_id for key in silent]
@@ -82,7 +96,6 @@ def exchange(
             heard = time.monotonic()
         if waiting:
             time.sleep(poll)
-    return replies
 
 
 def _words(message_type: str) -> str:
@@ -99,6 +112,11 @@ def _push(grid: Grid, messages: list[Message]) -> list[str | None]:
         message.metadata.group_id = secrets.token_hex(16)
     ids: list[str | None] = list(grid.push_messages(messages))
     return ids or [None] * len(messages)
+
+
+def _about(message: Message, reply: Message) -> Message:
+    """The reply to a message; an error in the node's name."""
+    return _error(message, reply.error.reason or "", reply.error.code) if reply.has_error() else reply
 
 
 def _error(message: Message, reason: str, code: int = ErrorCode.MESSAGE_UNAVAILABLE) -> Message:

@@ -11,6 +11,7 @@ from bora_fl.config import Settings
 from bora_fl.privacy.accounting import EpsilonSummary
 from bora_fl.report import ClientMetrics
 from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.holding import Held
 from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.screening import screen
 from bora_fl.strategies.secure_aggregation import SecureMean, moved_by
@@ -116,7 +117,9 @@ def take_in(
     held_out_loss: Callable[[AdapterState], float],
     refuses: Callable[[ClientUpdate, ServerState], str] = lambda update, state: "",
 ) -> Intake:
-    """Check every reply before any arithmetic, then screen the updates against each other.
+    """Check every reply as it comes, before any arithmetic, and then screen the updates against each other.
+
+    Nothing of the result depends on the order in which replies come. Updates are held as `holding` says.
 
     Args:
         replies: In any order.
@@ -127,15 +130,18 @@ def take_in(
         refuses: Why an update cannot take part, in words; empty if it can.
     """
     adapter, weighting, coding = settings.adapter, settings.strategy.weighting, Coding.of(settings)
+    waiting = Held(settings.strategy.memory_mb * 1_000_000, sent.state.current)
     accepted: dict[int, ClientUpdate] = {}
     metrics: dict[int, ClientMetrics] = {}
     rejected: dict[str, str] = {}
     held: dict[int, int] = {}
     nodes: set[int] = set()
-    bytes_up = 0
-    received = sorted(replies, key=lambda m: m.metadata.src_node_id)
-    for message in received:
+    digests: dict[str, str] = {}
+    answered = bytes_up = 0
+    for message in replies:
         node = message.metadata.src_node_id
+        answered += 1
+        digests |= reply_digests([message])
         if message.has_content():
             bytes_up += size(message.content)
         try:
@@ -157,22 +163,22 @@ def take_in(
             continue
         held[node] = sent.state.fold_version
         nodes.add(node)
-        accepted[client] = update
+        accepted[client] = waiting.hold(update)
         metrics[client] = ClientMetrics.read(reported)
     updates, screened = screen(
         [accepted[c] for c in sorted(accepted)], sent.state, settings.strategy, shares, held_out_loss
     )
-    kept = {client: metrics[client] for client in metrics if client not in screened}
+    kept = {client: metrics[client] for client in sorted(metrics) if client not in screened}
     return Intake(
         tuple(updates),
         len(updates),
-        len(received),
+        answered,
         kept,
-        rejected,
+        dict(sorted(rejected.items())),
         held,
         frozenset(nodes),
         bytes_up,
-        digests=reply_digests(received),
+        digests=dict(sorted(digests.items())),
         screened=screened,
     )
 

@@ -175,3 +175,5 @@ RULES: dict[str, RobustRule] = {
     "norm-clip": norm_clip,
 }
 COORDINATE_RULES = frozenset({"median", "trimmed-mean"})
+WHOLE_RULES = COORDINATE_RULES | {"norm-clip"}
+"""The rules that make new updates of the clients' whole ones, and so have all of them in memory."""

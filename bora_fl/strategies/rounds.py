@@ -18,7 +18,7 @@ from bora_fl.strategies.aggregation import Aggregator, build
 from bora_fl.strategies.best import Best, keeps_best
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.downlink import Downlink
-from bora_fl.strategies.exchange import exchange
+from bora_fl.strategies.exchange import arriving, exchange
 from bora_fl.strategies.head import HeadLayout, Solved, solve
 from bora_fl.strategies.intake import Evaluated, Intake, Merged, Sent, take_in, take_in_evaluations, take_in_securely
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
@@ -152,7 +152,7 @@ class Rounds:
         if self.settings.privacy.secure_aggregation:
             intake = self._take_in_securely(number, messages, grid)
         else:
-            intake = self.take_in(number, exchange(grid, messages, timeout))
+            intake = self.take_in(number, arriving(grid, messages, timeout))
         self._downlink.settle(intake.accepted, intake.held)
         best, excess = self._note(number - 1, intake.metrics)
         # 3. Merge them, unless what they started from was so much worse than the best round that it starts again there.
