@@ -44,8 +44,8 @@ class Needs(NamedTuple):
 
 
 def _exp_norm_forward(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Sigma and `1 / mean|sigma|`."""
-    mean = sigma.abs().mean(dtype=torch.promote_types(sigma.dtype, torch.float32))
+    """Return Sigma and `1 / mean|sigma|`, `[..., 1, 1, 1]`."""
+    mean = sigma.abs().mean((-3, -2, -1), keepdim=True, dtype=torch.promote_types(sigma.dtype, torch.float32))
     # All-zero sigma has no scale: Sigma is then 1 and the gradient 0 instead of NaN.
     inverse = torch.where(mean > 0, mean.reciprocal(), torch.zeros_like(mean))
     return torch.exp(sigma * inverse).to(sigma.dtype), inverse
@@ -62,19 +62,19 @@ class _ExpNorm(torch.autograd.Function):
     def backward(ctx: Any, dSigma: Tensor) -> Tensor:
         sigma, Sigma, inverse = ctx.saved_tensors
         g = dSigma * Sigma * inverse
-        dsigma: Tensor = g - sigma.sign() * (g * sigma * inverse).mean()
+        dsigma: Tensor = g - sigma.sign() * (g * sigma * inverse).mean((-3, -2, -1), keepdim=True)
         return dsigma.to(sigma.dtype)
 
 
 def exp_norm(sigma: Tensor) -> Tensor:
-    """Return `Sigma = exp(sigma / mean|sigma|)`, the mean over the whole tensor (BoRA's map).
+    """Return `Sigma = exp(sigma / mean|sigma|)`, the mean over the whole tensor (BoRA's map), for one layer or several.
 
     Sigma does not change when sigma is scaled by a positive number, so the gradient is orthogonal to sigma. With
     `z = sigma/M`, `M = mean|sigma|`, `g = dL/dSigma ∘ Sigma` over N elements:
     `dL/dsigma = g/M - sign(sigma)·<g, z>/(N·M)`.
 
     Args:
-        sigma: `[b, b, r]`, any float dtype.
+        sigma: `[b, b, r]`, or `[L, b, b, r]` for L layers, each with a mean of its own; any float dtype.
 
     Returns:
         Sigma, of sigma's shape and dtype, all positive.

@@ -59,6 +59,7 @@ class BoraAdapter(nn.Module):
         self.scaling = scaling
         self.sigma_transform = sigma_transform
         self.dropout_p = dropout_p
+        self.given_sigma: Tensor | None = None  # the effective Sigma, within `sigma_batch.sigmas_at_once`
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.sigma = nn.Parameter(torch.empty(num_blocks, num_blocks, rank))
         self.B = nn.Parameter(torch.empty(out_features, rank))
@@ -75,6 +76,8 @@ class BoraAdapter(nn.Module):
 
     def effective_sigma(self) -> Tensor:
         """Return Sigma `[b, b, r]`, differentiable in sigma."""
+        if self.given_sigma is not None:
+            return self.given_sigma
         return to_effective(self.sigma, self.sigma_transform)
 
     def factors(self) -> BlockFactors:

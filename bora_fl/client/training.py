@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +126,8 @@ def _backward(
     for part, before in zip(parts, taught, strict=True):
         batch = {name: tensor.to(device) for name, tensor in part.items()}
         labels, reference = batch.pop("labels"), batch.pop("reference", None)
-        with autocast(device, settings.precision):
+        shared = nullcontext() if settings.checkpointing else model.quick_step()
+        with autocast(device, settings.precision), shared:
             logits = model.model(**batch).logits
         if shift is not None:
             logits = logits + shift.to(logits.device)

@@ -1,6 +1,7 @@
 """A base model with its adapter: adapt it by the settings, read and write what is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,17 @@ class FederatedModel:
             parameter.requires_grad_("tensors" in trains and name not in self._frozen)
         for scales in self._scales.values():
             scales.requires_grad_("tensors" in trains)
+
+    @contextmanager
+    def quick_step(self) -> Iterator[None]:
+        """A context for one forward and backward pass, in which layers share what they can compute together."""
+        if self.adapter.method != "bora":
+            yield
+            return
+        from bora_fl.adapters.sigma_batch import sigmas_at_once
+
+        with sigmas_at_once(self._layers[name].bora_adapter["default"] for name in self._factors):
+            yield
 
     def adapted_layers(self) -> dict[str, nn.Module]:
         """The layers with block factors, by the names that they have in the state."""
