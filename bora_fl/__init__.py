@@ -33,23 +33,26 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'bora_fl' has no attribute {name!r}")
 
 
-def federate(trainer: Any) -> Any:
+def federate(trainer: Any, model: Any = None) -> Any:
     """Make a Flower ClientApp of an existing training script.
 
     Args:
-        trainer: A ``transformers.Trainer``, or one derived from it such as TRL's ``SFTTrainer``, whose model has a BoRA
-            or LoRA adapter like the run's (``adapter.*`` of the run config). The federation's rounds cut its run into
-            equal parts.
+        trainer: A ``transformers.Trainer``, or one derived from it such as TRL's ``SFTTrainer`` or ``DPOTrainer``,
+            whose model has a BoRA or LoRA adapter like the run's (``adapter.*`` of the run config). The federation's
+            rounds cut its run into equal parts. Or, with `model`, a function ``(round, rounds)`` that trains the model
+            for a round and returns a mapping with ``num_examples`` (its weight in the merge, 1 by default), ``steps``
+            and ``train_loss``, or None.
+        model: The PEFT model that the function trains; it holds the merged adapter when the function is called.
 
     Returns:
         The ClientApp, for ``clientapp`` in the app's pyproject.toml. Runs with differential privacy are refused.
 
     Raises:
-        ValueError: If the model has no adapter.
+        ValueError: If the model has no adapter, or there is a model and no function.
     """
     from bora_fl.client.bridge import federate
 
-    return federate(trainer)
+    return federate(trainer, model)
 
 
 class _RegisterAfterPeft(MetaPathFinder):

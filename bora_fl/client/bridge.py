@@ -1,12 +1,14 @@
-"""A ClientApp out of an existing training script: its Trainer trains, this package sends, receives and merges.
+"""A ClientApp out of an existing training script: its own loop trains, this package sends, receives and merges.
 
-The Trainer's run is cut into the federation's rounds, and goes on in each where it stopped in the one before: a round
-resumes from the Trainer's own checkpoint, with its optimizer, schedule, order of data and random state, and with the
-merged adapter in place of the checkpoint's. So one client alone ends with the adapter of the script.
+The run of a Trainer is cut into the federation's rounds, and goes on in each where it stopped in the one before: a
+round resumes from the Trainer's own checkpoint, with its optimizer, schedule, order of data and random state, and with
+the merged adapter in place of the checkpoint's. So one client alone ends with the adapter of the script. A loop that is
+no Trainer is called once a round, and its model then holds the merged adapter.
 """
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,37 @@ from bora_fl.config import Settings
 from bora_fl.models import FederatedModel, peft_config
 from bora_fl.privacy.policy import SitePolicy, released
 from bora_fl.state import AdapterState
+from bora_fl.wire.records import Instruction
 from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.release import PlainRelease
 
 _SAME = ("peft_type", "r", "lora_alpha", "bora_alpha", "use_rslora", "use_dora", "num_blocks", "sigma_transform")
 
 
-def federate(trainer: Any) -> ClientApp:
-    """Make a Flower ClientApp of a Trainer; see `bora_fl.federate`."""
-    if not hasattr(trainer.model, "peft_config"):
+Loop = Callable[[int, int], Mapping[str, float] | None]
+"""A script's own round of training: round and number of rounds to ``num_examples``, ``steps``, ``train_loss``."""
+Measured = dict[str, float | int]
+Work = Callable[[FederatedModel, AdapterState, Instruction, Settings], Measured]
+
+
+def federate(trainer: Any, model: Any = None) -> ClientApp:
+    """Make a Flower ClientApp of a Trainer, or of a loop and its model; see `bora_fl.federate`."""
+    looped = model is not None
+    if looped and not callable(trainer):
+        raise ValueError(f"federate({type(trainer).__name__}, model): with a model, give the function of a round")
+    model = model if looped else getattr(trainer, "model", None)
+    if not hasattr(model, "peft_config"):
         raise ValueError(
-            "trainer.model has no adapter, which is what a federation sends; make it with peft.get_peft_model, or give "
-            "an SFTTrainer its peft_config"
+            "the model has no adapter, which is what a federation sends; make it with peft.get_peft_model, or give an "
+            "SFTTrainer its peft_config. For a loop of your own: bora_fl.federate(train, model)"
         )
+    work = partial(_by_loop, trainer) if looped else partial(_by_trainer, trainer)
     app = ClientApp()
     app.query()(identify)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        work = partial(_train, trainer)
-        return answer(message, lambda: perform("train", message.content, context, work=work))
+        return answer(message, lambda: perform("train", message.content, context, work=partial(_train, model, work)))
 
     return app
 
@@ -72,27 +85,39 @@ class _Round(TrainerCallback):  # type: ignore[misc]
 
 
 def _train(
-    trainer: Any,
+    net: Any,
+    work: Work,
     settings: Settings,
     content: RecordDict,
     who: ClientIdentity,
     memory: RecordDict,
     policy: SitePolicy | None,
 ) -> RecordDict:
-    """A round of the Trainer's run."""
-    _require_fit(trainer.model, settings)
+    """A round of the script's training."""
+    _require_fit(net, settings)
     instruction, sent = understand(content, memory)
     if instruction.fold_version:
         raise Refused(Code.RUN_CONFIG_INVALID, "strategy.residual = 'fold': a Trainer's frozen weights are its own")
     if instruction.gram:
         raise Refused(Code.RUN_CONFIG_INVALID, "Gram matrices of a Trainer's inputs are not taken; see docs/trainer.md")
-    model = FederatedModel(trainer.model, settings.adapter, settings.model, settings.run.seed)
+    model = FederatedModel(net, settings.adapter, settings.model, settings.run.seed)
     received = recall(memory, sent, instruction)
     model.write(received)
     model.train_only(instruction.trains)
+    started = time.perf_counter()
+    measured = work(model, received, instruction, settings) | {"train_seconds": time.perf_counter() - started}
+    allowed = released(policy, settings.privacy.mode)
+    leaves: dict[str, Any] = {name: value for name, value in measured.items() if name.replace("_", "-") in allowed}
+    release = PlainRelease(state=model.read(), partition=who.partition, rank=model.rank, **leaves)
+    return leave(release, sent, received, instruction, settings, who, memory)
+
+
+def _by_trainer(
+    trainer: Any, model: FederatedModel, received: AdapterState, instruction: Instruction, settings: Settings
+) -> Measured:
+    """A round of a Trainer's run."""
     own_folder, folder = trainer.args.output_dir, Path(trainer.args.output_dir, "federated", instruction.run_id)
     callback = _Round(model, received, instruction.round, settings.run.num_rounds)
-    started = time.perf_counter()
     trainer.args.output_dir = str(folder)
     trainer.add_callback(callback)
     try:
@@ -100,17 +125,23 @@ def _train(
     finally:
         trainer.remove_callback(callback)
         trainer.args.output_dir = own_folder
-    state = model.read()
-    measured: Mapping[str, float | int] = {
-        "num_examples": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else 1,
-        "steps": result.global_step - callback.first,
-        "train_loss": result.training_loss,
-        "train_seconds": time.perf_counter() - started,
-    }
-    allowed = released(policy, settings.privacy.mode)
-    leaves: dict[str, Any] = {name: value for name, value in measured.items() if name.replace("_", "-") in allowed}
-    release = PlainRelease(state=state, partition=who.partition, rank=model.rank, **leaves)
-    return leave(release, sent, received, instruction, settings, who, memory)
+    examples = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else 1
+    steps = result.global_step - callback.first
+    return {"num_examples": examples, "steps": steps, "train_loss": result.training_loss}
+
+
+def _by_loop(
+    loop: Loop, model: FederatedModel, received: AdapterState, instruction: Instruction, settings: Settings
+) -> Measured:
+    """A round of a loop of the script's own."""
+    model.model.train()
+    found = dict(loop(instruction.round, settings.run.num_rounds) or {})
+    numbers = all(isinstance(value, int | float) and 0 <= value < math.inf for value in found.values())
+    if not numbers or found.keys() - {"num_examples", "steps", "train_loss"}:
+        raise Refused(
+            Code.TRAINING_FAILED, f"the loop returns {found!r}; return num_examples, steps and train_loss, or nothing"
+        )
+    return {"num_examples": 1, **found}
 
 
 def _require_fit(model: Any, settings: Settings) -> None:

@@ -54,6 +54,13 @@ def script(kind: str, model: Any, tokenizer: Any, folder: Path) -> Trainer:
         "disable_tqdm": True,
         "logging_strategy": "no",
     }
+    if kind == "dpo":
+        trl = pytest.importorskip("trl")
+        sides = {"chosen": texts, "rejected": texts[::-1], "prompt": texts[5:] + texts[:5]}
+        args = trl.DPOConfig(bf16=False, beta=0.5, **options)
+        return trl.DPOTrainer(
+            model=model, args=args, train_dataset=Dataset.from_dict(sides), processing_class=tokenizer
+        )
     if kind == "trl":
         trl = pytest.importorskip("trl")
         rows = Dataset.from_dict({"text": texts})
@@ -65,11 +72,11 @@ def script(kind: str, model: Any, tokenizer: Any, folder: Path) -> Trainer:
     return Trainer(model=model, args=TrainingArguments(**options), train_dataset=rows)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*is deprecated:FutureWarning")  # TRL 1.16
 @pytest.mark.parametrize(
     ("kind", "adapter", "rounds"),
-    [("transformers", LORA, 3), ("transformers", BORA, 1), ("trl", LORA, 2)],
-    ids=["lora", "bora", "trl"],
+    [("transformers", LORA, 3), ("transformers", BORA, 1), ("trl", LORA, 2), ("dpo", LORA, 2)],
+    ids=["lora", "bora", "trl", "dpo"],
 )
 def test_one_client_ends_with_the_scripts_adapter(
     kind: str, adapter: dict[str, Any], rounds: int, config: dict[str, Any], tiny_causal: Path, tmp_path: Path
@@ -92,7 +99,7 @@ def test_one_client_ends_with_the_scripts_adapter(
         torch.testing.assert_close(loaded.layers[name].dense(), factors.dense(), rtol=0, atol=1e-6)
     rows = read_rows(folder / "metrics.jsonl")[1:]
     assert [row["per_client"]["0"]["steps"] for row in rows] == [6 / rounds] * rounds
-    assert all(2 < row["train_loss"] < 4 for row in rows)
+    assert all((0.1 if kind == "dpo" else 2) < row["train_loss"] < 4 for row in rows)
     assert load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -113,7 +120,60 @@ def test_what_a_trainer_cannot_serve_is_refused(
     assert words in caplog.text
 
 
+def test_a_loop_of_ones_own_is_called_once_a_round(config: dict[str, Any], tiny_causal: Path) -> None:
+    """Plain gradient steps know nothing of rounds: two rounds of three are six."""
+    ids = AutoTokenizer.from_pretrained(tiny_causal)(["the film was good and nice", "the book was very sad it"])
+
+    def steps(model: Any, count: int) -> float:
+        model.train()
+        for _ in range(count):
+            rows = torch.tensor(ids["input_ids"])
+            loss = model(input_ids=rows, labels=rows).loss
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 20 * parameter.grad
+                        parameter.grad = None
+        return loss.item()
+
+    settings = parse(config | {"adapter.method": "lora", "run.num-rounds": 2})
+    start = FederatedModel(load_base(settings.model, None, 0), settings.adapter, settings.model, 0)
+    last = steps(start.model, 6)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_causal), LoraConfig(**LORA))
+    called = []
+
+    def train(round: int, rounds: int) -> dict[str, float]:
+        called.append((round, rounds))
+        return {"num_examples": 2, "steps": 3, "train_loss": steps(model, 3)}
+
+    folder = simulate(settings.flat(), 1, app=bora_fl.federate(train, model))
+    assert called == [(1, 2), (2, 2)]
+    loaded = FederatedModel(bora_fl.load(folder)[0], settings.adapter, settings.model, 0).read()
+    for name, factors in start.read().layers.items():
+        assert factors.B.abs().max() > 0.01
+        torch.testing.assert_close(loaded.layers[name].dense(), factors.dense(), rtol=0, atol=1e-6)
+    rows = read_rows(folder / "metrics.jsonl")
+    assert rows[-1]["train_loss"] == pytest.approx(last, rel=1e-5)
+    assert rows[-1]["per_client"]["0"]["num-examples"] == 2
+
+
+@pytest.mark.parametrize("found", [{"accuracy": 1.0}, {"num_examples": -1}, {"num_examples": "many"}])
+def test_what_a_loop_may_not_return_ends_the_run(
+    found: dict[str, Any], config: dict[str, Any], tiny_causal: Path, caplog: Any
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_causal), LoraConfig(**LORA))
+    app = bora_fl.federate(lambda round, rounds: found, model)
+    with pytest.raises(RunFailedError):
+        simulate(config | {"adapter.method": "lora"}, 1, app=app)
+    assert "the loop returns" in caplog.text
+
+
 def test_a_model_without_an_adapter_is_refused(tiny_causal: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_causal)
     with pytest.raises(ValueError, match="no adapter"):
         bora_fl.federate(script("transformers", model, AutoTokenizer.from_pretrained(tiny_causal), tmp_path))
+    with pytest.raises(ValueError, match="no adapter"):
+        bora_fl.federate(lambda round, rounds: None, model)
+    with pytest.raises(ValueError, match="the function of a round"):
+        bora_fl.federate("train", model)
