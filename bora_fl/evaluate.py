@@ -1,5 +1,6 @@
 """The training objective and the metrics, for classification and for causal language models alike."""
 
+import json
 import math
 import re
 import sys
@@ -93,6 +94,17 @@ def rouge_l(response: str, reference: str) -> float:
         for at, other in enumerate(theirs, 1):
             before, row[at] = row[at], before + 1 if word == other else max(row[at], row[at - 1])
     return 2 * row[-1] / (len(ours) + len(theirs)) if row[-1] else 0.0
+
+
+def has_form(response: str, form: str) -> float:
+    """1 if a response has a form, else 0: ``json`` if it is JSON, else whether all of it fits the expression."""
+    if form != "json":
+        return float(re.fullmatch(form, response.strip(), re.DOTALL) is not None)
+    try:
+        json.loads(response)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
 
 
 def _words(text: str) -> list[str]:

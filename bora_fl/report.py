@@ -101,8 +101,9 @@ class RoundReport:
     ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
     or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
     ``perplexity`` is that of a language model's loss. Of preference pairs, ``loss`` is DPO's, ``accuracy`` the share
-    whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``generation``
-    holds the means of ``exact_match`` and ``rouge_l`` over ``examples`` held-out prompts. ``head`` names the
+    whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``general_loss`` is
+    the loss on ``data.general-text``. ``generation``
+    holds the means of ``exact_match``, ``rouge_l`` and ``valid`` over ``examples`` held-out prompts. ``head`` names the
     classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the solved one with its
     logits scaled) or ``mean x0.5`` (of this and the trained one). ``kept`` is set in the last round where
     ``run.keep-best`` has gone back to an earlier one's adapter: it names that round.
@@ -129,6 +130,7 @@ class RoundReport:
     strategy: Mapping[str, float] = field(default_factory=dict)
     perplexity: float | None = None
     margin: float | None = None
+    general_loss: float | None = None
     generation: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
     replies: Mapping[str, str] = field(default_factory=dict)
@@ -232,8 +234,12 @@ def round_line(row: dict[str, Any], num_rounds: int) -> str:
         head += f", perplexity {row['perplexity']:.4g}"
     if row.get("margin") is not None:
         head += f", reward margin {row['margin']:.3g}"
+    if row.get("general_loss") is not None:
+        head += f", loss on general text {row['general_loss']:.3f}"
     if row.get("generation"):
         head += f", ROUGE-L {row['generation']['rouge_l']:.3f}"
+        if "valid" in row["generation"]:
+            head += f", {row['generation']['valid']:.0%} valid"
     return (
         f"round {row['round']}/{num_rounds}: train loss {_number(row.get('train_loss'))}, "
         f"loss {_number(row.get('loss'))}, accuracy {_number(row.get('accuracy'))} "

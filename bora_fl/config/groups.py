@@ -157,6 +157,11 @@ class DataSettings(Group):
     packing: bool = Field(
         False, description="put several training examples into a row of model.max-length, apart (causal-lm)"
     )
+    general_text: str = Field(
+        "",
+        description="text file, or embedded:python-docs: its loss in every evaluated round says what the model forgets "
+        "(causal-lm)",
+    )
     max_train_examples: CountOrZero = Field(0, description="seeded subsample of the training split; 0 is all")
     max_test_examples: CountOrZero = Field(0, description="seeded subsample of the central test set; 0 is all")
 
@@ -341,6 +346,9 @@ class RunSettings(Group):
     )
     generate_every: CountOrZero = Field(
         0, description="rounds between generations for prompts of the central test set (causal-lm); 0 is never"
+    )
+    generate_format: str = Field(
+        "", description="json, or a regular expression: what share of the responses has this form is reported"
     )
     generate_examples: Count = Field(32, description="prompts to generate for")
     generate_tokens: Count = Field(64, description="tokens to generate at most")

@@ -1,5 +1,6 @@
 """The settings of a run: every group, and what must hold across groups."""
 
+import re
 from typing import Self
 
 from pydantic import model_validator
@@ -74,6 +75,18 @@ class Settings(Group):
                 f"run.generate-every = {self.run.generate_every} with {lacking}: a language model generates for "
                 "prompts of the central test set; set run.generate-every to 0"
             )
+        if self.data.general_text and self.model.task != "causal-lm":
+            raise ValueError(
+                f"data.general-text = {self.data.general_text!r} with model.task = {self.model.task!r}: its loss is a "
+                "language model's; leave data.general-text empty"
+            )
+        try:
+            re.compile(self.run.generate_format)
+        except re.error as error:
+            raise ValueError(
+                f"run.generate-format = {self.run.generate_format!r}: is no regular expression ({error}); correct it, "
+                "or use json"
+            ) from error
         if self.privacy.mode == "record" and self.adapter.dropout > 0:
             raise ValueError(
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "

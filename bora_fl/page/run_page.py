@@ -9,6 +9,7 @@ from bora_fl.config import ConfigError, Settings
 from bora_fl.page import html
 from bora_fl.page.charts import Points, line_chart
 from bora_fl.report import read_rows
+from bora_fl.server.samples import SAMPLES
 from bora_fl.wire.refusals import Code
 
 Row = Mapping[str, Any]
@@ -45,6 +46,7 @@ def run_page(folder: Path) -> str:
         html.heading("Rounds"),
         _charts(rows),
         _rounds(rows),
+        _samples(folder / SAMPLES),
         html.heading("Clients"),
         _clients(rows),
         html.png(folder / "partition.png", "examples of each class at each client"),
@@ -73,6 +75,14 @@ def _summary(rows: Sequence[Row], config: Row) -> str:
         "MB up and down": f"{sum(row['bytes_up'] + row['bytes_down'] for row in rows) / 1e6:.2f}",
         "seconds": f"{sum(row['seconds'] for row in rows):.1f}",
     }
+    for key, name in (
+        ("perplexity", "perplexity"),
+        ("margin", "reward margin"),
+        ("general_loss", "loss, general text"),
+    ):
+        found = [row[key] for row in rows if row.get(key) is not None]
+        if found:
+            values[f"{name}, first and last"] = f"{number(found[0])}, {number(found[-1])}"
     if spent := _spent(rows):
         values[f"epsilon per {spent['unit']}, the largest"] = f"{spent['largest']:.4g}"
     return html.facts(values)
@@ -89,6 +99,7 @@ def _charts(rows: Sequence[Row]) -> str:
                 "training": _points(rows, "train_loss"),
                 "clients' held-out parts": _points(rows, "client_loss"),
                 "central test set": _points(central, "loss"),
+                "general text": _points(rows, "general_loss"),
             },
         ),
         line_chart(
@@ -128,6 +139,31 @@ def _rounds(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return html.table(header, cells)
+
+
+def _samples(path: Path) -> str:
+    """What a language model wrote in the last round with samples, beside what it wrote for the same in the first."""
+    found = read_rows(path)
+    if not found:
+        return ""
+    first, last = found[0], found[-1]
+    header = ["prompt", "reference", f"round {first['round']}", f"round {last['round']}", "ROUGE-L"]
+    before = {json.dumps(sample["prompt"]): sample["response"] for sample in first["samples"]}
+    cells = [
+        [
+            _asked(sample["prompt"]),
+            sample["reference"],
+            before.get(json.dumps(sample["prompt"]), "-"),
+            sample["response"],
+            number(sample["rouge_l"]),
+        ]
+        for sample in last["samples"]
+    ]
+    return html.heading("Samples") + html.table(header, cells, text=header[:4])
+
+
+def _asked(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
 
 
 def _clients(rows: Sequence[Row]) -> str:

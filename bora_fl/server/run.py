@@ -15,6 +15,7 @@ from torch import Tensor
 from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings, extras
 from bora_fl.data import Encoded, Pairs, load_dataset, partition_picture, test_data
+from bora_fl.data.general import general_text
 from bora_fl.data.prompts import Prompt, held_out_prompts
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate, perplexity
@@ -91,6 +92,9 @@ class Server(Observer):
             self.test = References(self.model).compute(
                 self.model, self.test, train.evaluation_batch_size, lambda: autocast(device, train.precision)
             )
+        self._general: Encoded | None = None
+        if settings.data.general_text:
+            self._general = general_text(settings.data.general_text, settings.model, self.tokenizer)
         self._prompts: list[Prompt] = []
         if settings.run.generate_every and raw.test is not None:
             self._prompts = held_out_prompts(raw.test, raw.settings, self.tokenizer, settings.run.generate_examples)
@@ -209,7 +213,7 @@ class Server(Observer):
         return self._evaluate(self.screening).loss
 
     def _evaluate(self, data: Encoded) -> Metrics:
-        activity.tell("evaluate on the test set")
+        activity.tell("evaluate")
         train, device = self.settings.train, settle(self.model.model)
         return evaluate(
             self.model.model,
@@ -259,10 +263,15 @@ class Server(Observer):
         elif report.loss is not None:
             report = replace(report, perplexity=perplexity(report.loss))
         run = self.settings.run
+        if self._general is not None and run.evaluates(report.round):
+            self._bring_to(state.current, folds)
+            report = replace(report, general_loss=self._evaluate(self._general).loss)
         if not run.generate_every or (report.round % run.generate_every and report.round != run.num_rounds):
             return report
         self._bring_to(state.current, folds)
-        means, samples = generate(self.model.model, self.tokenizer, self._prompts, run.generate_tokens)
+        means, samples = generate(
+            self.model.model, self.tokenizer, self._prompts, run.generate_tokens, run.generate_format
+        )
         append_row(self.folder / SAMPLES, {"round": report.round, **means, "samples": samples})
         return replace(report, generation=means)
 

@@ -5,14 +5,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import bora_fl
 from bora_fl.cli import cli
-from bora_fl.config import ConfigError
+from bora_fl.config import ConfigError, ModelSettings, parse
+from bora_fl.data.general import EMBEDDED, general_text
 from bora_fl.data.prompts import conversation_ids
+from bora_fl.evaluate import has_form
 from bora_fl.models.generating import complete
+from bora_fl.page.run_page import run_page
 from bora_fl.report import read_rows, rounds_table
 from bora_fl.simulations.engine import simulate
 
@@ -39,6 +44,7 @@ def run(tiny_causal: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(40)
     ]
     (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": dialog}) for dialog in dialogs))
+    (folder / "general.txt").write_text("the film was a very sad book and it is nice\n" * 40)
     config = {
         "model.name": str(tiny_causal),
         "model.task": "causal-lm",
@@ -53,6 +59,8 @@ def run(tiny_causal: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run.num-rounds": 2,
         "run.generate-every": 2,
         "run.generate-tokens": 3,
+        "run.generate-format": "it( \\w+)*",
+        "data.general-text": str(folder / "general.txt"),
         "train.precision": "fp32",
         "train.local-steps": 5,
         "train.batch-size": 4,
@@ -75,10 +83,61 @@ def test_the_report_has_perplexity_and_what_was_written(run: Path) -> None:
     assert [sample["round"] for sample in samples] == [0, 2]
     for row, sample in zip((rows[0], rows[2]), samples, strict=True):
         mean = sum(one["rouge_l"] for one in sample["samples"]) / 4
-        assert row["generation"] == {"exact_match": sample["exact_match"], "rouge_l": mean, "examples": 4}
+        valid = sum(one["response"].split()[:1] == ["it"] for one in sample["samples"]) / 4
+        means = {"exact_match": sample["exact_match"], "rouge_l": mean, "valid": valid, "examples": 4}
+        assert row["generation"] == means
     first = samples[0]["samples"][0]
     assert [message["role"] for message in first["prompt"]] == ["user"]
     assert first["reference"] in ("it was", "very happy", "bad wrong")
+
+
+def test_what_is_forgotten_is_the_loss_on_a_general_text(run: Path) -> None:
+    """Of the finished model, over whole pieces of the text, by transformers' own loss."""
+    rows = read_rows(run / "metrics.jsonl")
+    model, tokenizer = bora_fl.load(run)
+    ids = tokenizer((run.parent / "general.txt").read_text(), return_tensors="pt")["input_ids"][0]
+    with torch.no_grad():
+        losses = [
+            (model(input_ids=p[None], labels=p[None]).loss.item(), len(p) - 1) for p in ids.split(24) if len(p) > 1
+        ]
+    expected = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert rows[-1]["general_loss"] == pytest.approx(expected, rel=1e-5)
+    assert rows[0]["general_loss"] != rows[-1]["general_loss"]
+    page = run_page(run)
+    assert "loss, general text, first and last" in page
+    assert "Samples" in page
+    assert "user: was it good" in page
+
+
+@pytest.mark.parametrize("name", ["no/such/file.txt", "embedded:nothing", "{folder}/empty.txt", "{folder}/bytes.txt"])
+def test_a_general_text_that_is_none_is_refused(name: str, tiny_causal: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_causal)
+    with pytest.raises(ConfigError, match=r"data\.general-text"):
+        general_text(name.format(folder=tmp_path), ModelSettings(task="causal-lm"), tokenizer)
+
+
+def test_the_embedded_text_is_many_pieces(tiny_causal: Path) -> None:
+    found = general_text(EMBEDDED, ModelSettings(task="causal-lm"), AutoTokenizer.from_pretrained(tiny_causal))
+    assert len(found) == 64
+    assert set(found.lengths[:-1].tolist()) == {48}
+
+
+@pytest.mark.parametrize(
+    ("response", "form", "expected"),
+    [('{"a": 1}', "json", 1), ("{'a': 1}", "json", 0), ("yes", "yes|no", 1), ("yes, of course", "yes|no", 0)],
+)
+def test_a_response_has_a_form_or_not(response: str, form: str, expected: float) -> None:
+    assert has_form(response, form) == expected
+
+
+@pytest.mark.parametrize(
+    "change", [{"data.general-text": "x.txt", "model.task": "classification"}, {"run.generate-format": "("}]
+)
+def test_settings_that_cannot_be_are_refused(change: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        parse(change)
 
 
 def test_a_conversation_remembers_and_an_empty_line_forgets(run: Path) -> None:
