@@ -1,8 +1,10 @@
 """The README.md of a finished adapter: what the run was, how well it ended, and how to load it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from bora_fl.config import Settings, extensions
@@ -31,7 +33,11 @@ print(pipe("a text"))
 
 
 def model_card(
-    settings: Settings, rows: Sequence[Mapping[str, Any]], label_names: Sequence[str] | None, pooling: str | None
+    settings: Settings,
+    rows: Sequence[Mapping[str, Any]],
+    label_names: Sequence[str] | None,
+    pooling: str | None,
+    test_examples: int = 0,
 ) -> str:
     """Write the card.
 
@@ -40,6 +46,7 @@ def model_card(
         rows: The rows of its ``metrics.jsonl``, at least one.
         label_names: The class names; None for a language model.
         pooling: What the head reads, where that is not what transformers' own class does.
+        test_examples: Examples of the central test set.
     """
     kind = "text-classification" if label_names is not None else "text-generation"
     sections = [
@@ -47,8 +54,8 @@ def model_card(
         f"# {settings.adapter.method} adapter for {_base(settings)}\n\n"
         "Trained by a federation with bora_fl ([BoRA](https://arxiv.org/abs/2508.06953)): clients sent what they had "
         "trained, never their records.",
-        _table(settings, rows, label_names, pooling),
-        _metrics(rows),
+        _table(settings, rows, label_names, pooling, test_examples),
+        _metrics(rows, test_examples if label_names is not None else None),
         _loading(settings, kind, pooling),
         "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
@@ -79,7 +86,11 @@ def _front_matter(settings: Settings, kind: str) -> str:
 
 
 def _table(
-    settings: Settings, rows: Sequence[Mapping[str, Any]], label_names: Sequence[str] | None, pooling: str | None
+    settings: Settings,
+    rows: Sequence[Mapping[str, Any]],
+    label_names: Sequence[str] | None,
+    pooling: str | None,
+    test_examples: int,
 ) -> str:
     model, adapter, strategy, data = settings.model, settings.adapter, settings.strategy, settings.data
     source = f", from the package {EMBEDDED[model.name][2]}" if model.name in EMBEDDED else ""
@@ -94,6 +105,7 @@ def _table(
         "adapter": f"{adapter.method}, rank {adapter.rank}{blocks}, alpha {adapter.alpha:g}, "
         f"on {adapter.target_modules}",
         "clients": f"{max(row['clients'] for row in rows)} in a round, {how}",
+        "examples": _examples(rows, test_examples),
         "strategy": f"{strategy.name}, residual {strategy.residual}",
         "rounds": str(rows[-1]["round"]),
         "privacy": _privacy(settings, rows),
@@ -101,6 +113,14 @@ def _table(
     }
     lines = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _examples(rows: Sequence[Mapping[str, Any]], test_examples: int) -> str:
+    """How many there are, as far as clients said so."""
+    reported = {client: told.get("num-examples") for row in rows for client, told in row["per_client"].items()}
+    sizes = [int(size) for size in reported.values() if size]
+    parts = [f"{sum(sizes)} to train on, {min(sizes)} to {max(sizes)} a client"] if sizes else []
+    return "; ".join(parts + ([f"{test_examples} in the central test set"] if test_examples else []))
 
 
 def _cell(text: str) -> str:
@@ -121,17 +141,30 @@ def _privacy(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> str:
+def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int | None) -> str:
     lines = ["## Metrics", "", "| round | loss | accuracy | measured on |", "|---|---|---|---|"]
     shown = [row for row in rows if row["round"] == 0 and row.get("loss") is not None][:1]
     shown += [row for row in rows[-1:] if row["round"] != 0]
     where = {"central": "central test set", "clients": "clients' held-out parts, before the round's training"}
+    intervals = False
     for row in shown:
-        numbers = ["-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("loss", "accuracy")]
-        lines.append(f"| {row['round']} | {' | '.join(numbers)} | {where.get(row.get('evaluated') or '', '-')} |")
-    if shown and shown[0]["round"] == 0:
-        lines += ["", "Round 0 is what training started from."]
-    return "\n".join(lines)
+        loss, accuracy = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("loss", "accuracy"))
+        if row.get("evaluated") == "central" and test_examples and row.get("accuracy") is not None:
+            accuracy += " ({:.3f} to {:.3f})".format(*wilson(row["accuracy"], test_examples))
+            intervals = True
+        lines.append(f"| {row['round']} | {loss} | {accuracy} | {where.get(row.get('evaluated') or '', '-')} |")
+    notes = ["Round 0 is what training started from."] if shown and shown[0]["round"] == 0 else []
+    notes += ["In brackets: Wilson's 95 % interval, of the test set's size alone."] if intervals else []
+    if (kept := rows[-1].get("kept")) is not None:
+        notes.append(f"The adapter is that of round {kept}, which had the least held-out loss.")
+    return "\n".join([*lines, *(["", " ".join(notes)] if notes else [])])
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was seen in `count` independent trials."""
+    z2 = NormalDist().inv_cdf(0.975) ** 2
+    middle, half = share + z2 / (2 * count), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    return (middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)
 
 
 def _loading(settings: Settings, kind: str, pooling: str | None) -> str:

@@ -161,7 +161,9 @@ class Server(Observer):
         self.model.save(adapter, folds)
         settings = self.settings.model_copy(update={"data": self._data})  # with the columns that were found
         write_result(adapter, self.tokenizer, settings, self.label_names, rows[-1]["round"])
-        write_atomically(adapter / "README.md", model_card(self.settings, rows, self.label_names, self.pooling))
+        test = 0 if self.test is None else len(self.test)
+        card = model_card(self.settings, rows, self.label_names, self.pooling, test)
+        write_atomically(adapter / "README.md", card)
         if extras.missing("report", "matplotlib"):
             log.info("rounds.png is not drawn: matplotlib is not installed; run `%s`", extras.remedy("report"))
         else:

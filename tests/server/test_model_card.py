@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scipy.stats import binomtest
 
 from bora_fl.config import parse
 from bora_fl.privacy.accounting import EpsilonSummary
-from bora_fl.report import RoundReport
+from bora_fl.report import ClientMetrics, RoundReport
 from bora_fl.server.model_card import model_card
 from bora_fl.simulations.engine import simulate
 
@@ -43,6 +44,20 @@ def test_the_card_says_what_the_run_was_and_how_it_ended():
         assert line in body
     assert "head reads" not in body
     assert "trust_remote_code" not in body
+
+
+def test_the_card_has_the_data_s_size_and_how_sure_its_accuracy_is():
+    clients = {c: ClientMetrics(c, 4.0, 10.0 + 5 * c) for c in (0, 1)}
+    told = [*rows(per_client=clients, loss=0.5, accuracy=0.75, evaluated="central", kept=1)]
+    body = model_card(parse({}), told, ["no", "yes"], None, 40)
+    assert "| examples | 25 to train on, 10 to 15 a client; 40 in the central test set |" in body
+    low, high = binomtest(30, 40).proportion_ci(method="wilson")
+    assert f"| 2 | 0.5000 | 0.7500 ({low:.3f} to {high:.3f}) | central test set |" in body
+    assert "The adapter is that of round 1" in body
+    unknown = model_card(parse({}), rows(), ["no", "yes"], None)
+    assert "| examples |" not in unknown
+    assert "Wilson" not in unknown
+    assert "Wilson" not in model_card(parse({"model.task": "causal-lm"}), told, None, None, 40)  # tokens depend
 
 
 @pytest.mark.parametrize(
