@@ -7,6 +7,7 @@ from typing import Any
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.data import FetchError, load_dataset
+from bora_fl.data.partitions import natural_ids
 from bora_fl.deployment.doctor.finding import Finding, Level
 from bora_fl.deployment.doctor.machine import training_bytes
 
@@ -53,6 +54,8 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
     subject = f"data {settings.data.name}"
     try:
         raw = load_dataset(settings.data)
+        if settings.data.partition == "natural":
+            natural_ids(settings.data, raw)
     except (ConfigError, FetchError) as error:
         return Finding(subject, "fail", str(error), "set data.* to what the data holds; docs/data.md"), None
     test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
