@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
+from packaging.requirements import Requirement
 
 from bora_fl.config import ConfigError, Settings, parse
 from bora_fl.deployment import flower_app
@@ -70,7 +71,10 @@ def test_the_template_is_an_app_that_flower_builds_and_its_settings_and_strategy
     (tmp_path / "app.fab").write_bytes(build_fab_from_disk(ROOT / "deploy" / "flower-app"))
     zipfile.ZipFile(tmp_path / "app.fab").extractall(tmp_path / "bundle")
     monkeypatch.syspath_prepend(tmp_path / "bundle")
-    app = tomllib.loads((tmp_path / "bundle" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    project = tomllib.loads((tmp_path / "bundle" / "pyproject.toml").read_text())
+    ours = Requirement(project["project"]["dependencies"][0])
+    assert (ours.name, ours.extras) == ("bora-fl", {"simulation", "ray"})  # `flwr run` simulates with Ray
+    app = project["tool"]["flwr"]["app"]
     settings = parse({f"{group}.{key}": value for group, keys in app["config"].items() for key, value in keys.items()})
     check(settings.strategy.name, "only_the_ratio_of_weights_matters")
     apps = importlib.import_module("finetuning.apps")
