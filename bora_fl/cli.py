@@ -56,6 +56,7 @@ COMMANDS = {
     ),
     "chat": ("bora_fl.chat", "Talk to the language model of a finished run."),
     "bench": ("bora_fl.simulations.benchmarks", "Run a benchmark on this machine and print its table."),
+    "plan": ("bora_fl.planning", "Say what a language model's run takes, and which settings fit a GPU."),
     "worker": (
         "bora_fl.client.worker",
         "Serve a site's SuperNode with a model, data and kernels that stay loaded between rounds.",

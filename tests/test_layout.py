@@ -21,7 +21,7 @@ LEVELS = [
     {"client", "strategies"},
     {"server"},
     {"deployment"},
-    {"exporting", "hub", "page", "predicting", "testing", "chat", "evaluating"},
+    {"exporting", "hub", "page", "predicting", "testing", "chat", "evaluating", "planning"},
     {"simulations", "cli", "api"},
 ]
 FLOWER = {

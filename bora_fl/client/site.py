@@ -89,8 +89,7 @@ class Site:
                 self._base, adapter, self.settings.model, self.settings.run.seed, keep_head=self.settings.solves_head
             )
             if self.settings.train.checkpointing:
-                self._model.model.gradient_checkpointing_enable()
-                self._model.model.enable_input_require_grads()
+                self._model.checkpoint_activations()
         return self._model
 
     def store_folds(self, run_id: str, folds: dict[str, torch.Tensor]) -> None:

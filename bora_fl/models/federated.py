@@ -196,6 +196,12 @@ class FederatedModel:
                 parts["A"].copy_(factors.A)
                 parts["B"].copy_(factors.B * factors.sigma[0, 0] * (factors.scaling / self._scaling()))
 
+    def checkpoint_activations(self) -> None:
+        """Let layers compute their activations again in the backward pass instead of keeping them."""
+        enable = getattr(self.model, "activation_checkpointing_enable", None)  # the other name is deprecated
+        (enable or self.model.gradient_checkpointing_enable)()
+        self.model.enable_input_require_grads()
+
     def train_only(self, trains: frozenset[str]) -> None:
         """Let gradients flow to the named parts (of A, sigma, B, tensors) and to no other."""
         for parts in self._factors.values():

@@ -1,0 +1,180 @@
+"""What a plan says, against steps on real tensors."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bora_fl.config import ConfigError, parse
+from bora_fl.evaluate import example_losses
+from bora_fl.models import FederatedModel
+from bora_fl.planning.advice import RUNTIME, advise
+from bora_fl.planning.command import rows
+from bora_fl.planning.memory import Estimate, _Peak, estimate
+from bora_fl.planning.recipes import gigabytes, read_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+# Parameters as the models' own pages count them.
+PUBLISHED = {
+    "llama-3.2-1b": 1_235_814_400,
+    "smollm2-1.7b": 1_711_376_384,
+    "llama-3.2-3b": 3_212_749_824,
+    "qwen2.5-7b": 7_615_616_512,
+    "llama-3.1-8b": 8_030_261_248,
+}
+CHOSEN = {
+    "model.task": "causal-lm",
+    "model.max-length": 32,
+    "adapter.target-modules": "all-linear",
+    "adapter.rank": 2,
+    "adapter.num-blocks": 4,
+    "train.precision": "fp32",
+}
+
+
+def config(layers: int = 5) -> LlamaConfig:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=96, num_hidden_layers=layers, **heads)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_estimate_is_what_a_real_step_of_all_layers_holds(checkpointing: bool):
+    """Storages of real tensors, counted while a step of five layers and three sequences runs."""
+    settings = parse(CHOSEN | {"train.batch-size": 3, "train.checkpointing": checkpointing})
+    model = FederatedModel(LlamaForCausalLM(config()), settings.adapter, settings.model, 0)
+    model.model.config.use_cache = False
+    if checkpointing:
+        model.checkpoint_activations()
+    model.train_only(frozenset({"A", "sigma", "B", "tensors"}))
+    model.model.train()
+    ids = torch.zeros(3, 32, dtype=torch.long)
+    with _Peak([*model.model.parameters(), *model.model.buffers()]) as counter:
+        mask = torch.ones_like(ids).tril()  # with padding: without any, transformers makes no mask for the attention
+        logits = model.model(input_ids=ids, attention_mask=mask).logits
+        example_losses(logits, ids)[0].sum().backward()
+    found = estimate(settings, config())
+    assert found.fixed + 3 * (found.sequence + found.logits) == pytest.approx(counter.peak, rel=0.02)
+    assert found.trained == sum(p.numel() for p in model.trained_parameters())
+    assert found.parameters == LlamaForCausalLM(config()).num_parameters()
+
+
+def test_the_parts_of_an_estimate():
+    plain = estimate(parse(CHOSEN | {"train.batch-size": 2}), config())
+    saved = estimate(parse(CHOSEN | {"train.batch-size": 2, "train.checkpointing": True}), config())
+    small = estimate(parse(CHOSEN | {"train.batch-size": 2, "model.quantization": "4bit"}), config())
+    assert saved.sequence < 0.5 * plain.sequence
+    assert 0 < saved.logits <= plain.logits  # less where a layer that is computed again holds more than the loss
+    assert 3 * 32 * 512 * 4 < plain.logits < 8 * 32 * 512 * 4  # a few copies of [tokens, vocabulary]
+    linear = 5 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96)
+    assert plain.base - small.base == pytest.approx(linear * (4 - 0.5159), rel=1e-4)
+    assert (plain.adapter, plain.optimizer, plain.travels) == tuple(n * plain.trained for n in (4, 12, 4))
+    sgd = estimate(parse(CHOSEN | {"train.optimizer": "sgd"}), config())
+    assert sgd.optimizer == 8 * sgd.trained
+
+
+def test_advice_takes_the_fastest_settings_in_which_four_sequences_fit(monkeypatch):
+    kinds = {
+        ("none", False): (16e9, 2e9),
+        ("none", True): (16e9, 1e9),
+        ("4bit", False): (6e9, 2e9),
+        ("4bit", True): (6e9, 5e8),
+    }
+
+    def known(settings, config):
+        base, sequence = kinds[settings.model.quantization, settings.train.checkpointing]
+        return Estimate(8 * 10**9, 10**7, base, 0.0, 0.0, 0.0, sequence, 0.0, settings.train.batch_size)
+
+    monkeypatch.setattr("bora_fl.planning.advice.estimate", known)
+    settings = parse(CHOSEN)
+    found = {memory: advise(settings, None, memory * 1e9).run_config for memory in (8, 12, 24, 32, 80)}
+    shown = {m: (c["model.quantization"], c["train.checkpointing"], c["train.batch-size"]) for m, c in found.items()}
+    assert shown == {
+        8: ("4bit", True, 1),
+        12: ("4bit", True, 8),
+        24: ("none", True, 4),
+        32: ("none", False, 4),
+        80: ("none", False, 16),
+    }
+    assert all(c["train.batch-size"] * c["train.accumulation"] == 16 for c in found.values())
+    with pytest.raises(ConfigError, match=r"--gpu 6GB with model\.max-length = 32: not one sequence fits"):
+        advise(settings, None, 6e9)
+    advice = advise(settings, None, 24e9)
+    assert advice.estimate.total + RUNTIME <= 0.9 * 24e9
+    assert replace(advice.estimate, batch=8).total + RUNTIME > 0.9 * 24e9
+
+
+@pytest.mark.parametrize(("text", "bytes"), [("24GB", 24e9), ("80 gib", 80 * 2**30), ("512MB", 512e6)])
+def test_a_memory_is_read(text: str, bytes: float):
+    assert gigabytes(text) == bytes
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "0GB", "-1GB", "24 parsecs", ""])
+def test_what_is_no_memory_is_refused(text: str):
+    with pytest.raises(ConfigError, match="write a memory such as 24GB"):
+        gigabytes(text)
+
+
+def test_there_are_recipes_of_1_to_8_billion_parameters():
+    assert {path.stem for path in RECIPES} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_and_says_that_it_was_not_run(path: Path):
+    recipe = read_recipe(path)
+    assert recipe.status.startswith("planned, not run")
+    assert recipe.source.startswith("https://huggingface.co/")
+    assert recipe.settings.model.task == "causal-lm"
+    assert recipe.estimate["parameters"] == PUBLISHED[path.stem]
+    assert recipe.estimate["step"] <= 0.9 * gigabytes(recipe.gpu)
+
+
+@pytest.mark.parametrize(
+    "path", [p if p.stem == "llama-3.2-1b" else pytest.param(p, marks=pytest.mark.slow) for p in RECIPES], ids=str
+)
+def test_a_recipe_has_the_estimate_that_plan_prints(path: Path):
+    recipe = read_recipe(path)
+    found = rows(estimate(recipe.settings, recipe.config))
+    assert {name: round(value) for name, value in found.items()} == recipe.estimate
+
+
+def test_a_recipe_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text("title = 'mine'")
+    with pytest.raises(ConfigError, match=r"recipe .*mine\.toml: KeyError: 'architecture'"):
+        read_recipe(tmp_path / "mine.toml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train.checkpointing": True}, {"model.quantization": "4bit"}],
+    ids=["plain", "checkpointing", "4bit"],
+)
+def test_a_real_step_of_smollm2_holds_what_is_planned(changes: dict[str, str | bool]):
+    """The peak of a process's memory; every tensor is a mapping of its own, so that nothing is lost between them."""
+    from transformers import AutoConfig
+
+    from bora_fl.models import resolve
+
+    chosen = CHOSEN | {"model.name": "embedded:smollm2", "model.max-length": 96, "train.batch-size": 4}
+    chosen |= {"adapter.target-modules": "q_proj,v_proj", "adapter.rank": 8, "adapter.num-blocks": 8} | changes
+    settings = parse(chosen)
+    planned = estimate(settings, AutoConfig.from_pretrained(resolve(settings.model.name))).total
+    code = (
+        "import json, sys; from bora_fl.config import parse; from bora_fl.planning.measuring import measure_step;"
+        "print(measure_step(parse(json.loads(sys.argv[1])))[1])"
+    )
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, json.dumps(chosen)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert float(done.stdout.split()[-1]) == pytest.approx(planned, rel=0.1), done.stderr
