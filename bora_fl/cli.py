@@ -111,6 +111,7 @@ ConfigOption = Annotated[
 def main() -> None:
     """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
     logging.captureWarnings(True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a CPU kernel to fetch, whatever a run uses
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
     try:
         cli()

@@ -132,6 +132,8 @@ def evaluate(
     """
     device = next(model.parameters()).device
     order = torch.as_tensor(data.lengths).argsort(descending=True, stable=True).numpy()
+    if isinstance(data, Pairs) and data.reference is None:
+        raise ValueError("pairs have no reference yet; see bora_fl.models.reference")
     totals, paired = torch.zeros(3, dtype=torch.float64), isinstance(data, Pairs)
     if paired:
         batch_size = max(batch_size // 2, 1)

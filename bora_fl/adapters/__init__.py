@@ -5,6 +5,7 @@ from peft.utils import register_peft_method
 
 from .config import BoraConfig
 from .convert import adapter_to_lora, lora_error, save_as_lora
+from .hotswap import hotswap_adapter
 from .layer import BoraAdapter, BoraLayer
 from .model import BoraModel
 from .peft_type import BORA, RAVAN
@@ -19,6 +20,7 @@ __all__ = [
     "BoraModel",
     "RavanConfig",
     "adapter_to_lora",
+    "hotswap_adapter",
     "lora_error",
     "named_layers",
     "read_factors",
