@@ -10,14 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora.model import _get_encoder
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-
-from bora_fl.kernels.reference import bora_branch_reference
 
 if TYPE_CHECKING:
     from .layer import BoraAdapter
@@ -95,15 +94,26 @@ def add_branches(result: Tensor, x: Tensor, adapters: Mapping[str, BoraAdapter],
 
 
 def _by_table(x: Tensor, chosen: Sequence[BoraAdapter]) -> Tensor:
-    """Return each row's branch; `x [R, ..., n]`, one adapter for each row, all of one shape."""
-    Sigma = {adapter: adapter.effective_sigma() * adapter.scaling for adapter in set(chosen)}
-    factors = [torch.stack(part) for part in zip(*((a.A, Sigma[a], a.B) for a in chosen), strict=True)]
+    """Return each row's branch; `x [R, ..., n]`, one adapter for each row, all of one shape.
+
+    Rows of one adapter that follow each other, as many for each adapter, are one entry of the table.
+    """
+    runs = [(adapter, len(list(rows))) for adapter, rows in groupby(chosen)]
+    even = len({count for _, count in runs}) == 1
+    entries = [adapter for adapter, _ in runs] if even else list(chosen)
+    Sigma = {adapter: adapter.effective_sigma() * adapter.scaling for adapter in set(entries)}
+    factors = [torch.stack(part) for part in zip(*((a.A, Sigma[a], a.B) for a in entries), strict=True)]
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         work = x.dtype
     else:
         work = torch.promote_types(x.dtype, factors[0].dtype)
+    A, S, B = (f.to(work) for f in factors)
+    G, b, r, n, m = len(entries), S.shape[1], A.shape[1], A.shape[2], B.shape[1]
     with torch.autocast(device, enabled=False):
-        branch = torch.vmap(partial(bora_branch_reference, scaling=1.0))(x.to(work), *(f.to(work) for f in factors))
-    return branch.to(x.dtype)
+        tokens = x.to(work).reshape(G, -1, b, n // b).transpose(1, 2)  # [G, j, t, p]
+        u = tokens @ A.reshape(G, r, b, n // b).permute(0, 2, 3, 1)  # [G, j, t, r]
+        z = torch.einsum("gijr,gjtr->gitr", S, u)
+        y = z @ B.reshape(G, b, m // b, r).mT  # [G, i, t, q]
+    return y.transpose(1, 2).reshape(*x.shape[:-1], m).to(x.dtype)

@@ -27,6 +27,7 @@ BENCHMARKS = {
         "all that needs a GPU: the kernels' tests, then layer times",
     ),
     "merging": ("bora_fl.simulations.benchmarks.merging", "merging and refactorizing: planted optima, time, memory"),
+    "step": ("bora_fl.simulations.benchmarks.step", "a training step against LoRA's, and several clients in one pass"),
     "server": ("bora_fl.simulations.benchmarks.server", "what a round costs the server, by the number of clients"),
     "wire": ("bora_fl.simulations.benchmarks.wire", "bytes a client and round by strategy, and codecs"),
     "worker": ("bora_fl.simulations.benchmarks.worker", "rounds over loopback with and without warm workers"),

@@ -14,7 +14,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -187,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, nargs="*", default=[10, 100, 1000], help="clients that reply in a round")
     parser.add_argument("--whole", type=int, nargs="*", default=[10, 20, 100], help="the same for the last table")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="of the last table")
+    parser.add_argument("--layers", type=int, default=ADAPTERS[-1].layers, help="layers of the last table")
     parser.add_argument("--memory-mb", type=int, default=512, help="strategy.memory-mb of the last table")
     chosen = parser.parse_args(arguments)
     console = Console()
@@ -209,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(table)
     if not chosen.whole:
         return
-    adapter = ADAPTERS[-1]
-    console.print(f"{adapter.name}, all layers; strategy.memory-mb = {chosen.memory_mb}")
+    adapter = replace(ADAPTERS[-1], layers=chosen.layers)
+    console.print(f"{adapter.name}, {adapter.layers} layers; strategy.memory-mb = {chosen.memory_mb}")
     console.print("strategy    clients   hold s  merge s   CPU s  report %   grown MB")
     for strategy in chosen.strategies:
         for clients in chosen.whole:
