@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import psutil
@@ -75,34 +75,39 @@ def _reason(run: Service) -> str:
     return run.log.read_text(errors="replace").rpartition("failed: ")[2].partition(";")[0].strip()[:400]
 
 
-def _app(service: Service, name: str) -> psutil.Process | None:
-    """The app process that a SuperExec has started."""
-    if service.pid is None:
-        return None
-    for child in psutil.Process(service.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it may have just ended
-            if any(name in part for part in child.cmdline()[:2]):
-                return child
-    return None
+def _apps(service: Service, name: str) -> list[psutil.Process]:
+    """The app processes that a SuperExec has started, the newest first."""
+    found = []
+    with contextlib.suppress(psutil.Error):  # it may have just ended
+        for child in psutil.Process(service.pid).children(recursive=True) if service.pid else ():
+            with contextlib.suppress(psutil.Error):
+                if any(name in part for part in child.cmdline()[:2]):
+                    found.append(child)
+    return found[::-1]
 
 
 def _received(site: Site) -> int:
     return site.node.log.read_text(errors="replace").count(TRAINING) if site.node.log.is_file() else 0
 
 
-def _clientapp(site: Site) -> psutil.Process | None:
-    """The site's ClientApp once it has its message: it imports torch after that, to train."""
-    app = _app(site.executor, "flwr-clientapp")
-    with contextlib.suppress(psutil.Error):
-        if app and any("libtorch" in part.path for part in app.memory_maps()):
-            return app
+def _clientapp(site: Site, older: Collection[int] = ()) -> psutil.Process | None:
+    """The site's ClientApp once it has its message: it imports torch after that, to train.
+
+    Args:
+        site: The site.
+        older: Ids of ClientApps of earlier rounds, which may take some seconds to end.
+    """
+    for app in _apps(site.executor, "flwr-clientapp"):
+        with contextlib.suppress(psutil.Error):
+            if app.pid not in older and any("libtorch" in part.path for part in app.memory_maps()):
+                return app
     return None
 
 
-def _at_work(site: Site) -> bool:
+def _at_work(site: Site, older: Collection[int] = ()) -> bool:
     """Whether the site trains: its worker has a job, or without a worker its ClientApp computes."""
     if site.worker is None:
-        return (app := _clientapp(site)) is not None and _computes(app)
+        return (app := _clientapp(site, older)) is not None and _computes(app)
     try:
         return bool(site.work().current)
     except WorkerError:
@@ -120,8 +125,17 @@ def _computes(process: psutil.Process, seconds: float = 3.0) -> bool:
 
 def _await_training(deployment: Deployment, site: Site) -> None:
     """Wait until a site is at work on the round in which faults are injected."""
-    _until(deployment, lambda: _received(site) >= ROUND, f"round {ROUND}")
-    _until(deployment, lambda: _at_work(site), "the site to train")
+    older = set[int]()
+
+    def has_come() -> bool:
+        there = {app.pid for app in _apps(site.executor, "flwr-clientapp")}
+        if _received(site) >= ROUND:
+            return True
+        older.update(there)
+        return False
+
+    _until(deployment, has_come, f"round {ROUND}")
+    _until(deployment, lambda: _at_work(site, older), "the site to train")
 
 
 def _restart(*services: Service) -> float:
@@ -189,10 +203,10 @@ def _kill_superlink(deployment: Deployment, _: Site) -> float:
 
 
 def _kill_serverapp(deployment: Deployment, _: Site) -> float:
-    process = _app(deployment.executor, "flwr-serverapp")
-    if process is None:
+    processes = _apps(deployment.executor, "flwr-serverapp")
+    if not processes:
         raise DeploymentError("there is no ServerApp to kill")
-    process.kill()
+    processes[0].kill()
     return time.monotonic()
 
 
