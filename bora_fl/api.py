@@ -63,20 +63,17 @@ def compare(
     Raises:
         ConfigError: For a name or a setting that cannot be used.
     """
-    from rich.console import Console
-
     from bora_fl.simulations.compare.command import BASE
     from bora_fl.simulations.compare.plan import plan
-    from bora_fl.simulations.compare.run import baseline_of, run_comparison
+    from bora_fl.simulations.compare.run import Comparison, baseline_of
 
     chosen = dict(run_config or {})
     parse(chosen)
     axes = {"strategies": strategies, "scenarios": scenarios, "methods": methods}
     root = Path(output).expanduser().resolve()
-    laid_out = plan(BASE, **axes, seeds=seeds, clients=clients, root=root, threads=1, chosen=chosen)
+    laid_out = plan(BASE, **axes, seeds=range(seeds), clients=clients, root=root, threads=1, chosen=chosen)
     against = baseline_of(baseline, laid_out.variants)
-    quiet = Console(stderr=True)
-    return run_comparison(laid_out, against, target=0.0, workers=workers, threads=1, console=quiet).results
+    return Comparison(laid_out, against, workers=workers).run().results
 
 
 def predict(

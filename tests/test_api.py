@@ -56,10 +56,10 @@ def test_simulate_predict_and_export(tiny_config, tmp_path: Path):
 def test_compare_lays_out_what_it_is_told(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from bora_fl.simulations.compare import run
 
-    def done(plan, baseline, **options):
-        return SimpleNamespace(results=(plan, str(baseline)))
+    def done(comparison):
+        return SimpleNamespace(results=(comparison.plan, str(comparison.baseline)))
 
-    monkeypatch.setattr(run, "run_comparison", done)
+    monkeypatch.setattr(run.Comparison, "run", done)
     chosen = {"model.name": tiny_config["model.name"], "adapter.rank": 2}
     names = ["refactor", "bora_fl.strategies.averaging:average"]
     plan, baseline = bora_fl.compare(names, chosen, scenarios=["dirichlet-1"], seeds=2, clients=3, output=tmp_path)

@@ -10,13 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl.config import ConfigError, Scalar, extras, overrides
-from bora_fl.granted import num_cores
 from bora_fl.simulations.compare.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
-    from bora_fl.simulations.compare.plan import CompareRun
     from bora_fl.simulations.compare.results import Results
-    from bora_fl.simulations.grid import Outcome
 
 # Clients are evaluated after the merge, not before they train: the last round counts too.
 BASE: dict[str, Scalar] = {
@@ -71,7 +68,9 @@ def compare(
     output: Annotated[Path, typer.Option(help="folder of the runs and the report; run again to go on")] = Path(
         "runs/compare"
     ),
-    suite: Annotated[str, typer.Option(help="a comparison by name: standard, retention; options still win")] = "",
+    suite: Annotated[
+        str, typer.Option(help="a comparison by name: standard, retention, recipe; options still win")
+    ] = "",
     strategies: Annotated[
         str,
         typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them; method/strategy is one variant"),
@@ -83,7 +82,8 @@ def compare(
             help="comma-separated: bora, ravan, dense-core, lora, dora, gralora, vera, full or another of PEFT"
         ),
     ] = "bora",
-    seeds: Annotated[int, typer.Option(help="number of seeds, from 0; 0 is the suite's, else 3")] = 0,
+    seeds: Annotated[int, typer.Option(help="number of seeds; 0 is the suite's, else 3")] = 0,
+    first_seed: Annotated[int, typer.Option(help="the first of them; choose on others than are reported")] = 0,
     clients: Annotated[
         int, typer.Option(help="clients where the scenario has no number of its own; 0 is 8, quick 3")
     ] = 0,
@@ -124,14 +124,11 @@ def compare(
         return
     extras.require("report", "compare")
     # The rest needs torch, which the command's help does not.
-    from bora_fl.data import fetch
-    from bora_fl.simulations.compare import report, results, tuning
+    from bora_fl.simulations.compare import tuning
     from bora_fl.simulations.compare.plan import plan
-    from bora_fl.simulations.compare.references import reference_runs
-    from bora_fl.simulations.compare.run import baseline_of
+    from bora_fl.simulations.compare.run import Comparison, baseline_of
     from bora_fl.simulations.compare.suites import suite as named_suite
-    from bora_fl.simulations.compare.timing import in_words, seconds_left
-    from bora_fl.simulations.grid import run_grid
+    from bora_fl.simulations.compare.timing import in_words
 
     chosen, base, named = overrides(run_config), QUICK if quick else BASE, named_suite(suite) if suite else None
     if named:
@@ -150,51 +147,32 @@ def compare(
         strategies=_names("--strategies", strategies or all_strategies),
         scenarios=_scenario_names(scenarios or all_scenarios),
         methods=_names("--methods", methods),
-        seeds=seeds or 3,
-        clients=clients or (QUICK_CLIENTS if quick else CLIENTS),
+        seeds=range(first_seed, first_seed + (seeds or 3)),
+        clients=clients or (named.clients if named else 0) or (QUICK_CLIENTS if quick else CLIENTS),
         root=output.expanduser().resolve(),
         threads=threads,
         privacy=_names("--privacy", privacy) if privacy else (),
         chosen=chosen,
     )
     against = baseline_of(baseline, laid_out.variants)
-    for data in {run.settings.data.name for run in laid_out.runs}:
-        if data.startswith("embedded:"):
-            fetch(data)  # once, before the workers ask for it
     for reason in laid_out.reasons():
         console.print(f"skipped: {reason}", highlight=False, markup=False)
-    at_once = max(1, workers or num_cores() // threads)
-    root = laid_out.runs[0].root
-    trials = tuning.tuning_runs(laid_out, factors, tune_seeds) if tune else []
-    beside = reference_runs(laid_out, against) if baselines else []
-    counts = f"{len(laid_out.runs)} runs, {len(trials)} to tune them and {len(beside)} beside them, {at_once} at once"
-    console.print(f"{counts}, in {root}", highlight=False, soft_wrap=True)
+    comparison = Comparison(
+        laid_out, against, factors if tune else (), tune_seeds, baselines, workers, threads, console
+    )
+    console.print(comparison.describe(), highlight=False, soft_wrap=True)
     if dry_run or suite:
-        left = seconds_left([*trials, *laid_out.runs, *beside], at_once)
-        console.print(f"about {in_words(left)} left on this machine as busy as it is now", highlight=False)
+        comparison.fetch()
+        left = in_words(comparison.seconds_left())
+        console.print(f"about {left} left on this machine as busy as it is now", highlight=False)
     if dry_run:
         return
-
-    def run_all(runs: "list[CompareRun]", title: str) -> "list[tuple[CompareRun, Outcome]]":
-        return run_grid(runs, root, workers=min(at_once, len(runs)), threads=threads, console=console, title=title)
-
-    if trials:
-        tried = run_all(trials, "tuning")
-        best = tuning.choose(tried)
-        for line in tuning.at_edge(tried, best):
-            console.print(f"note: {line}", highlight=False, markup=False)
-        laid_out = tuning.tuned(laid_out, best)
-        beside = reference_runs(laid_out, against) if baselines else []
-    ended = run_all(laid_out.runs, "comparing")
-    lost = [(run, end) for run, end in run_all(beside, "baselines") if end.status != "finished"] if beside else []
-    found = results.collect(laid_out, ended, against, target or None)
-    paths = [*results.write(found, root), *report.write(found, root)]
-    _show(found)
-    for path in paths:
+    done = comparison.run(target)
+    _show(done.results)
+    for path in done.paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
-    failed = len(found.failures) + len(lost)
-    if failed:
-        console.print(f"[bold red]{failed} of {len(ended) + len(beside)} runs failed[/]; see report.html and run.log")
+    if done.failed:
+        console.print(f"[bold red]{done.failed} of {done.runs} runs failed[/]; see report.html and run.log")
         sys.exit(1)
 
 

@@ -176,7 +176,7 @@ def plan(
     strategies: Sequence[str],
     scenarios: Sequence[str],
     methods: Sequence[str],
-    seeds: int,
+    seeds: Sequence[int],
     clients: int,
     root: Path,
     threads: int,
@@ -190,7 +190,7 @@ def plan(
         strategies: Names of presets, or ``all``; ``method/strategy`` is one variant, whatever the methods are.
         scenarios: Names of scenarios.
         methods: Adapter methods.
-        seeds: Seeds 0 … seeds - 1.
+        seeds: The seeds.
         clients: Number of clients where the scenario has no number of its own.
         root: The comparison's folder.
         threads: Torch threads per run.
@@ -208,13 +208,13 @@ def plan(
     rows = [at_epsilon(scenario(s), e) for s in dict.fromkeys(scenarios) for e in dict.fromkeys(privacy or ("none",))]
     _check_chosen(chosen, rows)
     variants = _variants(methods, strategies)
-    for name, value in (("--seeds", seeds), ("--clients", clients), ("--threads", threads)):
+    for name, value in (("--seeds", len(seeds)), ("--clients", clients), ("--threads", threads)):
         if value < 1:
             raise ConfigError(f"{name} {value}: give at least 1")
     skipped: dict[tuple[str, Variant], str] = {}
     runs = []
     for row in rows:
-        for seed in range(seeds):
+        for seed in seeds:
             for variant in variants:
                 own: dict[str, Scalar] = {
                     "strategy.name": variant.strategy,

@@ -1,6 +1,8 @@
 """A comparison from its plan to its report."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -8,19 +10,125 @@ from rich.console import Console
 from bora_fl.config import ConfigError
 from bora_fl.data import fetch
 from bora_fl.granted import num_cores
-from bora_fl.simulations.compare import report, results
-from bora_fl.simulations.compare.plan import Plan, Variant
+from bora_fl.simulations.compare import report, results, tuning
+from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant
+from bora_fl.simulations.compare.references import reference_runs
 from bora_fl.simulations.compare.results import Results
 from bora_fl.simulations.compare.scenarios import near_misses
-from bora_fl.simulations.grid import run_grid
+from bora_fl.simulations.compare.timing import seconds_left
+from bora_fl.simulations.grid import Outcome, run_grid
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison measured.
+
+    Attributes:
+        results: The summaries and every run.
+        paths: The files that hold them.
+        failed: How many runs failed, those beside the comparison among them.
+        runs: How many there were.
+    """
+
+    results: Results
+    paths: list[Path]
+    failed: int
+    runs: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison measured, and the files that hold it."""
+    """A plan, and what is run before and beside it.
 
-    results: Results
-    paths: list[Path]
+    Attributes:
+        plan: The runs that are compared.
+        baseline: What differences are from.
+        factors: Multiples of each variant's learning rate that are tried on seeds of their own; empty is no search.
+        tune_seeds: How many seeds these are.
+        baselines: Whether the references and retention are measured.
+        workers: Runs at once; 0 is cores divided by `threads`.
+        threads: Torch threads of each.
+        console: Shows the progress.
+    """
+
+    plan: Plan
+    baseline: Variant
+    factors: Sequence[float] = ()
+    tune_seeds: int = 1
+    baselines: bool = False
+    workers: int = 0
+    threads: int = 1
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @property
+    def root(self) -> Path:
+        """The comparison's folder."""
+        return self.plan.runs[0].root
+
+    @property
+    def at_once(self) -> int:
+        """Runs at once."""
+        return max(1, self.workers or num_cores() // self.threads)
+
+    @cached_property
+    def trials(self) -> list[CompareRun]:
+        """The runs that choose learning rates."""
+        return tuning.tuning_runs(self.plan, self.factors, self.tune_seeds) if self.factors else []
+
+    def beside(self, plan: Plan) -> list[CompareRun]:
+        """The references' runs of a plan."""
+        return reference_runs(plan, self.baseline) if self.baselines else []
+
+    def describe(self) -> str:
+        """How many runs there are, and where."""
+        beside = len(self.beside(self.plan))
+        counts = f"{len(self.plan.runs)} runs, {len(self.trials)} to tune them and {beside} beside them"
+        return f"{counts}, {self.at_once} at once, in {self.root}"
+
+    def seconds_left(self) -> float:
+        """An estimate of the wall clock of what is not finished."""
+        return seconds_left([*self.trials, *self.plan.runs, *self.beside(self.plan)], self.at_once)
+
+    def fetch(self) -> None:
+        """Make the embedded data sets once, before the workers ask for them.
+
+        Raises:
+            FetchError: If one cannot be made here.
+        """
+        for data in {run.settings.data.name for run in self.plan.runs}:
+            if data.startswith("embedded:"):
+                fetch(data)
+
+    def run(self, target: float = 0.0) -> Compared:
+        """Run what is not finished, and write the results and the report.
+
+        Args:
+            target: Accuracy for bytes to target; 0 is the baseline's own.
+
+        Raises:
+            ConfigError: If another process is at work in the folder, or every try of a variant failed.
+            FetchError: If an embedded data set cannot be made here.
+        """
+        self.fetch()
+        plan = self.plan
+        if self.trials:
+            tried = self._grid(self.trials, "tuning")
+            best = tuning.choose(tried)
+            for line in tuning.at_edge(tried, best):
+                self.console.print(f"note: {line}", highlight=False, markup=False)
+            plan = tuning.tuned(plan, best)
+        beside = self.beside(plan)
+        ended = self._grid(plan.runs, "comparing")
+        lost = [run for run, end in self._grid(beside, "baselines") if end.status != "finished"]
+        found = results.collect(plan, ended, self.baseline, target or None)
+        paths = [*results.write(found, self.root), *report.write(found, self.root)]
+        return Compared(found, paths, len(found.failures) + len(lost), len(ended) + len(beside))
+
+    def _grid(self, runs: list[CompareRun], title: str) -> list[tuple[CompareRun, Outcome]]:
+        if not runs:
+            return []
+        at_once = min(self.at_once, len(runs))
+        return run_grid(runs, self.root, workers=at_once, threads=self.threads, console=self.console, title=title)
 
 
 def baseline_of(name: str, variants: list[Variant]) -> Variant:
@@ -36,33 +144,3 @@ def baseline_of(name: str, variants: list[Variant]) -> Variant:
             return variant
     known = [*map(str, variants), *dict.fromkeys(v.strategy for v in variants)]
     raise ConfigError(f"--baseline {name!r}: it is not among what is compared; {near_misses(name, known)}")
-
-
-def run_comparison(
-    plan: Plan, baseline: Variant, *, target: float, workers: int, threads: int, console: Console
-) -> Comparison:
-    """Run what is not finished, and write the results and the report.
-
-    Args:
-        plan: The runs.
-        baseline: What differences are from.
-        target: Accuracy for bytes to target; 0 is the baseline's own.
-        workers: Runs at once; 0 is cores divided by `threads`.
-        threads: Torch threads of each.
-        console: Shows the progress.
-
-    Raises:
-        ConfigError: If another process is at work in the plan's folder.
-        FetchError: If an embedded data set cannot be made here.
-    """
-    for data in {run.settings.data.name for run in plan.runs}:
-        if data.startswith("embedded:"):
-            fetch(data)  # once, before the workers ask for it
-    for reason in plan.reasons():
-        console.print(f"skipped: {reason}", highlight=False, markup=False)
-    at_once = min(workers or max(1, num_cores() // threads), len(plan.runs))
-    root = plan.runs[0].root
-    console.print(f"{len(plan.runs)} runs, {at_once} at once, in {root}", highlight=False, soft_wrap=True)
-    ended = run_grid(plan.runs, root, workers=at_once, threads=threads, console=console, title="comparing")
-    found = results.collect(plan, ended, baseline, target or None)
-    return Comparison(found, [*results.write(found, root), *report.write(found, root)])

@@ -18,6 +18,7 @@ class Suite:
         seeds: Number of seeds.
         tune: Whether each variant's learning rate is searched.
         baselines: Whether the references and retention are measured.
+        clients: Number of clients where a scenario has none of its own; 0 is the comparison's.
         config: Run config beside the comparison's own.
     """
 
@@ -27,6 +28,7 @@ class Suite:
     seeds: int
     tune: bool = True
     baselines: bool = True
+    clients: int = 0
     config: Mapping[str, Scalar] = field(default_factory=dict)
 
 
@@ -36,6 +38,16 @@ SUITES: dict[str, Suite] = {
         "fedavg,refactor,regmean,fedex,ffa,rolora,lora/fedavg,ravan/fedavg",
         "natural,dirichlet-0.1,dirichlet-1",
         seeds=4,
+    ),
+    "recipe": Suite(
+        "the default settings under label skew, in natural silos and with examples dealt at random, eight seeds",
+        "refactor",
+        "natural,dirichlet-0.1,dirichlet-1,iid",
+        seeds=8,
+        tune=False,
+        clients=5,
+        config={"run.num-rounds": 12, "run.evaluate-every": 6, "data.max-test-examples": 0}
+        | {"strategy.fraction-evaluate": 0.0, "strategy.evaluate-in-train": True},
     ),
     "retention": Suite(
         "RAVAN's protocol, reduced: how much of its IID accuracy each method keeps, from a random and a solved head",

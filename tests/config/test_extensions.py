@@ -101,7 +101,7 @@ def test_a_run_of_ones_own_parts(folder: Path, tiny_config):
 
 
 def test_a_comparison_takes_it(folder: Path):
-    axes = {"scenarios": ["natural"], "methods": ["bora"], "seeds": 1, "clients": 2, "threads": 1}
+    axes = {"scenarios": ["natural"], "methods": ["bora"], "seeds": [0], "clients": 2, "threads": 1}
     found = plan({}, strategies=["fedavg", "mine:halfway", "half"], root=folder, **axes)
     assert [run.settings.strategy.name for run in found.runs] == ["fedavg", "mine:halfway", "half"]
     assert not any(run.variant.personal for run in found.runs)

@@ -17,7 +17,9 @@ def lay_out(root: Path, base: dict | None = None, **changes) -> Plan:
         "root": root,
         "threads": 1,
     }
-    return plan({"train.local-steps": 8, "run.num-rounds": 1} | (base or {}), **(options | changes))
+    options = options | changes
+    options["seeds"] = range(options["seeds"])
+    return plan({"train.local-steps": 8, "run.num-rounds": 1} | (base or {}), **options)
 
 
 def finish(run: CompareRun, accuracy: float, *, floor: float = 0.5, client_loss: float | None = 1.0) -> None:

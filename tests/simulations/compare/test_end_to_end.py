@@ -50,7 +50,7 @@ def lay_out(tiny, root: Path, strategies: list[str] = STRATEGIES, seeds: int = 2
         strategies=strategies,
         scenarios=["dirichlet-1"],
         methods=["bora"],
-        seeds=seeds,
+        seeds=range(seeds),
         clients=3,
         root=root,
         threads=1,
@@ -199,7 +199,7 @@ def test_common_random_numbers(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_private_runs_spend_their_own_budget_and_report_it(tiny, tmp_path: Path):
     config = tiny | {"privacy.delta": 1e-2, "privacy.accountant": "rdp", "run.num-rounds": 1}
     found = plan(
-        config, strategies=STRATEGIES, scenarios=["natural"], methods=["bora"], seeds=1, clients=3, root=tmp_path,
+        config, strategies=STRATEGIES, scenarios=["natural"], methods=["bora"], seeds=[0], clients=3, root=tmp_path,
         threads=1, privacy=["8"],
     )  # fmt: skip
     assert found.runs[0].num_clients == 4
