@@ -1,6 +1,7 @@
 """Replies over a SuperLink as far as they have come, without waiting for one that is still on its way."""
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from flwr.superlink.grid import HttpGrid
 log = logging.getLogger(__name__)
 
 CUT_OFF = "its reply was cut off, and the SuperLink has given it up"
+STALLED = "its reply has not come on for so long that no more of it is expected; start its SuperNode again"
 UNREADABLE = "its reply is no message"
 
 
@@ -33,11 +35,13 @@ class _Arriving:
         metadata: The reply's.
         missing: Ids of its objects that have not been pulled yet, in the order in which they are sent.
         contents: Id to object, of those that have.
+        moved: When the last of them was, on the monotonic clock.
     """
 
     metadata: Metadata
     missing: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
+    moved: float = field(default_factory=time.monotonic)
 
 
 class Arrivals:
@@ -46,14 +50,15 @@ class Arrivals:
     A SuperLink tells of a reply once, when its SuperNode begins to send it; the objects that it consists of follow one
     by one. Flower's own call waits for these. Where they do not come, since the SuperLink was killed while they were
     sent, it waits for three minutes, with all other replies behind it. Here each look takes what is there, and the next
-    one goes on with it.
+    one goes on with it. A SuperNode whose ClientApp dies while it hands over a reply sends the rest of that for ever.
 
     Args:
         grid: Flower's grid.
+        stall: Seconds without another object, after which the rest of a reply is no longer expected.
     """
 
-    def __init__(self, grid: HttpGrid) -> None:
-        self._grid = grid
+    def __init__(self, grid: HttpGrid, stall: float = 300.0) -> None:
+        self._grid, self._stall = grid, stall
         self._arriving: dict[str, _Arriving] = {}
 
     def pull(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -84,8 +89,12 @@ class Arrivals:
             while arriving.missing:
                 arriving.contents[arriving.missing[0]] = pull_object(arriving.missing[0])
                 del arriving.missing[0]
+                arriving.moved = time.monotonic()
         except ObjectUnavailableError:
-            return None
+            if time.monotonic() - arriving.moved < self._stall:
+                return None
+            del self._arriving[key]
+            return make_message(metadata=arriving.metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, STALLED))
         except ObjectPullError:
             del self._arriving[key]
             return make_message(metadata=arriving.metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, CUT_OFF))

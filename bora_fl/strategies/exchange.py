@@ -109,7 +109,7 @@ def _push(grid: Grid, messages: list[Message]) -> list[str | None]:
     sends it: a site that knows what another was asked could answer for it. A random group keeps the id from others.
     """
     for message in messages:
-        message.metadata.group_id = secrets.token_hex(16)
+        message.metadata.group_id += f".{secrets.token_hex(16)}"
     ids: list[str | None] = list(grid.push_messages(messages))
     return ids or [None] * len(messages)
 

@@ -302,7 +302,7 @@ class Rounds:
             content = RecordDict({**records, INSTRUCTION: replace(instruction, base=base).record()})
             if config:
                 content["config"] = config
-            messages.append(Message(content, dst_node_id=node, message_type=kind))
+            messages.append(Message(content, node, kind, group_id=str(round)))
         if kind == "train":
             self._downlink.expect(nodes, flat, instruction.keeps)
         return messages

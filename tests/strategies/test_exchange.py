@@ -1,5 +1,6 @@
 """Waiting for replies over a SuperLink that hands every message out once."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -21,7 +22,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from bora_fl.strategies.arrivals import CUT_OFF, UNREADABLE
+from bora_fl.strategies.arrivals import CUT_OFF, STALLED, UNREADABLE, Arrivals
 from bora_fl.strategies.exchange import LOST, exchange
 from bora_fl.wire.schema import REPLY
 
@@ -208,6 +209,12 @@ def test_a_reply_that_comes_bit_by_bit_is_whole_in_the_end():
     assert replies == {2: "answered", 3: "answered"}
     assert grid.kinds == ["train", "train"]
     assert all(grid.objects.values())
+
+
+def test_a_reply_that_does_not_come_on_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bora_fl.strategies.exchange.Arrivals", functools.partial(Arrivals, stall=0.1))
+    stuck = {2: lambda kind: "cut off" if kind == "train" else "at work", 3: prompt}
+    assert run(stuck, timeout=60.0)[0] == {2: STALLED, 3: "answered"}
 
 
 def test_messages_that_the_superlink_does_not_take_are_errors(monkeypatch: pytest.MonkeyPatch):
