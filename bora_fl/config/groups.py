@@ -47,8 +47,10 @@ class ModelSettings(Group):
         "auto", description="how transformers computes attention; auto: its own choice for the model"
     )
     max_length: Count = Field(48, description="tokens an example is cut at")
-    pooling: Literal["auto", "cls", "mean", "last"] = Field(
-        "auto", description="what the head reads (classification); auto: what the model was trained for"
+    pooling: Literal["auto", "cls", "mean", "last", "layers"] = Field(
+        "auto",
+        description="what the head reads (classification); auto: what the model was trained for; layers: the mean over "
+        "the tokens of every layer",
     )
 
 
@@ -110,7 +112,7 @@ class HeadSettings(Group):
         "the logits, or their mean (privacy.mode = none)",
     )
     max_width: Annotated[int, Field(ge=0)] = Field(
-        1024,
+        2048,
         description="features that are wider are summed over so many random directions of theirs (k(k+1)/2 numbers a "
         "client); 0: over all, however many",
     )

@@ -1,4 +1,4 @@
-"""Classification from pooled token states: `logits = head(dropout(pool(last hidden states, mask)))`, a linear layer.
+"""Classification from pooled token states: `logits = head(dropout(pool(hidden states, mask)))`, a linear layer.
 
 A class with pooling is made from transformers' own `…ForSequenceClassification`, so that parameters keep its names.
 This file needs torch and transformers alone: an exported model carries a copy of it.
@@ -36,7 +36,11 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 class PooledClassification:
-    """Mixed into a `…ForSequenceClassification`: keeps its body, and puts one linear layer in its head's place."""
+    """Mixed into a `…ForSequenceClassification`: keeps its body, and puts one linear layer in its head's place.
+
+    Its `pooling` is one of `pool`'s, of the last layer's token states, or ``layers``: the mean over the tokens of each
+    layer's, from the embeddings on, one after the other.
+    """
 
     pooling = "mean"
 
@@ -53,7 +57,8 @@ class PooledClassification:
         if getattr(model.base_model, "pooler", None) is not None:
             model.base_model.pooler = None
         self.dropout = nn.Dropout(dropout)
-        setattr(self, self.head_name, nn.Linear(config.hidden_size, config.num_labels, bias=last.bias is not None))
+        width = config.hidden_size * (1 + config.num_hidden_layers if self.pooling == "layers" else 1)
+        setattr(self, self.head_name, nn.Linear(width, config.num_labels, bias=last.bias is not None))
         model.post_init()
 
     def forward(
@@ -67,13 +72,19 @@ class PooledClassification:
     ) -> Any:
         """As the class's own forward: an output with ``logits [N, classes]``, and ``loss`` where labels are given."""
         model: Any = self
+        if self.pooling == "layers":
+            kwargs["output_hidden_states"] = True
         outputs = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
         )
         hidden = outputs.last_hidden_state
         if attention_mask is None:
             attention_mask = hidden.new_ones(hidden.shape[:2])
-        features = pool(hidden, attention_mask, self.pooling).to(hidden.dtype)
+        if self.pooling == "layers":
+            features = torch.cat([pool(layer, attention_mask, "mean") for layer in outputs.hidden_states], 1)
+        else:
+            features = pool(hidden, attention_mask, self.pooling)
+        features = features.to(hidden.dtype)
         logits = getattr(model, self.head_name)(self.dropout(features))
         loss = None
         if labels is not None:
@@ -84,5 +95,5 @@ class PooledClassification:
 
 @cache
 def pooled_class(base: type, pooling: str) -> Any:
-    """The class of `base`, a `…ForSequenceClassification`, with a pooling of ``mean``, ``cls`` or ``last``."""
+    """The class of `base`, a `…ForSequenceClassification`, with one of the poolings of `PooledClassification`."""
     return type(f"{pooling.title()}Pooled{base.__name__}", (PooledClassification, base), {"pooling": pooling})

@@ -76,7 +76,7 @@ def save_sentence_transformers(model: Any, tokenizer: Any, folder: Path, label_n
     Raises:
         ValueError: If the model has no such pooling.
     """
-    if not isinstance(model, PooledClassification):
+    if not isinstance(model, PooledClassification) or model.pooling not in _MODES:
         raise ValueError(
             f"{type(model).__name__} has no pooling that sentence-transformers knows; train with model.pooling = mean"
         )

@@ -69,7 +69,7 @@ def run(code: str, folders: list[Path], tmp_path: Path):
 
 def test_a_saved_model_predicts_the_same_in_plain_transformers(tiny_model: Path, tmp_path: Path):
     folders, expected = [], []
-    for pooling in ("mean", "last"):
+    for pooling in ("mean", "last", "layers"):
         model, tokenizer, logits = model_and_logits(tiny_model, pooling)
         save_pooled(model, tokenizer, tmp_path / pooling)
         folders.append(tmp_path / pooling)
@@ -92,6 +92,6 @@ def test_a_saved_model_predicts_the_same_in_sentence_transformers(tiny_model: Pa
 
 
 def test_a_model_without_pooling_is_no_sentence_encoder(tiny_model: Path, tmp_path: Path):
-    settings = ModelSettings(name=str(tiny_model))
-    with pytest.raises(ValueError, match=r"model\.pooling"):
-        save_sentence_transformers(load_base(settings, NAMES, 0), load_tokenizer(settings), tmp_path, NAMES)
+    for settings in (ModelSettings(name=str(tiny_model)), ModelSettings(name=str(tiny_model), pooling="layers")):
+        with pytest.raises(ValueError, match=r"model\.pooling"):
+            save_sentence_transformers(load_base(settings, NAMES, 0), load_tokenizer(settings), tmp_path, NAMES)

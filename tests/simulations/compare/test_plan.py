@@ -20,7 +20,8 @@ def lay_out(**changes) -> Plan:
         "root": ROOT,
         "threads": 1,
     }
-    return plan({"train.local-steps": 8}, **(options | changes))
+    options |= changes
+    return plan({"train.local-steps": 8}, **(options | {"seeds": range(options["seeds"])}))
 
 
 def test_there_is_a_run_for_every_combination():

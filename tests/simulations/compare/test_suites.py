@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError
 from bora_fl.simulations import grid
-from bora_fl.simulations.compare import timing
+from bora_fl.simulations.compare import run, timing
 from bora_fl.simulations.compare.suites import SUITES, suite
 from bora_fl.simulations.compare.timing import in_words, seconds_left
 
@@ -42,13 +42,13 @@ def test_a_method_and_strategy_are_one_variant(tmp_path):
 
 def test_time_left_scales_with_the_steps_of_what_is_not_finished(tmp_path, monkeypatch):
     runs = lay_out(tmp_path, scenarios=["dirichlet-1", "few-clients"]).runs  # four clients, and three
-    monkeypatch.setattr(timing, "_one_round", lambda run: (2.0, 0.5))
+    monkeypatch.setattr(timing, "_one_round", lambda _: (2.0, 0.5))
     steps = sum(run.cost for run in runs)
     assert seconds_left(runs, 2) == pytest.approx((2.0 * len(runs) + 0.5 * steps) / 2)
     finish(runs[0], 0.5)  # in ten seconds
     assert seconds_left(runs, 1) == pytest.approx((steps - runs[0].cost) * 10 / runs[0].cost)
-    for run in runs:
-        finish(run, 0.5)
+    for one in runs:
+        finish(one, 0.5)
     assert seconds_left(runs, 1) == 0.0
 
 
@@ -69,8 +69,8 @@ def test_durations_in_words(seconds, words):
 
 
 def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "_one_round", lambda run: (0.0, 1.0))
-    monkeypatch.setattr("bora_fl.data.fetch", lambda name: None)
+    monkeypatch.setattr(timing, "_one_round", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(run, "fetch", lambda name: None)
     arguments = [
         "compare",
         "--suite",
@@ -96,17 +96,17 @@ def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeyp
 
     def made_up(runs, root, *, title, **_):
         asked.append((title, len(runs)))
-        for run in runs:
-            rate = run.settings.train.learning_rate
+        for one in runs:
+            rate = one.settings.train.learning_rate
             finish(
-                run,
-                0.8 if run.purpose else 0.6,
-                client_loss=abs(rate - (3e-3 if run.variant.method == "lora" else 1e-3)),
+                one,
+                0.8 if one.purpose else 0.6,
+                client_loss=abs(rate - (3e-3 if one.variant.method == "lora" else 1e-3)),
             )
-        return [(run, grid.outcome(run)) for run in runs]
+        return [(one, grid.outcome(one)) for one in runs]
 
-    monkeypatch.setattr(grid, "run_grid", made_up)
-    monkeypatch.setattr("bora_fl.data.fetch", lambda name: None)
+    monkeypatch.setattr(run, "run_grid", made_up)
+    monkeypatch.setattr(run, "fetch", lambda name: None)
     options = "--strategies refactor,lora/fedavg --scenarios dirichlet-1 --clients 3 --seeds 2 --tune --baselines"
     config = ["-c", "train.learning-rate=0.001", "-c", "run.num-rounds=1"]
     ended = CliRunner().invoke(cli, ["compare", *options.split(), *config, "--output", str(tmp_path)])
