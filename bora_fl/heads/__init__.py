@@ -5,9 +5,11 @@ from bora_fl.heads.private import (
     bounded,
     check_release,
     public_clip_norm,
+    public_features,
     release,
     release_noise,
     solve_private,
+    typical_norm,
 )
 from bora_fl.heads.projection import narrow, narrowed, widen
 from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
@@ -27,10 +29,12 @@ __all__ = [
     "narrow",
     "narrowed",
     "public_clip_norm",
+    "public_features",
     "release",
     "release_noise",
     "ridge",
     "scaled",
     "solve_private",
+    "typical_norm",
     "widen",
 ]

@@ -172,9 +172,17 @@ def public_clip_norm(model: nn.Module, tokenizer: Any, num_classes: int, max_len
         max_length: Tokens a text is cut at.
         width: As in `collect`.
     """
-    public = features(model, _public(tokenizer, max_length), 64, num_classes)
-    norms = torch.cat([narrow(x, width).norm(dim=1) for x, _ in public])
-    return float(norms.quantile(_QUANTILE))
+    return typical_norm(narrow(public_features(model, tokenizer, num_classes, max_length), width))
+
+
+def public_features(model: nn.Module, tokenizer: Any, num_classes: int, max_length: int) -> torch.Tensor:
+    """Features ``[N, d]`` float64 of those sentences."""
+    return torch.cat([x for x, _ in features(model, _public(tokenizer, max_length), 64, num_classes)])
+
+
+def typical_norm(features: torch.Tensor) -> float:
+    """C: a high quantile of the norms of features ``[N, k]`` of public text."""
+    return float(features.norm(dim=1).quantile(_QUANTILE))
 
 
 def _public(tokenizer: Any, max_length: int) -> Encoded:

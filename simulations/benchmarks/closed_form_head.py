@@ -24,7 +24,18 @@ from torch import Tensor
 from bora_fl.config import DataSettings, ModelSettings
 from bora_fl.data import client_data, load_dataset, test_data
 from bora_fl.device import autocast, set_threads
-from bora_fl.heads import ClassSums, Head, choose, lda, public_clip_norm, release, scaled, solve_private
+from bora_fl.heads import (
+    ClassSums,
+    Head,
+    choose,
+    lda,
+    narrow,
+    public_features,
+    release,
+    scaled,
+    solve_private,
+    typical_norm,
+)
 from bora_fl.heads.features import clip, features
 from bora_fl.models import load_base, load_tokenizer
 from bora_fl.paths import cache_folder
@@ -61,7 +72,7 @@ def read_features(arguments: argparse.Namespace) -> Features:
         splits["test"] = test_data(data, model, tokenizer) or splits["train"]
         found: dict[str, object] = {
             "classes": len(names),
-            "clip_norm": public_clip_norm(base, tokenizer, len(names), model.max_length),
+            "public": public_features(base, tokenizer, len(names), model.max_length).float().numpy(),
         }
         context = partial(autocast, torch.device("cpu"), arguments.precision)
         for split, encoded in splits.items():
@@ -71,8 +82,11 @@ def read_features(arguments: argparse.Namespace) -> Features:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **found)  # type: ignore[arg-type]
     stored = np.load(path)
-    x, y, test, test_y = (torch.from_numpy(stored[k]) for k in ("train", "train_classes", "test", "test_classes"))
-    return Features(x.double(), y, test.double(), test_y, int(stored["classes"]), float(stored["clip_norm"]))
+    y, test_y = (torch.from_numpy(stored[k]) for k in ("train_classes", "test_classes"))
+    x, test, public = (
+        narrow(torch.from_numpy(stored[k]), arguments.width).double() for k in ("train", "test", "public")
+    )
+    return Features(x, y, test, test_y, int(stored["classes"]), typical_norm(public))
 
 
 def dealt(data: Features, clients: int, seed: int) -> tuple[list[Tensor], Tensor]:
@@ -148,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", default="embedded:sentiment4", help="a value of data.name with a split test")
     parser.add_argument("--model", default="embedded:minilm", help="a value of model.name")
-    parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last"])
+    parser.add_argument("--pooling", default="auto", choices=["auto", "cls", "mean", "last", "layers"])
+    parser.add_argument("--width", type=int, default=0, help="head.max-width; 0 is all")
     parser.add_argument("--length", type=int, default=48, help="model.max-length")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--clients", type=int, default=10)
