@@ -51,7 +51,8 @@ def normalize_sigma(factors: BlockFactors, sigma_transform: str, keep: Literal["
             except ValueError:
                 continue
             rows = (log - shifted).mean(1)
-            shares = (log - shifted - rows[:, None]).mean(0)
+            # Where rows do it all, what is left is rounding, and A stays as it is.
+            shares = (log - shifted - rows[:, None]).mean(0) if columns else torch.zeros_like(rows)
             return rescaled(factors, rows.exp(), shares.exp())
     return refactorize(factors, factors.rank, start=factors, sigma_transform="exp_norm").factors
 
