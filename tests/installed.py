@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from collections import Counter
 from collections.abc import Iterator
@@ -80,8 +81,8 @@ class User:
         self.folder = folder
         self._programs = python.parent
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("BORA_FL", "PYTHON"))}
-        self._temporary = folder / "temporary"
-        self._temporary.mkdir()
+        self._kept = tempfile.TemporaryDirectory(dir="/tmp")  # a Unix socket's path has at most 107 characters
+        self._temporary = Path(self._kept.name)
         self._environment = kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         self._environment |= {"BORA_FL_STATE": str(folder / "state"), "TMPDIR": str(self._temporary)}
 

@@ -59,8 +59,9 @@ def test_config_lists_all_a_group_or_what_has_a_word_in_it():
     assert "train.learning-rate" in group
     assert "adapter.rank" not in group
     assert "strategy.residual-rank" in call("config", "RANK")[1]
-    with pytest.raises(ConfigError, match=r"config lr: .*use train\.learning-rate"):
-        call("config", "lr")
+    assert "train.learning-rate" in call("config", "lr")[1]  # another tool's name for it
+    with pytest.raises(ConfigError, match=r"config nosuch: "):
+        call("config", "nosuch")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -34,7 +34,7 @@ def test_a_strategy_that_goes_half_of_the_way_keeps_the_others(law: str):
 
 
 def test_a_wrong_report_is_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(aggregation, "_report", lambda *_: {"merge_error": 0.0, "update_norm": 1.0})
+    monkeypatch.setattr(aggregation, "summed", lambda *_: {"merge_error": 0.0, "update_norm": 1.0})
     law = "the_report_measures_the_distance_to_the_mean_product"
     with pytest.raises(AssertionError, match="off by"):
         check("bora_fl.strategies.averaging:average", law)
