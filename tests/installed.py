@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import venv
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
@@ -81,8 +83,8 @@ class User:
         self.folder = folder
         self._programs = python.parent
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("BORA_FL", "PYTHON"))}
-        self._kept = tempfile.TemporaryDirectory(dir="/tmp")  # a Unix socket's path has at most 107 characters
-        self._temporary = Path(self._kept.name)
+        self._temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a Unix socket's path has at most 107 characters
+        weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         self._environment = kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         self._environment |= {"BORA_FL_STATE": str(folder / "state"), "TMPDIR": str(self._temporary)}
 
