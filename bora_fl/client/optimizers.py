@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bora_fl.config import ConfigError, TrainSettings
+from bora_fl.config import ConfigError, Settings, TrainSettings
 from bora_fl.device import pick_device
 from bora_fl.models import FederatedModel
 
@@ -36,6 +36,12 @@ def learning_rate_factors(settings: TrainSettings, round: int, num_rounds: int, 
     each = steps if settings.schedule_by == "step" else 1
     before = (round - 1) * each
     return [_factor(settings, before + step, num_rounds * each, settings.warmup_rounds * each) for step in range(each)]
+
+
+def round_factors(settings: Settings, round: int, num_examples: int) -> list[float]:
+    """`learning_rate_factors` of a round of a run, at a client with that many examples."""
+    steps = num_steps(settings.train, num_examples)
+    return learning_rate_factors(settings.train, round, settings.run.num_rounds, steps)
 
 
 def _factor(settings: TrainSettings, at: int, total: int, warmup: float) -> float:

@@ -17,7 +17,7 @@ from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.losses import prior_shift
 from bora_fl.client.moments import kept
-from bora_fl.client.optimizers import learning_rate_factors, make_optimizer, num_steps
+from bora_fl.client.optimizers import make_optimizer, round_factors
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, train
@@ -145,9 +145,7 @@ class _Round:
     @property
     def factors(self) -> list[float]:
         """The round's shares of the learning rate."""
-        settings = self.site.settings
-        steps = num_steps(settings.train, len(self.data.train))
-        return learning_rate_factors(settings.train, self.instruction.round, settings.run.num_rounds, steps)
+        return round_factors(self.site.settings, self.instruction.round, len(self.data.train))
 
     def train(self) -> TrainResult:
         """Train without noise."""

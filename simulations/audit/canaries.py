@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bora_fl.client.optimizers import learning_rate_factors, num_steps
+from bora_fl.client.optimizers import round_factors
 from bora_fl.client.private import train_privately_for_a_round
 from bora_fl.client.site import Site
 from bora_fl.client.training import train
@@ -157,8 +157,7 @@ def _train(model: FederatedModel, records: Encoded, settings: Settings) -> tuple
         privacy = settings.privacy.model_copy(update={"ledger_dir": folder})
         settings = settings.model_copy(update={"privacy": privacy})
         for number in range(1, settings.run.num_rounds + 1):
-            steps = num_steps(settings.train, len(records))
-            factors = learning_rate_factors(settings.train, number, settings.run.num_rounds, steps)
+            factors = round_factors(settings, number, len(records))
             if privacy.mode == "none":
                 seed = derive(settings.run.seed, "batches", number, 0)
                 train(model, records, settings.train, factors=factors, seed=seed)

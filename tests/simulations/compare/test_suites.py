@@ -92,10 +92,11 @@ def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
 
 def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeypatch):
     """The whole way of the command, over runs that are made up."""
-    asked = []
+    asked, seeds = [], {}
 
     def made_up(runs, root, *, title, **_):
         asked.append((title, len(runs)))
+        seeds[title] = {one.seed for one in runs}
         for one in runs:
             rate = one.settings.train.learning_rate
             finish(
@@ -108,10 +109,12 @@ def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeyp
     monkeypatch.setattr(run, "run_grid", made_up)
     monkeypatch.setattr(run, "fetch", lambda name: None)
     options = "--strategies refactor,lora/fedavg --scenarios dirichlet-1 --clients 3 --seeds 2 --tune --baselines"
+    options += " --first-seed 10"
     config = ["-c", "train.learning-rate=0.001", "-c", "run.num-rounds=1"]
     ended = CliRunner().invoke(cli, ["compare", *options.split(), *config, "--output", str(tmp_path)])
     assert ended.exit_code == 0, ended.output
     # Two variants × three rates × two seeds; two variants × two seeds; by seed two IID twins, central, three alone.
+    assert seeds == {"tuning": {1000, 1001}, "comparing": {10, 11}, "baselines": {10, 11}}
     assert asked == [("tuning", 12), ("comparing", 4), ("baselines", 12)]
     assert "lora/fedavg in dirichlet-1: 0.003 is at the edge" in " ".join(ended.output.split())
     found = json.loads((tmp_path / "results.json").read_text())
