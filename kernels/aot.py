@@ -95,7 +95,8 @@ def _signature(launch: Launch, shape: LayerShape) -> dict[str, str]:
     # Sigma is kept in float32 under autocast and in mixed precision; reading it wide is the heavier case.
     pointers |= dict.fromkeys(("Sigma", "dSigma", "dA_slices", "dB_slices", "dSigma_slices"), "*fp32")
     pointers |= {"seed": "*i64"}
-    scalars = dict.fromkeys(("T", "tiles", "threshold"), "i32") | dict.fromkeys(("scaling", "keep_scale"), "fp32")
+    integers = ("T", "tiles", "threshold", "slices_A", "slices_Sigma", "slices_B")
+    scalars = dict.fromkeys(integers, "i32") | dict.fromkeys(("scaling", "keep_scale"), "fp32")
     names = KERNELS[launch.kernel].arg_names
     return {name: (pointers | scalars).get(name, "constexpr") for name in names}
 

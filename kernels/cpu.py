@@ -5,7 +5,7 @@ Memory passes and calls, not arithmetic, are what a low-rank branch costs on a C
 - **merged weight**: with many tokens, `W + delta_W` is formed once per call (`2·m·n·r` flops, whatever T is) and takes
   the place of W in the large products, `y = x (W + delta_W)ᵀ` and `dx = dY (W + delta_W)`; the branch then costs no
   pass over y or dx. Only in float32 and float64: in a half-precision weight small updates would be rounded away;
-- **small products**: as one LoRA of rank b·r (`cpu_expanded.py`) or block by block in cache-sized chunks
+- **small products**: as one LoRA of rank b·r (`expanded.py`) or block by block in cache-sized chunks
   (`cpu_chunked.py`).
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bora_fl.kernels import cpu_chunked, cpu_expanded
-from bora_fl.kernels.reference import Gradients, Needs
+from bora_fl.kernels import cpu_chunked, expanded
+from bora_fl.kernels.reference import Gradients, Needs, apply_dropout
 
 _HALF = (torch.float16, torch.bfloat16)
 _SMALL = 2**25  # multiply-adds of an expanded branch that take about as long as the calls they save
@@ -61,8 +61,11 @@ def forward(
     if weight is not None and prefers_merged(x, A, B, weight, keep):
         return functional.linear(x, _merge(weight, A, Sigma, B, scaling), bias)
     y = functional.linear(x, weight, bias) if weight is not None else x.new_zeros(x.shape[0], B.shape[0])
-    products = cpu_expanded if prefers_expanded(x, A, Sigma, B) else cpu_chunked
-    products.add_branch(y, x, A, Sigma, B, scaling, keep, dropout_p)
+    if prefers_expanded(x, A, Sigma, B):
+        u = expanded.project(expanded.rows(apply_dropout(x, keep, dropout_p)), A, Sigma.shape[0])
+        expanded.add_branch(y, u, Sigma, B, scaling)
+    else:
+        cpu_chunked.add_branch(y, x, A, Sigma, B, scaling, keep, dropout_p)
     return y
 
 
@@ -88,8 +91,12 @@ def backward(
     into_dx = None if merged else dx
     if into_dx is None and not any(needs[1:]):
         return Gradients(dx, None, None, None)
-    products = cpu_expanded if prefers_expanded(x, A, Sigma, B) else cpu_chunked
-    grads = products.add_gradients(into_dx, dy, x, A, Sigma, B, scaling, keep, dropout_p, needs)
+    if prefers_expanded(x, A, Sigma, B):
+        dropped = expanded.rows(apply_dropout(x, keep, dropout_p))
+        u = expanded.project(dropped, A, Sigma.shape[0]) if needs.Sigma or needs.B else None
+        grads = expanded.add_gradients(into_dx, dy, dropped, u, A, Sigma, B, scaling, keep, dropout_p, needs)
+    else:
+        grads = cpu_chunked.add_gradients(into_dx, dy, x, A, Sigma, B, scaling, keep, dropout_p, needs)
     return Gradients(dx, *grads)
 
 

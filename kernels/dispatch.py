@@ -1,7 +1,8 @@
 """The one entry to the fused layer: `bora_linear` picks a path by device, dtype and shape, `explain` says why.
 
-Paths, first usable one wins; `BORA_KERNEL=reference|cpu|triton` asks for one by name, `auto` (or unset) for the first:
+Paths, first usable one wins; `BORA_KERNEL` asks for one by name, `auto` (or unset) for the first:
 
+    expanded    CUDA and ROCm tensors of one dtype, without dropout, while b·r is small enough for dense products
     triton      CUDA and ROCm tensors, when Triton is installed
     cpu         CPU tensors
     reference   anything: plain torch, slow, the definition
@@ -10,8 +11,10 @@ Paths, first usable one wins; `BORA_KERNEL=reference|cpu|triton` asks for one by
 import importlib.util
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +26,10 @@ from bora_fl.kernels.reference import bora_branch_reference, in_functorch
 
 logger = logging.getLogger(__name__)
 
-PATHS = ("triton", "cpu", "reference")
+PATHS = ("expanded", "triton", "cpu", "reference")
 NUM_BLOCKS_FUSED = (1, 2, 4, 8, 16, 32)
 RANKS_FUSED = range(1, 129)
+WIDTH_EXPANDED = 512  # b·r up to which products b times as large cost a GPU less than more launches do
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -42,57 +46,104 @@ class Explanation:
         return f"{self.path} ({reasons})" if reasons else self.path
 
 
-def _why_not_triton(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor) -> str | None:
+class _Call(NamedTuple):
+    """What of a call decides its path."""
+
+    device: str
+    x: torch.dtype
+    A: torch.dtype
+    B: torch.dtype
+    weight: torch.dtype | None
+    trained_weight: bool
+    num_blocks: int
+    rank: int
+    dropout: bool
+    traced: bool  # by a torch.func transform
+    interpreted: bool  # by Triton's interpreter
+    wanted: str
+
+
+def _why_not_expanded(call: _Call) -> str | None:
+    if call.device != "cuda":
+        return f"x is on {call.device}"
+    if call.dropout:
+        return "x goes through dropout, whose mask Triton's kernels draw on the way"
+    if not call.x == call.A == call.B:
+        return f"x is {call.x}, A {call.A} and B {call.B}"
+    if (width := call.num_blocks * call.rank) > WIDTH_EXPANDED:
+        return f"b·r = {width} is above {WIDTH_EXPANDED}"
+    return None
+
+
+def _why_not_triton(call: _Call) -> str | None:
     if not _HAS_TRITON:
         return 'triton is not installed (pip install "bora-fl[triton]")'
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"x is on {x.device.type}, and Triton's kernels run on cuda"
-    if Sigma.shape[0] not in NUM_BLOCKS_FUSED:
-        return f"num_blocks {Sigma.shape[0]} is not one of {NUM_BLOCKS_FUSED}"
-    if A.shape[0] not in RANKS_FUSED:
-        return f"rank {A.shape[0]} is above {RANKS_FUSED[-1]}"
-    if A.dtype != B.dtype:
-        return f"A is {A.dtype} and B is {B.dtype}"
-    if x.dtype != A.dtype and not (x.dtype in _HALF and A.dtype == torch.float32):
-        return f"x is {x.dtype} over {A.dtype} factors"
-    if x.dtype not in (*_HALF, torch.float32):
-        return f"x is {x.dtype}, and the kernels take float32, float16 and bfloat16"
+    if call.device != "cuda" and not call.interpreted:
+        return f"x is on {call.device}, and Triton's kernels run on cuda"
+    if call.num_blocks not in NUM_BLOCKS_FUSED:
+        return f"num_blocks {call.num_blocks} is not one of {NUM_BLOCKS_FUSED}"
+    if call.rank not in RANKS_FUSED:
+        return f"rank {call.rank} is above {RANKS_FUSED[-1]}"
+    if call.A != call.B:
+        return f"A is {call.A} and B is {call.B}"
+    wider = call.x in _HALF and call.A in (torch.float32,)
+    if call.x != call.A and not wider:
+        return f"x is {call.x} over {call.A} factors"
+    if call.x not in (*_HALF, torch.float32):
+        return f"x is {call.x}, and the kernels take float32, float16 and bfloat16"
     return None
 
 
-def _why_not_cpu(x: Tensor, A: Tensor, B: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}"
-    if A.dtype != B.dtype:
-        return f"A is {A.dtype} and B is {B.dtype}"
+def _why_not_cpu(call: _Call) -> str | None:
+    if call.device != "cpu":
+        return f"x is on {call.device}"
+    if call.A != call.B:
+        return f"A is {call.A} and B is {call.B}"
     return None
 
 
-def explain(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, *, base_weight: Tensor | None = None) -> Explanation:
+def _choose(call: _Call) -> Explanation:
+    if call.wanted not in ("auto", *PATHS):
+        raise ValueError(f"BORA_KERNEL={call.wanted!r} names no path: use auto, {', '.join(PATHS)}")
+    refused: dict[str, str] = {}
+    for path, why_not in (("expanded", _why_not_expanded), ("triton", _why_not_triton), ("cpu", _why_not_cpu)):
+        reason = why_not(call)
+        if call.trained_weight:
+            reason = "the base weight is trained, and the fused paths hold it frozen"
+        elif call.traced:
+            reason = "a torch.func transform is tracing, and only plain torch operations may run"
+        elif call.weight is not None and call.weight != call.x:
+            reason = f"x is {call.x} and the base weight {call.weight}"
+        if reason is None and call.wanted in ("auto", path):
+            return Explanation(path, refused)
+        refused[path] = reason or f"BORA_KERNEL={call.wanted}"
+    return Explanation("reference", refused)
+
+
+_chosen = cache(_choose)
+
+
+def explain(
+    x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, *, base_weight: Tensor | None = None, dropout_p: float = 0.0
+) -> Explanation:
     """Say which path `bora_linear` takes for these tensors under the environment as it is, and why not the others.
 
     Args:
         x: `[..., n]`; `A`: `[r, n]`; `Sigma`: `[b, b, r]`; `B`: `[m, r]`.
         base_weight: `[m, n]`, or None.
+        dropout_p: probability of dropping an element of x.
 
     Raises:
         ValueError: if `BORA_KERNEL` names no path.
     """
-    wanted = os.environ.get("BORA_KERNEL", "auto")
-    if wanted not in ("auto", *PATHS):
-        raise ValueError(f"BORA_KERNEL={wanted!r} names no path: use auto, {', '.join(PATHS)}")
-    refused: dict[str, str] = {}
-    for path, reason in (("triton", _why_not_triton(x, A, Sigma, B)), ("cpu", _why_not_cpu(x, A, B))):
-        if base_weight is not None and base_weight.requires_grad:
-            reason = "the base weight is trained, and the fused paths hold it frozen"
-        elif in_functorch():
-            reason = "a torch.func transform is tracing, and only plain torch operations may run"
-        elif base_weight is not None and base_weight.dtype != x.dtype:
-            reason = f"x is {x.dtype} and the base weight {base_weight.dtype}"
-        if reason is None and wanted in ("auto", path):
-            return Explanation(path, refused)
-        refused[path] = reason or f"BORA_KERNEL={wanted}"
-    return Explanation("reference", refused)
+    weight = None if base_weight is None else base_weight.dtype
+    trained = base_weight is not None and base_weight.requires_grad
+    b, _, r = Sigma.shape
+    interpreted, wanted = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("BORA_KERNEL", "auto")
+    traced = in_functorch()
+    call = (x.device.type, x.dtype, A.dtype, B.dtype, weight, trained, b, r, dropout_p > 0, traced, interpreted, wanted)
+    # the compiler traces through a cache, and warns that it does
+    return (_choose if torch.compiler.is_compiling() else _chosen)(_Call(*call))
 
 
 @cache
@@ -151,16 +202,16 @@ def bora_linear(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} must be in [0, 1)")
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if low is not None:
         x, A, B = x.to(low), A.to(low), B.to(low)
         base_weight, base_bias = (None if t is None else t.to(low) for t in (base_weight, base_bias))
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    explanation = explain(x, A, Sigma, B, base_weight=base_weight)
-    with torch.autocast(device, enabled=False):
+    explanation = explain(x, A, Sigma, B, base_weight=base_weight, dropout_p=dropout_p)
+    with torch.autocast(device, enabled=False) if low is not None else nullcontext():
         if explanation.path == "reference":
             if os.environ.get("BORA_KERNEL") != "reference":
                 _log_fallback(str(explanation))

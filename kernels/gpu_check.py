@@ -6,7 +6,9 @@ It stops after the tests when one fails: there are no times for a wrong result.
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +55,10 @@ def correctness() -> dict[str, Any]:
     if not TESTS.is_file():
         raise SystemExit(f"{TESTS} is missing: run this from a checkout, the installed package has no tests")
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", str(TESTS)]
+    if importlib.util.find_spec("xdist"):  # compiling takes most of the time, and it takes a CPU
+        command += ["-n", str(min(16, os.cpu_count() or 1))]
+    print(f"running the kernels' tests: {' '.join(command[2:])}", flush=True)
     result = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parents[2])
     summary = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr[-500:]
     seconds = time.monotonic() - start

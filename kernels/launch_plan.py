@@ -6,12 +6,15 @@ what is checked and counted is what runs.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from bora_fl.kernels.dropout import PHILOX_ROUNDS
 from bora_fl.kernels.reference import Needs
+
+_PLANS = 4096  # kept: a model has few kinds of layers, and batches differ in their tokens
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,16 @@ class Launch(NamedTuple):
     """One kernel launch: its name, grid, run-time integers, compile-time numbers and options."""
 
     kernel: str
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     integers: dict[str, int]
     constants: dict[str, int | bool | str]
     num_warps: int
     num_stages: int
+
+    @property
+    def compiled_as(self) -> tuple[int | bool | str, ...]:
+        """What tells apart the machine code of two launches of one kernel on tensors alike."""
+        return self.kernel, *self.constants.values(), self.num_warps, self.num_stages
 
 
 class _Tile(NamedTuple):
@@ -138,17 +146,18 @@ def mix_launch(shape: LayerShape) -> Launch:
         "RP": shape.padded_rank,
         "BT": rows,
     }
-    grid = (math.ceil(shape.tokens / rows), shape.num_blocks)
+    grid = (math.ceil(shape.tokens / rows), shape.num_blocks, 1)
     return Launch("mix_kernel", grid, {"T": shape.tokens}, constants, 4, 2)
 
 
-def forward_plan(shape: LayerShape) -> list[Launch]:
+@lru_cache(_PLANS)
+def forward_plan(shape: LayerShape) -> tuple[Launch, ...]:
     """Plan the branch's forward pass: down, mix, up."""
     T, b = shape.tokens, shape.num_blocks
     tile = _tile("down", shape)
     down = Launch(
         "down_kernel",
-        (math.ceil(T / tile.BT), b),
+        (math.ceil(T / tile.BT), b, 1),
         {"T": T},
         _constants(shape, tile, **_of_x(shape)),
         tile.num_warps,
@@ -163,10 +172,11 @@ def forward_plan(shape: LayerShape) -> list[Launch]:
         tile.num_warps,
         tile.num_stages,
     )
-    return [down, mix_launch(shape), up]
+    return down, mix_launch(shape), up
 
 
-def backward_plan(shape: LayerShape, needs: Needs) -> list[Launch]:
+@lru_cache(_PLANS)
+def backward_plan(shape: LayerShape, needs: Needs) -> tuple[Launch, ...]:
     """Plan the branch's backward pass: mix (z again), over dY, mix back, over x, add the slices."""
     b, r, n, m = shape.num_blocks, shape.rank, shape.in_features, shape.out_features
     launches = []
@@ -178,7 +188,7 @@ def backward_plan(shape: LayerShape, needs: Needs) -> list[Launch]:
     integers = {"T": shape.tokens, "tiles": tiles}
     if needs.B or need_z:
         constants = _constants(shape, tile, M=m, NEED_Z=need_z, NEED_B=needs.B)
-        launches.append(Launch("dy_kernel", (slices, b), integers, constants, tile.num_warps, tile.num_stages))
+        launches.append(Launch("dy_kernel", (slices, b, 1), integers, constants, tile.num_warps, tile.num_stages))
     rows = _mix_rows(shape)
     mix_slices, mix_tiles = _splits(shape, rows)
     if need_z:
@@ -187,13 +197,13 @@ def backward_plan(shape: LayerShape, needs: Needs) -> list[Launch]:
         # Found by compiling: the other choice spills somewhere, and AMD's warps are twice as wide.
         wide = shape.backend == "cuda" and not 16 < shape.padded_rank < 128
         num_warps = 8 if wide else 4
-        launches.append(Launch("mix_back_kernel", (mix_slices, b), mix_integers, constants, num_warps, 1))
+        launches.append(Launch("mix_back_kernel", (mix_slices, b, 1), mix_integers, constants, num_warps, 1))
     if need_u:
         constants = _constants(shape, tile, NEED_X=needs.x, NEED_A=needs.A, **_of_x(shape))
-        launches.append(Launch("x_kernel", (slices, b), integers, constants, tile.num_warps, tile.num_stages))
+        launches.append(Launch("x_kernel", (slices, b, 1), integers, constants, tile.num_warps, tile.num_stages))
     if needs.A or needs.Sigma or needs.B:
         sizes = {"SIZE_A": r * n * needs.A, "SIZE_SIGMA": b * b * r * needs.Sigma, "SIZE_B": m * r * needs.B}
-        counts = {"SLICES_A": slices, "SLICES_SIGMA": mix_slices, "SLICES_B": slices}
+        counts = {"slices_A": slices, "slices_Sigma": mix_slices, "slices_B": slices}
         grid = sum(math.ceil(size / 1024) for size in sizes.values())
-        launches.append(Launch("reduce_kernel", (grid,), {}, {**sizes, **counts, "BC": 1024}, 4, 1))
-    return launches
+        launches.append(Launch("reduce_kernel", (grid, 1, 1), counts, {**sizes, "BC": 1024}, 4, 1))
+    return tuple(launches)

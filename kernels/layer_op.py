@@ -6,12 +6,13 @@ autograd Function; under `torch.compile` the same pair runs as the custom operat
 the path returns beside y (u on the GPU, the dropout mask on the CPU, nothing on the CPU without dropout).
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bora_fl.kernels import cpu
+from bora_fl.kernels import cpu, expanded
 from bora_fl.kernels.dropout import keep_mask
 from bora_fl.kernels.reference import Gradients, Needs
 
@@ -38,6 +39,8 @@ def _forward(layer: Layer) -> tuple[Tensor, Tensor]:
         from bora_fl.kernels import triton_launch  # imported on use: Triton is an optional dependency
 
         return triton_launch.forward(x, A, Sigma, B, scaling, weight, bias, dropout_p, seed)
+    if path == "expanded":
+        return expanded.forward(x, A, Sigma, B, scaling, weight, bias)
     keep = None if seed is None else keep_mask(x.shape[0], x.shape[1], dropout_p, seed)
     y = cpu.forward(x, A, Sigma, B, scaling, weight, bias, dropout_p, keep)
     return y, x.new_empty(0, dtype=torch.bool) if keep is None else keep
@@ -49,6 +52,8 @@ def _backward(dy: Tensor, saved: Tensor, layer: Layer, needs: Needs) -> Gradient
         from bora_fl.kernels import triton_launch
 
         return triton_launch.backward(dy, x, saved, A, Sigma, B, scaling, weight, dropout_p, seed, needs)
+    if path == "expanded":
+        return expanded.backward(dy, x, saved, A, Sigma, B, scaling, weight, needs)
     keep = None if seed is None else saved
     return cpu.backward(dy, x, A, Sigma, B, scaling, weight, dropout_p, keep, needs)
 
@@ -66,7 +71,8 @@ class _EagerLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         *tensors, saved = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
+        autocast = torch.is_autocast_enabled(dy.device.type)
+        with torch.autocast(dy.device.type, enabled=False) if autocast else nullcontext():
             grads = _backward(dy, saved, Layer(*tensors, *ctx.numbers), Needs(*ctx.needs_input_grad[:4]))
         return *grads, None, None, None, None, None, None
 
@@ -91,7 +97,7 @@ def _layer_op(
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     layer = Layer(*arguments)
     y = layer.x.new_empty(layer.x.shape[0], layer.B.shape[0])
-    if layer.path == "triton":
+    if layer.path != "cpu":
         saved = layer.A.new_empty(layer.x.shape[0], layer.Sigma.shape[0], layer.A.shape[0])
     else:
         saved = layer.x.new_empty(0 if layer.seed is None else layer.x.shape, dtype=torch.bool)

@@ -179,27 +179,27 @@ def x_kernel(
 
 
 @triton.jit
-def _add_slices(slices, out, place, SIZE: tl.constexpr, SLICES: tl.constexpr, BC: tl.constexpr):
+def _add_slices(slices, out, place, count, SIZE: tl.constexpr, BC: tl.constexpr):
     total = tl.zeros([BC], tl.float32)
-    for index in tl.range(0, SLICES):
+    for index in tl.range(0, count):
         total += tl.load(slices + index * SIZE + place, mask=place < SIZE, other=0.0)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices_A", "slices_Sigma", "slices_B"])
 def reduce_kernel(
-    dA_slices,  # [S, r·n] float32
-    dSigma_slices,  # [SLICES_SIGMA, b·b·r] float32
-    dB_slices,  # [S, m·r] float32
+    dA_slices,  # [slices_A, r·n] float32
+    dSigma_slices,  # [slices_Sigma, b·b·r] float32
+    dB_slices,  # [slices_B, m·r] float32
     dA,  # [r, n], written
     dSigma,  # [b, b, r], written
     dB,  # [m, r], written
+    slices_A,  # these follow the number of tokens, which differs from batch to batch: run-time numbers
+    slices_Sigma,
+    slices_B,
     SIZE_A: tl.constexpr,
     SIZE_SIGMA: tl.constexpr,
     SIZE_B: tl.constexpr,
-    SLICES_A: tl.constexpr,
-    SLICES_SIGMA: tl.constexpr,
-    SLICES_B: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Add the slices of the three gradients in order; a size of 0 stands for one that is not wanted."""
@@ -208,10 +208,10 @@ def reduce_kernel(
     program = tl.program_id(0)
     lane = tl.arange(0, BC)
     if program < A_PROGRAMS:
-        _add_slices(dA_slices, dA, program.to(tl.int64) * BC + lane, SIZE_A, SLICES_A, BC)
+        _add_slices(dA_slices, dA, program.to(tl.int64) * BC + lane, slices_A, SIZE_A, BC)
     elif program < A_PROGRAMS + SIGMA_PROGRAMS:
         place = (program - A_PROGRAMS).to(tl.int64) * BC + lane
-        _add_slices(dSigma_slices, dSigma, place, SIZE_SIGMA, SLICES_SIGMA, BC)
+        _add_slices(dSigma_slices, dSigma, place, slices_Sigma, SIZE_SIGMA, BC)
     else:
         place = (program - A_PROGRAMS - SIGMA_PROGRAMS).to(tl.int64) * BC + lane
-        _add_slices(dB_slices, dB, place, SIZE_B, SLICES_B, BC)
+        _add_slices(dB_slices, dB, place, slices_B, SIZE_B, BC)

@@ -4,6 +4,7 @@ The branch is written into y (or dx) first and the base product is accumulated o
 costs one write of y; the GEMM's epilogue reads it back. Saved for the backward pass: x and u.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,18 +49,29 @@ def shape_of(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, bias: Tensor | None
     )
 
 
-def _run(launches: list[Launch], device: torch.device, arguments: dict[str, Any]) -> None:
+# Compiled kernels by what Triton compiles them for. Its own look-up takes longer than most of these kernels run.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _run(launches: Sequence[Launch], device: torch.device, arguments: dict[str, Any]) -> None:
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         for launch in launches:
             kernel = KERNELS[launch.kernel]
-            given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-            kernel[launch.grid](
-                **{**given, **launch.integers, **launch.constants},
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                enable_fp_fusion=True,
-            )
+            named = {**arguments, **launch.integers, **launch.constants}
+            given = [named[name] for name in kernel.arg_names]
+            # Triton compiles for dtypes and for pointers that are multiples of 16 bytes or not; no integer and no float
+            # that it would compile for is given at run time.
+            kinds = ((value.dtype, value.data_ptr() % 16) for value in given if isinstance(value, Tensor))
+            key = (launch.compiled_as, device, *kinds)
+            if (compiled := _compiled.get(key)) is not None:
+                compiled[launch.grid](*given)
+                continue
+            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+            compiled = kernel[launch.grid](*given, **options)
+            if compiled is not None and not knobs.runtime.interpret:
+                _compiled[key] = compiled
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -127,13 +139,13 @@ def backward(
     dA, dSigma, dB = (torch.zeros_like(like) if x.shape[0] == 0 else torch.empty_like(like) for like in (A, Sigma, B))
     if x.shape[0] > 0:
         plan = backward_plan(shape_of(x, A, Sigma, B, None, seed), needs)
-        slices = {name: int(count) for launch in plan for name, count in launch.constants.items() if "SLICES" in name}
+        slices = {name: count for launch in plan for name, count in launch.integers.items() if "slices" in name}
 
         def buffer(name: str, like: Tensor) -> Tensor:
             return torch.empty(slices.get(name, 0), like.numel(), dtype=torch.float32, device=x.device)
 
-        dA_slices, dB_slices = buffer("SLICES_A", A), buffer("SLICES_B", B)
-        dSigma_slices = buffer("SLICES_SIGMA", Sigma)
+        dA_slices, dB_slices = buffer("slices_A", A), buffer("slices_B", B)
+        dSigma_slices = buffer("slices_Sigma", Sigma)
         arguments = {
             **_inputs(x, A, Sigma, B, scaling, dropout_p, seed),
             "dy": dy,
@@ -163,8 +175,8 @@ def _inputs(
         "A": A,
         "Sigma": Sigma,
         "B": B,
-        "scaling": scaling,
-        "seed": torch.empty(0, dtype=torch.int64, device=x.device) if seed is None else seed,
+        "scaling": float(scaling),
+        "seed": x if seed is None else seed,
         "threshold": drop_threshold(dropout_p),
         "keep_scale": keep_scale(dropout_p),
     }

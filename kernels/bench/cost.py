@@ -72,7 +72,9 @@ def launch_work(launch: Launch, shape: LayerShape) -> Work:
         return Work(
             "over x", read_x + size["du"] + size["A"] + size["dx"] * number["NEED_X"] + slices, 4 * T * n * rank
         )
-    sums = sum(4 * number[f"SIZE_{name}"] * (number[f"SLICES_{name}"] + 1) for name in ("A", "SIGMA", "B"))
+    sums = sum(
+        4 * number[f"SIZE_{name.upper()}"] * (launch.integers[f"slices_{name}"] + 1) for name in ("A", "Sigma", "B")
+    )
     return Work("add slices", sums)
 
 

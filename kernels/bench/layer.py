@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bora_fl.kernels.bench.rivals import RIVALS, Problem
+from bora_fl.kernels.bench.rivals import GPU_ALONE, RIVALS, Problem
 
 WARMED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=268435456"
 BASELINE = "PEFT LoRA, rank r"
@@ -74,6 +74,11 @@ def _peak_bytes(layer: Callable[[Tensor], Tensor], problem: Problem, device: str
     return peak
 
 
+def _runs(name: str, problem: Problem) -> bool:
+    """Whether dense products take the problem's dtypes; Triton's kernels take all."""
+    return name != "BoRA, dense products" or problem.x.dtype == problem.A.dtype
+
+
 def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, dict[str, Any]]:
     """Return one row per rival: milliseconds, ratios to the baseline, saved and peak bytes, relative error."""
     torch.manual_seed(0)
@@ -84,6 +89,8 @@ def measure(arguments: argparse.Namespace, dtype: str) -> dict[str, dict[str, An
     rows: dict[str, dict[str, Any]] = {}
     layers: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, build in RIVALS.items():
+        if name in GPU_ALONE and not (arguments.device == "cuda" and _runs(name, problem)):
+            continue
         layers[name] = build(problem)
         rows[name] = {}
         if name in problem.BORA:

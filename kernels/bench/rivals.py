@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bora_fl.kernels.dispatch import bora_linear
+from bora_fl.kernels.layer_op import Layer, fused_layer
 from bora_fl.kernels.reference import branch_forward
 
-Layer = Callable[[Tensor], Tensor]
+Timed = Callable[[Tensor], Tensor]
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -24,7 +25,10 @@ DTYPES = {
 class Problem:
     """The tensors that all rivals share; scaling is 1 throughout."""
 
-    BORA: ClassVar[tuple[str, ...]] = ("BoRA, this package", "BoRA, block loop", "BoRA, einsum", "BoRA, bmm")
+    BORA: ClassVar[tuple[str, ...]] = (
+        *("BoRA, this package", "BoRA, dense products", "BoRA, Triton kernels"),
+        *("BoRA, block loop", "BoRA, einsum", "BoRA, bmm"),
+    )
 
     x: Tensor  # [T, n]
     dy: Tensor  # [T, m]
@@ -70,13 +74,21 @@ def _base(problem: Problem, x: Tensor) -> Tensor:
     return functional.linear(x, problem.W, problem.bias)
 
 
-def _bora(problem: Problem) -> Layer:
+def _bora(problem: Problem) -> Timed:
     factors = problem.A, problem.Sigma, problem.B
     return lambda x: bora_linear(x, *factors, 1.0, base_weight=problem.W, base_bias=problem.bias)
 
 
-def _with_branch(branch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Layer]:
-    def build(problem: Problem) -> Layer:
+def _on_path(path: str) -> Callable[[Problem], Timed]:
+    def build(problem: Problem) -> Timed:
+        factors = problem.A, problem.Sigma, problem.B
+        return lambda x: fused_layer(Layer(x, *factors, problem.W, problem.bias, None, 1.0, 0.0, path))
+
+    return build
+
+
+def _with_branch(branch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Timed]:
+    def build(problem: Problem) -> Timed:
         def layer(x: Tensor) -> Tensor:
             y = _base(problem, x)
             return (y + branch(x.to(problem.A.dtype), problem.A, problem.Sigma, problem.B)).to(y.dtype)
@@ -106,8 +118,8 @@ def _bmm(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor) -> Tensor:
     return torch.bmm(z.permute(1, 2, 0), B.view(b, -1, r).transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def _peft(expand: bool) -> Callable[[Problem], Layer]:
-    def build(problem: Problem) -> Layer:
+def _peft(expand: bool) -> Callable[[Problem], Timed]:
+    def build(problem: Problem) -> Timed:
         from peft import LoraConfig
         from peft.tuners.lora.layer import Linear
 
@@ -118,7 +130,7 @@ def _peft(expand: bool) -> Callable[[Problem], Layer]:
         for factor in (layer.lora_A, layer.lora_B):
             factor.to(problem.x.device, problem.A.dtype).requires_grad_(True)
         nn.init.normal_(layer.lora_B["default"].weight)
-        called: Layer = layer
+        called: Timed = layer
         return called
 
     return build
@@ -140,7 +152,7 @@ class _LoraFunction(torch.autograd.Function):
         return (dh @ A).addmm_(dy, W), None, None, dh.t() @ x, (h.t() @ dy).t()
 
 
-def _lora_function(problem: Problem) -> Layer:
+def _lora_function(problem: Problem) -> Timed:
     def layer(x: Tensor) -> Tensor:
         # One dtype throughout: over mixed dtypes it has no in-place products to save with.
         A, B = problem.A.to(x.dtype), problem.B.to(x.dtype)
@@ -150,9 +162,12 @@ def _lora_function(problem: Problem) -> Layer:
     return layer
 
 
-RIVALS: dict[str, Callable[[Problem], Layer]] = {
+GPU_ALONE = frozenset({"BoRA, dense products", "BoRA, Triton kernels"})  # both ways that a GPU's dispatch picks from
+RIVALS: dict[str, Callable[[Problem], Timed]] = {
     "frozen layer alone": lambda problem: lambda x: _base(problem, x),
     "BoRA, this package": _bora,
+    "BoRA, dense products": _on_path("expanded"),
+    "BoRA, Triton kernels": _on_path("triton"),
     "PEFT LoRA, rank r": _peft(expand=False),
     "PEFT LoRA, rank b·r": _peft(expand=True),
     "LoRA, custom Function": _lora_function,

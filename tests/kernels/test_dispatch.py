@@ -37,7 +37,7 @@ def test_cpu_tensors_take_the_cpu_path_and_the_explanation_says_why_not_the_othe
     tensors = draw()
     found = explain(*(tensors[name] for name in ("x", *FACTORS)))
     assert found.path == "cpu"
-    assert set(found.refused) == {"triton"}
+    assert set(found.refused) == {"expanded", "triton"}
     assert "not triton" in str(found)
 
 
@@ -49,7 +49,9 @@ def test_environment_overrides_the_choice(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.path == "reference"
     assert found.refused["cpu"] == "BORA_KERNEL=reference"
     monkeypatch.setenv("BORA_KERNEL", "fast")
-    with pytest.raises(ValueError, match="BORA_KERNEL='fast' names no path: use auto, triton, cpu, reference"):
+    with pytest.raises(
+        ValueError, match="BORA_KERNEL='fast' names no path: use auto, expanded, triton, cpu, reference"
+    ):
         explain(*inputs)
 
 

@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for deterministic algorithms
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from bora_fl.kernels import reference, triton_launch  # noqa: E402 - Triton reads the environment when it is imported
+from bora_fl.kernels import expanded, reference, triton_launch  # noqa: E402 - Triton reads the environment when it is imported
 from bora_fl.kernels.dispatch import bora_linear  # noqa: E402 - Triton reads the environment when it is imported
 from bora_fl.kernels.dropout import keep_mask  # noqa: E402 - Triton reads the environment when it is imported
 from bora_fl.kernels.reference import Gradients, Needs  # noqa: E402 - Triton reads the environment when it is imported
@@ -37,6 +37,7 @@ DTYPES = {
 # Relative Frobenius error by the dtype that limits it. Float32 factors over a half-precision x are multiplied in TF32.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 TF32_TOLERANCE = 2e-3
+Path = Callable[["Case", dict[str, Tensor], Needs], tuple[Tensor, Gradients]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ SPECIAL = [
 ]
 
 
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the dispatch gives CPU tensors to the path cpu")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fill every new tensor with NaN, so that an output or a slice that is not written shows."""
@@ -126,6 +130,13 @@ def run(case: Case, given: dict[str, Tensor], needs: Needs) -> tuple[Tensor, Gra
     return y, grads
 
 
+def run_expanded(case: Case, given: dict[str, Tensor], needs: Needs) -> tuple[Tensor, Gradients]:
+    weight, bias = (given["W"], given["bias"]) if case.base else (None, None)
+    factors = given["A"], given["Sigma"], given["B"]
+    y, u = expanded.forward(given["x"], *factors, 0.5, weight, bias)
+    return y, expanded.backward(given["dy"], given["x"], u, *factors, 0.5, weight, needs)
+
+
 def oracle(case: Case, given: dict[str, Tensor]) -> dict[str, Tensor]:
     wide = {name: tensor.double().cpu() for name, tensor in given.items()}
     x, factors = wide["x"], (wide["A"], wide["Sigma"], wide["B"])
@@ -144,10 +155,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double().cpu() - expected).norm() / expected.norm())
 
 
-def check(case: Case) -> None:
+def check(case: Case, path: Path = run) -> None:
     given = tensors(case)
     before = {name: tensor.clone() for name, tensor in given.items()}
-    y, grads = run(case, given, Needs())
+    y, grads = path(case, given, Needs())
     expected = oracle(case, given)
     mixed = case.dtype.endswith("/fp32")
     for name, found in {"y": y, **grads._asdict()}.items():
@@ -162,6 +173,15 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", [*draw_cases(60), *SPECIAL], ids=str)
 def test_agrees_with_float64(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in (*draw_cases(60), *SPECIAL) if "/" not in case.dtype and not case.dropout_p],
+    ids=str,
+)
+def test_dense_products_agree_with_float64(case: Case) -> None:
+    check(case, run_expanded)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -188,18 +208,21 @@ def test_repeat_runs_are_bitwise_equal(dtype: str) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("path", [run, run_expanded])
 @pytest.mark.parametrize("wanted", Gradients._fields)
-def test_gradients_asked_for_alone_equal_those_asked_for_together(wanted: str) -> None:
-    case = Case(T=21, p=9, q=10, b=2, r=5, dropout_p=0.2)
+def test_gradients_asked_for_alone_equal_those_asked_for_together(wanted: str, path: Path) -> None:
+    case = Case(T=21, p=9, q=10, b=2, r=5, dropout_p=0.2 if path is run else 0.0)
     given = tensors(case)
-    together = run(case, given, Needs())[1]._asdict()
-    alone = run(case, given, Needs(**{name: name == wanted for name in Gradients._fields}))[1]._asdict()
+    together = path(case, given, Needs())[1]._asdict()
+    alone = path(case, given, Needs(**{name: name == wanted for name in Gradients._fields}))[1]._asdict()
     assert torch.equal(alone.pop(wanted), together[wanted])
     assert all(gradient is None for gradient in alone.values())
 
 
-def test_bora_linear_takes_the_triton_path_eager_compiled_and_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BORA_KERNEL", "triton")
+@pytest.mark.parametrize("path", ["triton", pytest.param("expanded", marks=on_gpu)])
+def test_bora_linear_takes_the_path_eager_compiled_and_checkpointed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BORA_KERNEL", path)
+    dropout_p = 0.2 if path == "triton" else 0.0
     given = {
         name: tensor.requires_grad_(name in ["x", "A", "Sigma", "B"])
         for name, tensor in tensors(Case(9, 8, 8, 2, 4)).items()
@@ -207,7 +230,7 @@ def test_bora_linear_takes_the_triton_path_eager_compiled_and_checkpointed(monke
 
     def layer(x: Tensor) -> Tensor:
         factors = given["A"], given["Sigma"], given["B"]
-        return bora_linear(x, *factors, 0.5, base_weight=given["W"], base_bias=given["bias"], dropout_p=0.2)
+        return bora_linear(x, *factors, 0.5, base_weight=given["W"], base_bias=given["bias"], dropout_p=dropout_p)
 
     def gradients(function) -> list[Tensor]:
         torch.manual_seed(7)
@@ -222,12 +245,20 @@ def test_bora_linear_takes_the_triton_path_eager_compiled_and_checkpointed(monke
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("case", [Case(9, 8, 8, 2, 4), Case(9, 8, 4, 1, 4, dropout_p=0.3, base=False)])
-def test_both_operators_pass_torchs_own_checks(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [
+        (Case(9, 8, 8, 2, 4), "triton"),
+        (Case(9, 8, 4, 1, 4, dropout_p=0.3, base=False), "triton"),
+        (Case(9, 8, 8, 2, 4), "expanded"),
+        (Case(9, 8, 4, 1, 4, base=False, strided=True), "expanded"),
+    ],
+)
+def test_both_operators_pass_torchs_own_checks(case: Case, path: str) -> None:
     given = tensors(case)
     weight = given["W"] if case.base else None
     seed = torch.tensor(5, device=DEVICE) if case.dropout_p else None
-    rest = (weight, None, seed, 0.5, case.dropout_p, "triton")
+    rest = (weight, None, seed, 0.5, case.dropout_p, path)
     inputs = [given[name] for name in ("x", "A", "Sigma", "B")]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.bora_fl.layer.default, (*inputs, *rest), test_utils=checks)
@@ -237,10 +268,23 @@ def test_both_operators_pass_torchs_own_checks(case: Case) -> None:
         torch.library.opcheck(torch.ops.bora_fl.layer_backward.default, arguments, test_utils=checks)
 
 
-def test_no_tokens_give_zero_gradients() -> None:
+@pytest.mark.parametrize("path", [run, run_expanded])
+def test_no_tokens_give_zero_gradients(path: Path) -> None:
     case = Case(T=0, p=4, q=4, b=2, r=4)
-    y, grads = run(case, tensors(case), Needs())
+    y, grads = path(case, tensors(case), Needs())
     assert y.shape == (0, 8)
     assert grads.x is not None
     assert grads.x.shape == (0, 8)
     assert not any(gradient.any() for gradient in grads[1:])
+
+
+@on_gpu
+def test_a_launch_repeated_without_triton_look_up_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aligned and unaligned tensors, other numbers of tokens: each takes what was compiled for it."""
+    triton_launch._compiled.clear()
+    for tokens in (33, 150, 33):
+        for strided in (False, True, False):
+            check(Case(T=tokens, p=9, q=16, b=2, r=5, strided=strided))
+    known = len(triton_launch._compiled)
+    check(Case(T=70, p=9, q=16, b=2, r=5))
+    assert len(triton_launch._compiled) == known
