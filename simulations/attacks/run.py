@@ -8,7 +8,7 @@ from peft import PeftModel
 from bora_fl.config import Scalar, parse
 from bora_fl.data import load_dataset, test_data
 from bora_fl.evaluate import evaluate
-from bora_fl.models import load_base, load_tokenizer
+from bora_fl.models import load_base, load_tokenizer, settled
 from bora_fl.paths import delete
 from bora_fl.report import read_rows
 from bora_fl.simulations import grid
@@ -63,7 +63,7 @@ class AttackRun(grid.Run):
 
 
 def _backdoor_success(config: dict[str, Scalar], folder: Path) -> float:
-    settings = parse(config)
+    settings = settled(parse(config))
     test = test_data(settings.data, settings.model, load_tokenizer(settings.model))
     assert test is not None
     base = load_base(settings.model, load_dataset(settings.data).label_names, settings.run.seed)

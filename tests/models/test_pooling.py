@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings, parse
-from bora_fl.models import FederatedModel, load_base
-from bora_fl.models.base import trained_pooling
+from bora_fl.models import FederatedModel, load_base, settled
+from bora_fl.models.base import LAYERED, trained_pooling
 from bora_fl.models.pooling import pool, pooled_class
 
 SIZES = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -18,6 +18,12 @@ FAMILIES = {
     "Roberta": SMALL,
     "DistilBert": {"dim": 16, "hidden_dim": 16, "n_layers": 2, "n_heads": 2},
     "Albert": {**SMALL, "embedding_size": 8},
+    "Camembert": SMALL,
+    "Deberta": SMALL,
+    "DebertaV2": SMALL,
+    "Electra": {**SMALL, "embedding_size": 8},
+    "MPNet": SMALL,
+    "XLMRoberta": SMALL,
     "ModernBert": {**SMALL, "cls_token_id": 1, "sep_token_id": 2},
 }
 
@@ -166,3 +172,40 @@ def test_per_sample_gradients_sum_to_the_batch_gradient(tiny_model: Path):
         found = gradients.take(3)
         for parameter, gradient in zip(trained, expected, strict=True):
             torch.testing.assert_close(found[parameter].sum(0), gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{"pooling_mode_mean_tokens": True}, {"pooling_mode_cls_token": True}], ids=str)
+def test_a_solved_head_reads_every_layer_of_a_sentence_encoder(given: dict, tiny_model: Path, tmp_path: Path):
+    name = encoder(tiny_model, tmp_path / "encoder", given).name
+    assert settled(parse({"model.name": name})).model.pooling == "layers"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model.name": "plain"},
+        {"model.pooling": "mean"},
+        {"head.init": "random"},
+        {"privacy.mode": "record", "privacy.epsilon": 3.0, "privacy.delta": 1e-3, "strategy.weighting": "uniform"},
+        {"privacy.mode": "client", "strategy.weighting": "uniform"},
+        {"privacy.secure-aggregation": True},
+        {"model.task": "causal-lm"},
+    ],
+    ids=str,
+)
+def test_auto_stays_what_the_model_was_trained_for(other: dict, tiny_model: Path, tmp_path: Path):
+    own = encoder(tiny_model, tmp_path / "encoder", {"pooling_mode_mean_tokens": True}).name
+    config = {"model.name": own} | other | ({"model.name": str(tiny_model)} if "model.name" in other else {})
+    settings = parse(config)
+    assert settled(settings) is settings
+
+
+@pytest.mark.parametrize("stated", ["lasttoken", "max"])
+def test_auto_does_not_read_every_layer_of_other_encoders(stated: str, tiny_model: Path, tmp_path: Path):
+    settings = parse({"model.name": encoder(tiny_model, tmp_path / "encoder", {"pooling_mode": stated}).name})
+    assert settled(settings) is settings
+
+
+def test_every_family_that_auto_may_read_whole_is_tested():
+    families = {getattr(transformers, f"{family}Config").model_type for family in FAMILIES}
+    assert families == LAYERED

@@ -1,6 +1,9 @@
 """The closed-form head over a whole federation: the same however the data is split, before round 1 and at the end."""
 
 import copy
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +11,13 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
+from bora_fl import load
 from bora_fl.client.app import app
 from bora_fl.config import ConfigError, parse
+from bora_fl.data import test_data as held_out
+from bora_fl.evaluate import evaluate
 from bora_fl.heads import lda
-from bora_fl.report import read_rows
+from bora_fl.report import read_rows, training_rows
 from bora_fl.server.checkpoint import load_newest
 from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.strategies import head as strategy_head
@@ -348,3 +354,26 @@ def test_a_class_that_nobody_has_is_none_after_masking_either():
     assert sums is not None
     assert sums.counts.tolist() == [1.0, 0.0]
     assert sums.sums.flatten().tolist() == [6000.0, 0.0]
+
+
+def test_a_sentence_encoders_run_says_what_its_head_read_resumes_and_loads(tiny_config, tiny_model: Path, tmp_path):
+    """`auto` is settled once: what was saved must not be settled anew, by another rule, when it is read."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_model, folder)
+    (folder / "1_Pooling").mkdir()
+    modules = [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    tiny_config |= {"model.name": str(folder), "run.num-rounds": 1, "head.init": "auto"}
+    run = simulate(tiny_config, 3)
+    assert json.loads((run / "config.json").read_text())["model.pooling"] == "layers"
+    assert "layers of the token states" in (run / "adapter" / "README.md").read_text()
+    loaded, tokenizer = load(run)
+    assert loaded.base_model.model.classifier.modules_to_save["default"].in_features == 3 * 16
+    last = training_rows(run / "metrics.jsonl")[-1]
+    settings = parse(json.loads((run / "config.json").read_text()))
+    test = held_out(settings.data, settings.model, tokenizer)
+    assert test is not None
+    assert evaluate(loaded, test, 64).loss == pytest.approx(last["loss"], abs=1e-4)
+    simulate(tiny_config | {"run.num-rounds": 2, "run.resume": True}, 3)
+    assert training_rows(run / "metrics.jsonl")[-1]["round"] == 2
