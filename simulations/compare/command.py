@@ -96,8 +96,8 @@ def compare(
     rates: Annotated[str, typer.Option(help="multiples of each variant's learning rate that --tune tries")] = "0.3,1,3",
     tune_seeds: Annotated[int, typer.Option(help="number of seeds for --tune, from 1000")] = 2,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="also local only, central, and IID: retention, of every variant")
-    ] = False,
+        str, typer.Option(help="also local, central, iid (retention), comma-separated; all; none, if no suite has any")
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="say what would run and how long it takes, and stop")
     ] = False,
@@ -133,7 +133,7 @@ def compare(
     chosen, base, named = overrides(run_config), QUICK if quick else BASE, named_suite(suite) if suite else None
     if named:
         strategies, scenarios = strategies or named.strategies, scenarios or named.scenarios
-        seeds, tune, baselines = seeds or named.seeds, tune or named.tune, baselines or named.baselines
+        seeds, tune, baselines = seeds or named.seeds, tune or named.tune, baselines or ",".join(named.baselines)
         base = {**base, **named.config}
     factors = tuning.factors_of(rates)
     if not 0 <= target <= 1:
@@ -158,7 +158,7 @@ def compare(
     for reason in laid_out.reasons():
         console.print(f"skipped: {reason}", highlight=False, markup=False)
     comparison = Comparison(
-        laid_out, against, factors if tune else (), tune_seeds, baselines, workers, threads, console
+        laid_out, against, factors if tune else (), tune_seeds, _baselines(baselines), workers, threads, console
     )
     console.print(comparison.describe(), highlight=False, soft_wrap=True)
     if dry_run or suite:
@@ -180,6 +180,20 @@ def _names(option: str, text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"{option} {text!r}: name at least one")
+    return names
+
+
+def _baselines(text: str) -> tuple[str, ...]:
+    from bora_fl.simulations.compare.references import BASELINES
+
+    if text in ("", "none", "all"):
+        return BASELINES if text == "all" else ()
+    names = tuple(_names("--baselines", text))
+    if unknown := set(names) - set(BASELINES):
+        raise ConfigError(
+            f"--baselines {text!r}: {', '.join(sorted(unknown))} is none of {', '.join(BASELINES)}; name some of them, "
+            "all or none"
+        )
     return names
 
 

@@ -7,7 +7,7 @@
 * **Central**: one client with all the data that takes as many steps as all clients of a round together.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from bora_fl.simulations.compare.intervals import Estimate, estimate
 from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant
 from bora_fl.simulations.compare.rows import rows_of
 
+BASELINES = ("local", "central", "iid")
 MOST_LOCAL = 8  # clients that are trained alone, evenly spaced
 
 _IID: dict[str, Scalar] = {
@@ -66,13 +67,14 @@ def local(run: CompareRun) -> list[CompareRun]:
     ]
 
 
-def reference_runs(plan: Plan, variant: Variant) -> list[CompareRun]:
+def reference_runs(plan: Plan, variant: Variant, baselines: Collection[str] = BASELINES) -> list[CompareRun]:
     """All runs that the references need, each once: central and local of one variant, IID of all."""
     runs: dict[Path, CompareRun] = {}
     for run in plan.runs:
-        wanted = [iid(run)] if run.settings.data.partition != "iid" else []
+        wanted = [iid(run)] if "iid" in baselines and run.settings.data.partition != "iid" else []
         if run.variant == variant:
-            wanted += [central(run), *local(run)]
+            wanted += [central(run)] if "central" in baselines else []
+            wanted += local(run) if "local" in baselines else []
         runs |= {found.folder: found for found in wanted}
     return list(runs.values())
 

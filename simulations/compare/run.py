@@ -1,6 +1,6 @@
 """A comparison from its plan to its report."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ class Comparison:
         baseline: What differences are from.
         factors: Multiples of each variant's learning rate that are tried on seeds of their own; empty is no search.
         tune_seeds: How many seeds these are.
-        baselines: Whether the references and retention are measured.
+        baselines: Which references are measured, of `references.BASELINES`.
         workers: Runs at once; 0 is cores divided by `threads`.
         threads: Torch threads of each.
         console: Shows the progress.
@@ -55,7 +55,7 @@ class Comparison:
     baseline: Variant
     factors: Sequence[float] = ()
     tune_seeds: int = 1
-    baselines: bool = False
+    baselines: Collection[str] = ()
     workers: int = 0
     threads: int = 1
     console: Console = field(default_factory=lambda: Console(stderr=True))
@@ -77,7 +77,7 @@ class Comparison:
 
     def beside(self, plan: Plan) -> list[CompareRun]:
         """The references' runs of a plan."""
-        return reference_runs(plan, self.baseline) if self.baselines else []
+        return reference_runs(plan, self.baseline, self.baselines)
 
     def describe(self) -> str:
         """How many runs there are, and where."""

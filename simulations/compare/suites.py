@@ -17,7 +17,7 @@ class Suite:
         scenarios: Names, comma-separated.
         seeds: Number of seeds.
         tune: Whether each variant's learning rate is searched.
-        baselines: Whether the references and retention are measured.
+        baselines: Which references are measured.
         clients: Number of clients where a scenario has none of its own; 0 is the comparison's.
         config: Run config beside the comparison's own.
     """
@@ -27,7 +27,7 @@ class Suite:
     scenarios: str
     seeds: int
     tune: bool = True
-    baselines: bool = True
+    baselines: tuple[str, ...] = ("local", "central", "iid")
     clients: int = 0
     config: Mapping[str, Scalar] = field(default_factory=dict)
 

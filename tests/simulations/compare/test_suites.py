@@ -108,7 +108,7 @@ def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeyp
 
     monkeypatch.setattr(run, "run_grid", made_up)
     monkeypatch.setattr(run, "fetch", lambda name: None)
-    options = "--strategies refactor,lora/fedavg --scenarios dirichlet-1 --clients 3 --seeds 2 --tune --baselines"
+    options = "--strategies refactor,lora/fedavg --scenarios dirichlet-1 --clients 3 --seeds 2 --tune --baselines all"
     options += " --first-seed 10"
     config = ["-c", "train.learning-rate=0.001", "-c", "run.num-rounds=1"]
     ended = CliRunner().invoke(cli, ["compare", *options.split(), *config, "--output", str(tmp_path)])
@@ -122,3 +122,13 @@ def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeyp
     assert [s["learning_rate"] for s in found["summaries"]] == [1e-3, 3e-3]
     assert [s["retention"]["mean"] for s in found["summaries"]] == pytest.approx([0.75, 0.75])
     assert found["references"]["dirichlet-1"]["central"]["mean"] == pytest.approx(0.8)
+
+
+def test_baselines_are_named_one_by_one():
+    from bora_fl.simulations.compare.command import _baselines
+
+    assert _baselines("") == _baselines("none") == ()
+    assert _baselines("all") == ("local", "central", "iid")
+    assert _baselines("central, iid") == ("central", "iid")
+    with pytest.raises(ConfigError, match="--baselines 'yes': yes is none of local, central, iid"):
+        _baselines("yes")
