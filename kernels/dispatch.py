@@ -64,8 +64,8 @@ class _Call(NamedTuple):
 
 
 def _why_not_expanded(call: _Call) -> str | None:
-    if call.device != "cuda":
-        return f"x is on {call.device}"
+    if call.device != "cuda" and call.wanted != "expanded":
+        return f"x is on {call.device}, where the path cpu takes dense products for small layers"
     if call.dropout:
         return "x goes through dropout, whose mask Triton's kernels draw on the way"
     if not call.x == call.A == call.B:

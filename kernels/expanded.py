@@ -96,6 +96,16 @@ def forward(
     return y, u
 
 
+def traceable(
+    x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, scaling: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return `forward`'s y by operations that a compiler can see into, differentiate and fuse."""
+    b, (r, n) = Sigma.shape[0], A.shape
+    u = torch.bmm(_blocks(rows(x), b), A.view(r, b, n // b).permute(1, 2, 0)).transpose(0, 1)
+    y = u.flatten(1) @ _expand(Sigma, B, scaling).t()
+    return y if weight is None else torch.nn.functional.linear(x, weight, bias) + y
+
+
 def backward(
     dy: Tensor,
     x: Tensor,

@@ -2,8 +2,9 @@
 
 A path is a pair of functions on matrices, forward and backward; this module gives them autograd. Eager code runs an
 autograd Function; under `torch.compile` the same pair runs as the custom operators `bora_fl::layer` and
-`bora_fl::layer_backward`, whose fake implementations tell the compiler every shape. Saved for backward: x, and what
-the path returns beside y (u on the GPU, the dropout mask on the CPU, nothing on the CPU without dropout).
+`bora_fl::layer_backward`, whose fake implementations tell the compiler every shape. Dense products (`expanded`) need no
+operator of their own there: the compiler sees into them. Saved for backward: x, and what the path returns beside y (u
+on the GPU, the dropout mask on the CPU, nothing on the CPU without dropout).
 """
 
 from contextlib import nullcontext
@@ -157,8 +158,11 @@ _layer_op.register_autograd(_compiled_backward, setup_context=_setup)
 
 def fused_layer(layer: Layer) -> Tensor:
     """Return `y [T, m]`, differentiable once in x, A, Sigma and B (weight and bias are frozen)."""
-    if torch.compiler.is_compiling():
-        y: Tensor = _layer_op(*layer)[0]
-    else:
+    y: Tensor
+    if not torch.compiler.is_compiling():
         y = _EagerLayer.apply(*layer)  # type: ignore[no-untyped-call]
+    elif layer.path == "expanded":
+        y = expanded.traceable(layer.x, layer.A, layer.Sigma, layer.B, layer.scaling, layer.weight, layer.bias)
+    else:
+        y = _layer_op(*layer)[0]
     return y

@@ -89,7 +89,7 @@ SPECIAL = [
 ]
 
 
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the dispatch gives CPU tensors to the path cpu")
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,10 @@ def test_gradients_asked_for_alone_equal_those_asked_for_together(wanted: str, p
     assert all(gradient is None for gradient in alone.values())
 
 
-@pytest.mark.parametrize("path", ["triton", pytest.param("expanded", marks=on_gpu)])
+@pytest.mark.filterwarnings(
+    "ignore:Attempting to run cuBLAS:UserWarning"
+)  # torch's own thread, in a first backward pass
+@pytest.mark.parametrize("path", ["triton", "expanded"])
 def test_bora_linear_takes_the_path_eager_compiled_and_checkpointed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BORA_KERNEL", path)
     dropout_p = 0.2 if path == "triton" else 0.0
@@ -242,7 +245,7 @@ def test_bora_linear_takes_the_path_eager_compiled_and_checkpointed(path: str, m
     compiled = gradients(torch.compile(layer, backend="aot_eager", fullgraph=True))
     for a, b, c in zip(eager, checkpointed, compiled, strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(a, c)
+        torch.testing.assert_close(c, a, rtol=0 if path == "triton" else 2e-6, atol=0 if path == "triton" else 2e-6)
 
 
 @pytest.mark.parametrize(
