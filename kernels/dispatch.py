@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 PATHS = ("expanded", "triton", "cpu", "reference")
 NUM_BLOCKS_FUSED = (1, 2, 4, 8, 16, 32)
 RANKS_FUSED = range(1, 129)
-WIDTH_EXPANDED = 512  # b·r up to which products b times as large cost a GPU less than more launches do
+# b·r up to which dense products cost a GPU less than Triton's kernels do (measured, docs/kernels.md): matrix units make
+# their flops, b times as many, nearly free in half precision alone.
+WIDTH_EXPANDED, WIDTH_EXPANDED_HALF = 256, 2048
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -70,8 +72,9 @@ def _why_not_expanded(call: _Call) -> str | None:
         return "x goes through dropout, whose mask Triton's kernels draw on the way"
     if not call.x == call.A == call.B:
         return f"x is {call.x}, A {call.A} and B {call.B}"
-    if (width := call.num_blocks * call.rank) > WIDTH_EXPANDED:
-        return f"b·r = {width} is above {WIDTH_EXPANDED}"
+    limit = WIDTH_EXPANDED_HALF if call.x in _HALF else WIDTH_EXPANDED
+    if (width := call.num_blocks * call.rank) > limit:
+        return f"b·r = {width} is above {limit}"
     return None
 
 
@@ -136,14 +139,29 @@ def explain(
     Raises:
         ValueError: if `BORA_KERNEL` names no path.
     """
-    weight = None if base_weight is None else base_weight.dtype
-    trained = base_weight is not None and base_weight.requires_grad
-    b, _, r = Sigma.shape
-    interpreted, wanted = os.environ.get("TRITON_INTERPRET") == "1", os.environ.get("BORA_KERNEL", "auto")
-    traced = in_functorch()
-    call = (x.device.type, x.dtype, A.dtype, B.dtype, weight, trained, b, r, dropout_p > 0, traced, interpreted, wanted)
+    return _explain(x, A, Sigma, B, base_weight, dropout_p, None)
+
+
+def _explain(
+    x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, weight: Tensor | None, dropout_p: float, low: torch.dtype | None
+) -> Explanation:
+    """`explain`, where x, A, B and the weight are going to be cast to `low`, unless it is None."""
+    call = _Call(
+        x.device.type,
+        low or x.dtype,
+        low or A.dtype,
+        low or B.dtype,
+        None if weight is None else low or weight.dtype,
+        weight is not None and weight.requires_grad,
+        Sigma.shape[0],
+        Sigma.shape[2],
+        dropout_p > 0,
+        in_functorch(),
+        os.environ.get("TRITON_INTERPRET") == "1",
+        os.environ.get("BORA_KERNEL", "auto"),
+    )
     # the compiler traces through a cache, and warns that it does
-    return (_choose if torch.compiler.is_compiling() else _chosen)(_Call(*call))
+    return _choose(call) if torch.compiler.is_compiling() else _chosen(call)
 
 
 @cache
@@ -203,20 +221,19 @@ def bora_linear(
         raise ValueError(f"dropout_p={dropout_p} must be in [0, 1)")
     device = x.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if low is not None:
-        x, A, B = x.to(low), A.to(low), B.to(low)
-        base_weight, base_bias = (None if t is None else t.to(low) for t in (base_weight, base_bias))
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    explanation = explain(x, A, Sigma, B, base_weight=base_weight, dropout_p=dropout_p)
+    explanation = _explain(x, A, Sigma, B, base_weight, dropout_p, low)
     with torch.autocast(device, enabled=False) if low is not None else nullcontext():
-        if explanation.path == "reference":
-            if os.environ.get("BORA_KERNEL") != "reference":
-                _log_fallback(str(explanation))
-            y = bora_branch_reference(x, A, Sigma, B, scaling, dropout_p=dropout_p, seed=seed)
-            return y if base_weight is None else functional.linear(x, base_weight, base_bias) + y
-        rows = x.reshape(-1, x.shape[-1])
-        layer = Layer(rows, A, Sigma, B, base_weight, base_bias, seed, scaling, dropout_p, explanation.path)
-        return fused_layer(layer).view(*x.shape[:-1], B.shape[0])
+        if explanation.path != "reference":
+            layer = Layer(x, A, Sigma, B, base_weight, base_bias, seed, scaling, dropout_p, explanation.path)
+            return fused_layer(layer, low)
+        if os.environ.get("BORA_KERNEL") != "reference":
+            _log_fallback(str(explanation))
+        if low is not None:
+            x, A, B = x.to(low), A.to(low), B.to(low)
+            base_weight, base_bias = (None if t is None else t.to(low) for t in (base_weight, base_bias))
+        y = bora_branch_reference(x, A, Sigma, B, scaling, dropout_p=dropout_p, seed=seed)
+        return y if base_weight is None else functional.linear(x, base_weight, base_bias) + y

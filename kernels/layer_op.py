@@ -19,7 +19,10 @@ from bora_fl.kernels.reference import Gradients, Needs
 
 
 class Layer(NamedTuple):
-    """The arguments of one call: `x [T, n]` and the layer's tensors and numbers, as in `dispatch.bora_linear`."""
+    """The arguments of one call: x, of which a path takes the rows `[T, n]`, the layer's tensors and its numbers.
+
+    They are those of `dispatch.bora_linear`.
+    """
 
     x: Tensor
     A: Tensor
@@ -31,6 +34,14 @@ class Layer(NamedTuple):
     scaling: float
     dropout_p: float
     path: str
+
+    def on_rows(self, low: torch.dtype | None) -> "Layer":
+        """The call on `x [T, n]`, with what `F.linear` would cast under autocast in dtype `low`."""
+        x, A, Sigma, B, weight, bias = self[:6]
+        if low is not None:
+            x, A, B = x.to(low), A.to(low), B.to(low)
+            weight, bias = None if weight is None else weight.to(low), None if bias is None else bias.to(low)
+        return Layer(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), A, Sigma, B, weight, bias, *self[6:])
 
 
 def _forward(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -61,12 +72,16 @@ def _backward(dy: Tensor, saved: Tensor, layer: Layer, needs: Needs) -> Gradient
 
 class _EagerLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, low: torch.dtype | None, *arguments: Any) -> Tensor:
+        # Casts and changes of shape are in here, for autograd to keep one node a layer and not seven.
         layer = Layer(*arguments)
+        ctx.shape = shape = layer.x.shape
+        layer = layer.on_rows(low)
         y, saved = _forward(layer)
         ctx.save_for_backward(*layer[:7], saved)
         ctx.numbers = layer[7:]
-        return y
+        # no view for autograd: the caller may change the output in place
+        return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -74,8 +89,10 @@ class _EagerLayer(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         autocast = torch.is_autocast_enabled(dy.device.type)
         with torch.autocast(dy.device.type, enabled=False) if autocast else nullcontext():
-            grads = _backward(dy, saved, Layer(*tensors, *ctx.numbers), Needs(*ctx.needs_input_grad[:4]))
-        return *grads, None, None, None, None, None, None
+            rows = dy.reshape(-1, dy.shape[-1])
+            dx, *rest = _backward(rows, saved, Layer(*tensors, *ctx.numbers), Needs(*ctx.needs_input_grad[1:5]))
+        # autograd casts gradients to the dtypes of what was cast
+        return None, None if dx is None else dx.view(ctx.shape), *rest, None, None, None, None, None, None
 
 
 @torch.library.custom_op("bora_fl::layer", mutates_args=())
@@ -156,13 +173,20 @@ def _compiled_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
 _layer_op.register_autograd(_compiled_backward, setup_context=_setup)
 
 
-def fused_layer(layer: Layer) -> Tensor:
-    """Return `y [T, m]`, differentiable once in x, A, Sigma and B (weight and bias are frozen)."""
+def fused_layer(layer: Layer, low: torch.dtype | None = None) -> Tensor:
+    """Return `y [..., m]`, differentiable once in x, A, Sigma and B (weight and bias are frozen).
+
+    Args:
+        layer: The call.
+        low: What x, A, B, the weight and the bias are cast to, as under autocast; None leaves them as they are.
+    """
     y: Tensor
     if not torch.compiler.is_compiling():
-        y = _EagerLayer.apply(*layer)  # type: ignore[no-untyped-call]
-    elif layer.path == "expanded":
+        y = _EagerLayer.apply(low, *layer)  # type: ignore[no-untyped-call]
+        return y
+    shape, layer = layer.x.shape, layer.on_rows(low)
+    if layer.path == "expanded":
         y = expanded.traceable(layer.x, layer.A, layer.Sigma, layer.B, layer.scaling, layer.weight, layer.bias)
     else:
         y = _layer_op(*layer)[0]
-    return y
+    return y.view(*shape[:-1], layer.B.shape[0])

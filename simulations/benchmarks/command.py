@@ -28,6 +28,7 @@ BENCHMARKS = {
     ),
     "merging": ("bora_fl.simulations.benchmarks.merging", "merging and refactorizing: planted optima, time, memory"),
     "step": ("bora_fl.simulations.benchmarks.step", "a training step against LoRA's, and several clients in one pass"),
+    "language-step": ("bora_fl.simulations.benchmarks.language_step", "a step of a language model against LoRA's"),
     "server": ("bora_fl.simulations.benchmarks.server", "what a round costs the server, by the number of clients"),
     "wire": ("bora_fl.simulations.benchmarks.wire", "bytes a client and round by strategy, and codecs"),
     "worker": ("bora_fl.simulations.benchmarks.worker", "rounds over loopback with and without warm workers"),

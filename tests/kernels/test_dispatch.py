@@ -232,3 +232,41 @@ assert "not installed" in explain(*tensors).refused["triton"]
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", ["cpu", "expanded"])
+def test_the_output_may_be_changed_in_place(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BORA_KERNEL", path)
+    tensors = draw(T=6)
+    x = tensors["x"].detach().view(2, 3, 8).requires_grad_()
+    factors = [tensors[name] for name in FACTORS]
+    found, expected = (bora_linear(x, *factors, 0.5, base_weight=tensors["W"]) for _ in range(2))
+    assert found.shape == (2, 3, 8)
+    found.mul_(2)
+    inputs = [x, *factors]
+    grads = (torch.autograd.grad(y.sum(), inputs) for y in (found, 2 * expected))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "path"),
+    [
+        ({}, "expanded"),
+        ({"rank": 256}, "expanded"),
+        ({"rank": 512}, "reference"),
+        ({"x": torch.float32, "A": torch.float32, "B": torch.float32, "weight": torch.float32, "rank": 64}, "triton"),
+        ({"A": torch.float32, "B": torch.float32}, "triton"),
+        ({"dropout": True}, "triton"),
+        ({"dropout": True, "num_blocks": 3}, "reference"),
+        ({"weight": torch.float32}, "reference"),
+        ({"trained_weight": True}, "reference"),
+        ({"wanted": "triton"}, "triton"),
+    ],
+    ids=str,
+)
+def test_the_path_of_a_gpus_call(changed: dict, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+    half = torch.bfloat16
+    plain = dispatch._Call("cuda", half, half, half, half, False, 8, 16, False, False, False, "auto")
+    assert dispatch._choose(plain._replace(**changed)).path == path
