@@ -8,9 +8,11 @@ of mode 0600 in a folder of mode 0700.
 import contextlib
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -21,8 +23,12 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
+from bora_fl.client.worker.address import LONGEST_PATH
+
 Task = TypeVar("Task")
 _CLEAN_UP_SECONDS = 30.0
+_SHORT = "/tmp"
+_SOCKET = "/listener-12345678"
 Result = TypeVar("Result")
 
 
@@ -66,7 +72,8 @@ class Pool(Generic[Task, Result]):
         self._work, self._size, self._environment, self._prepare = work, workers, environment, prepare
         self._places = list(places) or [{}] * workers
         self._method: Literal["forkserver", "spawn"] = "spawn"
-        if preload is not None and "forkserver" in multiprocessing.get_all_start_methods():
+        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+        if preload is not None and can_fork and _socket_fits():
             self._method = "forkserver"
             multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
         self._workers: list[_Worker[Task]] = []
@@ -194,6 +201,23 @@ def run_all(
             on_tick,
             tick_seconds,
         )
+
+
+def _socket_fits() -> bool:
+    """Whether the path of the forking server's socket fits into an address.
+
+    It stands in a folder that multiprocessing makes, once, in the temporary folder; ``/tmp`` takes its place if that
+    has too long a name.
+    """
+    usual = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_PATH - len("/pymp-12345678") - len(_SOCKET):
+        tempfile.tempdir = _SHORT
+    try:
+        return len(os.fsencode(multiprocessing.util.get_temp_dir())) + len(_SOCKET) <= LONGEST_PATH
+    except OSError:
+        return False
+    finally:
+        tempfile.tempdir = usual
 
 
 @contextlib.contextmanager

@@ -48,6 +48,32 @@ def test_workers_keep_their_memory_and_get_the_environment():
     assert "BORA_FL_POOL_TEST" not in os.environ
 
 
+LONG = """
+import os, sys, tempfile
+from bora_fl.simulations import pool
+pool._SHORT = sys.argv[1]
+if __name__ == "__main__":
+    found = {}
+    with pool.Pool(eval, 1, environment={}, preload=[]) as workers:
+        workers.run(["1 + 1"], found.__setitem__)
+    print(workers._method, found["1 + 1"], tempfile.gettempdir() == os.environ["TMPDIR"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+@pytest.mark.parametrize("short", ["/tmp", "/nowhere"])
+def test_workers_start_where_the_temporary_folder_has_too_long_a_name_for_a_socket(short: str, tmp_path: Path):
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    (tmp_path / "script.py").write_text(LONG)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), short],
+        env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["forkserver" if short == "/tmp" else "spawn", "2", "True"], done.stderr
+    assert not list(folder.iterdir())
+
+
 def test_an_interruption_ends_the_workers():
     pids: list[int] = []
 
