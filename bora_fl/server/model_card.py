@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from bora_fl.config import Settings, extensions
-from bora_fl.models import EMBEDDED
+from bora_fl.config import Settings, extensions, extras
 from bora_fl.server.versions import versions
 
 _LOAD = """\
@@ -66,7 +65,7 @@ def _is_hub_id(settings: Settings) -> bool:
     name = settings.model.name
     return (
         not extensions.reference("models", name)
-        and name not in EMBEDDED
+        and name not in extras.MODELS
         and not Path(name).expanduser().exists()
         and not name.startswith((".", "/", "~"))
     )
@@ -75,7 +74,7 @@ def _is_hub_id(settings: Settings) -> bool:
 def _base(settings: Settings) -> str:
     """The base model's name; of a local folder its last part, since a path says nothing elsewhere."""
     name = settings.model.name
-    return name if name in EMBEDDED or _is_hub_id(settings) else Path(name).name
+    return name if name in extras.MODELS or _is_hub_id(settings) else Path(name).name
 
 
 def _front_matter(settings: Settings, kind: str) -> str:
@@ -93,7 +92,7 @@ def _table(
     test_examples: int,
 ) -> str:
     model, adapter, strategy, data = settings.model, settings.adapter, settings.strategy, settings.data
-    source = f", from the package {EMBEDDED[model.name][2]}" if model.name in EMBEDDED else ""
+    source = f", from the package {extras.MODELS[model.name][2]}" if model.name in extras.MODELS else ""
     source += f", revision {model.revision}" if model.revision else ""
     blocks = f", {adapter.num_blocks} blocks" if adapter.method == "bora" else ""
     how = "data of each site" if data.partition == "local" else f"{data.partition} partition"

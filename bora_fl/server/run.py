@@ -34,11 +34,11 @@ from bora_fl.server.output_folder import held, refuse_another_run
 from bora_fl.server.samples import SAMPLES, generate
 from bora_fl.server.versions import versions
 from bora_fl.state import AdapterState, unflatten_deltas
-from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.head import HeadLayout
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.strategies.trial import tried
 from bora_fl.tracking import activity
 from bora_fl.tracking.prometheus import serving
 from bora_fl.tracking.sinks import Sinks, scalars
@@ -63,7 +63,7 @@ class Server(Observer):
         self.folder = Path(settings.run.output_dir).expanduser().resolve()
         if settings.adapter.method != "full":
             peft_config(settings.adapter, settings.model)  # names the methods there are, before a strategy refuses it
-        self.aggregator = build(settings)
+        self.aggregator = tried(settings)
         self.sinks = Sinks(settings.run.sinks)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)

@@ -14,7 +14,7 @@ from bora_fl.config import Settings
 from bora_fl.privacy.accounting import summarize
 from bora_fl.report import ClientMetrics, Evaluation, RoundReport, epsilon_of, mean_train_loss
 from bora_fl.state import AdapterState, flatten, flatten_deltas
-from bora_fl.strategies.aggregation import Aggregator, build
+from bora_fl.strategies.aggregation import Aggregator
 from bora_fl.strategies.best import Best, keeps_best
 from bora_fl.strategies.client_privacy import ClientPrivacy
 from bora_fl.strategies.downlink import Downlink
@@ -26,6 +26,7 @@ from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
 from bora_fl.strategies.screening import credible
 from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
 from bora_fl.strategies.server_state import ServerState
+from bora_fl.strategies.trial import tried
 from bora_fl.tracking import activity
 from bora_fl.wire.records import Instruction, size, to_arrays
 from bora_fl.wire.schema import INSTRUCTION
@@ -61,7 +62,7 @@ class Rounds:
     ) -> None:
         self.settings, self.observer = settings, observer or Observer()
         self.run_id = run_id or uuid.uuid4().hex
-        self.aggregator = aggregator or build(settings)
+        self.aggregator = aggregator or tried(settings)
         self.head = head if settings.solves_head else None
         self.nodes = Nodes(settings.strategy, settings.run.seed)
         self.state = ServerState.start(AdapterState())

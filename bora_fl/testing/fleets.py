@@ -7,18 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bora_fl.blocks import BlockFactors
 from bora_fl.blocks.gram import gram_of
 from bora_fl.config import AdapterSettings, RunSettings, Settings, StrategySettings
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import Aggregator, build
+from bora_fl.strategies.made_up import Transform, drifted, factors
 from bora_fl.strategies.server_state import ServerState
 
 LAYERS = {"query": (24, 16)}
-
-
-def _in_range(log: Tensor, transform: str) -> Tensor:
-    return (log / log.abs().mean()).exp() if transform == "exp_norm" else log.exp()
 
 
 @dataclass
@@ -35,7 +31,7 @@ class Federation:
     """
 
     blocks: int
-    transform: Literal["exp_norm", "identity"]
+    transform: Transform
     plain: bool = False
     rank: int = 4
     drift: float = 0.4
@@ -51,32 +47,16 @@ class Federation:
     def initial(self, seed: int = 0, trained: bool = True) -> AdapterState:
         """The adapter before the round; `trained` makes B non-zero."""
         g = torch.Generator().manual_seed(seed)
-        layers = {name: self._factors(g, m, n, trained) for name, (m, n) in LAYERS.items()}
+        form: dict[str, Any] = {"rank": self.rank, "blocks": self.blocks, "transform": self.transform}
+        form |= {"plain": self.plain, "trained": trained, "dtype": self.dtype}
+        layers = {name: factors(g, m, n, **form) for name, (m, n) in LAYERS.items()}
         return AdapterState(layers, {"head": torch.randn(3, 5, generator=g).to(self.dtype)})
-
-    def _factors(self, g: torch.Generator, m: int, n: int, trained: bool) -> BlockFactors:
-        b, r = self.blocks, self.rank
-        A = (2 * torch.rand(r, n, generator=g, dtype=self.dtype) - 1) / n**0.5
-        log = 2 * torch.rand(b, b, r, generator=g, dtype=self.dtype) - 1
-        sigma = torch.ones(b, b, r, dtype=self.dtype) if self.plain else _in_range(log, self.transform)
-        B = torch.randn(m, r, generator=g, dtype=self.dtype) if trained else torch.zeros(m, r, dtype=self.dtype)
-        return BlockFactors(B, sigma, A, 2.0)
 
     def train(self, sent: AdapterState, parts: frozenset[str], seed: int, size: float = 1.0) -> AdapterState:
         """One client's state after local training of some parts."""
         g = torch.Generator().manual_seed(seed)
-        layers = {}
-        for name, f in sent.layers.items():
-            noise = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in (f.B, f.sigma, f.A)]
-            step = [self.drift * size * t.to(f.B.dtype) for t in noise]
-            sigma = f.sigma * step[1].exp()
-            sigma = _in_range(sigma.log(), self.transform) if self.transform == "exp_norm" else sigma
-            layers[name] = BlockFactors(
-                f.B + step[0] if "B" in parts else f.B,
-                sigma if "sigma" in parts and not self.plain else f.sigma,
-                f.A + step[2] * f.A.std() if "A" in parts else f.A,
-                f.scaling,
-            )
+        drift = self.drift * size
+        layers = {n: drifted(g, f, parts, drift, self.transform, self.plain) for n, f in sent.layers.items()}
         noise_head = torch.randn(sent.tensors["head"].shape, generator=g, dtype=torch.float64)
         return AdapterState(layers, {"head": sent.tensors["head"] + size * noise_head.to(self.dtype)})
 

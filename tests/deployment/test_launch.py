@@ -77,6 +77,16 @@ def test_a_run_that_does_not_complete_says_why(flower: Path):
         attach(RUN_ID, "hospitals", stops=never, show=lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("fedavgg", "did you mean fedavg"), ("tests.strategies.test_trial:raising", r"in _helper: IndexError")],
+)
+def test_a_strategy_that_cannot_merge_is_refused_before_anything_is_sent(name: str, words: str, flower: Path):
+    with pytest.raises(ConfigError, match=words):
+        run(ROOT, {"strategy.name": name}, "hospitals", stops=never, show=lambda line: None)
+    assert not (flower / "calls").exists()
+
+
 def test_a_run_that_does_not_start_says_so(flower: Path):
     (flower / "refuse").touch()
     with pytest.raises(LaunchError, match=r"no SuperLink for the app$") as error:
@@ -147,3 +157,14 @@ def test_the_reason_of_a_failure_is_what_the_log_names():
 
 def test_a_run_that_was_killed_is_said_to_be_resumable():
     assert "run.resume=true" in reason("\n".join(LOG.splitlines()[:2]))
+
+
+@pytest.mark.parametrize(("length", "moved"), [(20, False), (90, True)])
+def test_ray_gets_another_temporary_folder_where_a_socket_s_path_would_be_too_long(
+    length: int, moved: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * length)
+    assert launch.flower_environment().get("RAY_TMPDIR") == ("/tmp" if moved else None)
+    monkeypatch.setenv("RAY_TMPDIR", "/short")
+    assert launch.flower_environment()["RAY_TMPDIR"] == "/short"

@@ -21,6 +21,8 @@ from bora_fl.tracking.activity import Activity
 
 ROOT = Path(__file__).resolve().parents[2]
 
+RAISING = {"strategy.name": "tests.strategies.test_trial:raising"}
+
 # Tries to connect to Unix sockets.
 STRANGER = """
 import json, socket, sys
@@ -124,6 +126,10 @@ def test_a_run_that_fails_says_so(tiny_config):
     [
         (lambda config: run(ROOT, config | {"run.num-round": 2}, Simulation(2)), "did you mean"),
         (lambda config: run(ROOT / "docs", config, Simulation(2)), "--app"),
+        (
+            lambda config: run(ROOT, config | RAISING, Simulation(2)),
+            "in _helper: IndexError",
+        ),
         (lambda config: Simulation(0), "--simulate 0"),
         (lambda config: Simulation(2, 0), "--cpus 0"),
         (lambda config: Simulation(2, backend="dask"), "--backend dask"),
@@ -132,6 +138,7 @@ def test_a_run_that_fails_says_so(tiny_config):
 def test_a_wrong_setting_stops_before_anything_starts(make, message: str, tiny_config):
     with pytest.raises(ConfigError, match=message):
         make(tiny_config)
+    assert not Path(tiny_config["run.output-dir"]).exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's tables of sockets are Linux's")

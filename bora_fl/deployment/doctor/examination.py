@@ -84,6 +84,8 @@ def examine(setup: Setup) -> Iterator[Finding]:
     yield from findings
     if settings is None:
         return
+    if server:
+        yield federation.check_strategy(settings)
     data, labels = federation.check_data(settings)
     yield data
     model, sizes = federation.check_model(settings, labels)

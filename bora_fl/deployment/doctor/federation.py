@@ -45,6 +45,17 @@ def check_config(run_config: Mapping[str, Scalar]) -> tuple[list[Finding], Setti
     return [Finding("config", "pass", changed)], settings
 
 
+def check_strategy(settings: Settings) -> Finding:
+    """Whether there is such a strategy that goes with the other settings; a user's own merges made-up adapters."""
+    from bora_fl.strategies.trial import tried
+
+    subject = f"strategy {settings.strategy.name}"
+    try:
+        return Finding(subject, "pass", tried(settings).preset.summary)
+    except ConfigError as error:
+        return Finding(subject, "fail", str(error), "`bora-fl strategies` lists those there are; docs/extending.md")
+
+
 def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
     """Whether the data is there with its columns and labels, and the class names.
 

@@ -1,17 +1,18 @@
-"""The checks of config, data and model that a run begins with, before Flower starts."""
+"""The checks of packages, strategy, data and model that a run begins with, before Flower starts; quick ones first."""
 
 import logging
 from collections.abc import Iterator
 
-from bora_fl.config import ConfigError, Settings
+from bora_fl.config import ConfigError, Settings, extras
 from bora_fl.deployment.doctor import federation
 from bora_fl.deployment.doctor.finding import Finding
+from bora_fl.strategies.trial import tried
 
 log = logging.getLogger(__name__)
 
 
 def preflight(settings: Settings) -> None:
-    """Refuse a run that would fail for its data or its model, and log what would make it worse.
+    """Refuse a run that would fail for its strategy, data or model, and log what would make it worse.
 
     Args:
         settings: The run's settings; data and model must be on this machine.
@@ -19,6 +20,8 @@ def preflight(settings: Settings) -> None:
     Raises:
         ConfigError: With a line for each finding.
     """
+    extras.require_for(settings)
+    tried(settings)
     failed = []
     for finding in _findings(settings):
         line = f"{finding.subject}: {finding.text}; {finding.remedy}"

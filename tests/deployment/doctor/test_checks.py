@@ -259,6 +259,21 @@ def test_every_mistake_in_the_config_is_a_line():
     assert [finding.level for finding in findings] == ["fail", "fail"]
 
 
+@pytest.mark.parametrize(
+    ("name", "level", "words"),
+    [
+        ("refactor", "pass", ""),
+        ("fedavgg", "fail", "did you mean fedavg"),
+        ("tests.strategies.test_trial:raising", "fail", "in _helper: IndexError"),
+    ],
+)
+def test_a_strategy(name: str, level: str, words: str):
+    _, settings = federation.check_config({"strategy.name": name})
+    finding = federation.check_strategy(settings)
+    assert finding.level == level
+    assert words in finding.text
+
+
 def test_data_and_model(tiny_config):
     _, settings = federation.check_config(tiny_config)
     data, labels = federation.check_data(settings)

@@ -33,7 +33,7 @@ def test_a_machine_where_all_is_well(tiny_config, tmp_path: Path):
 def test_a_server_is_not_asked_for_what_only_a_site_has(tiny_config, tmp_path: Path):
     site_key = tmp_path / "none.key"
     subjects = {f.subject.split()[0] for f in examine(Setup("server", tiny_config, site_key=site_key))}
-    assert "results" in subjects
+    assert {"results", "strategy"} <= subjects
     assert not subjects & {"cache", "memory", str(site_key)}
 
 
