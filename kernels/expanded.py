@@ -20,11 +20,15 @@ def _blocks(x: Tensor, b: int) -> Tensor:
     return x.view(x.shape[0], b, x.shape[1] // b).transpose(0, 1)
 
 
-def _expand(Sigma: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return `B_big [m, b·r]` in B's dtype from `Sigma [b, b, r]` and `B [m, r]`."""
-    b, r, m = Sigma.shape[0], Sigma.shape[2], B.shape[0]
-    scaled = (Sigma * scaling).to(B.dtype)
-    return (B.view(b, m // b, 1, r) * scaled.unsqueeze(1)).view(m, b * r)
+def _scaled(Sigma: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return `scaling · Sigma` in B's dtype, `[b, 1, b, r]`, to be multiplied with `[b, q, …, r]`."""
+    return (Sigma * scaling).to(B.dtype).unsqueeze(1)
+
+
+def _expand(scaled: Tensor, B: Tensor) -> Tensor:
+    """Return `B_big [m, b·r]` from `scaled [b, 1, b, r]` and `B [m, r]`."""
+    b, r, m = scaled.shape[0], scaled.shape[3], B.shape[0]
+    return (B.view(b, m // b, 1, r) * scaled).view(m, b * r)
 
 
 def project(x: Tensor, A: Tensor, b: int) -> Tensor:
@@ -37,7 +41,7 @@ def project(x: Tensor, A: Tensor, b: int) -> Tensor:
 
 def add_branch(y: Tensor, u: Tensor, Sigma: Tensor, B: Tensor, scaling: float) -> None:
     """Add the branch to `y [T, m]`, from `u [T, b, r]`; all of one dtype but Sigma."""
-    y.addmm_(u.flatten(1), _expand(Sigma, B, scaling).t())
+    y.addmm_(u.flatten(1), _expand(_scaled(Sigma, B, scaling), B).t())
 
 
 def add_gradients(
@@ -61,16 +65,17 @@ def add_gradients(
     """
     (r, n), b, m = A.shape, Sigma.shape[0], B.shape[0]
     dA = dSigma = dB = None
+    scaled = _scaled(Sigma, B, scaling) if needs.B or needs.A or dx is not None else None
     if u is not None and (needs.Sigma or needs.B):
         G = (dy.t() @ u.flatten(1)).view(b, m // b, b, r)  # [i, q, j, k]
-        if needs.B:
-            dB = (G * (Sigma * scaling).to(G.dtype).unsqueeze(1)).sum(2).view(m, r)
+        if needs.B and scaled is not None:
+            dB = (G * scaled).sum(2).view(m, r)
         if needs.Sigma:
             # the terms of a sum over m elements are not rounded to half precision before they are added
-            terms = G.float() if G.dtype in (torch.float16, torch.bfloat16) else G
-            dSigma = ((terms * B.view(b, m // b, 1, r)).sum(1) * scaling).to(Sigma.dtype)
-    if needs.A or dx is not None:
-        du = (dy @ _expand(Sigma, B, scaling)).view(-1, b, r).transpose(0, 1)  # [b, T, r]
+            wide = B.to(torch.promote_types(B.dtype, torch.float32)) * scaling
+            dSigma = (G * wide.view(b, m // b, 1, r)).sum(1).to(Sigma.dtype)
+    if scaled is not None and (needs.A or dx is not None):
+        du = (dy @ _expand(scaled, B)).view(-1, b, r).transpose(0, 1)  # [b, T, r]
         if needs.A:
             dA = torch.empty_like(A)
             torch.bmm(du.transpose(1, 2), _blocks(x, b), out=dA.view(r, b, n // b).transpose(0, 1))
@@ -90,7 +95,7 @@ def forward(
     x, A, B = rows(x), A.contiguous(), B.contiguous()
     u = project(x, A, Sigma.shape[0])
     if weight is None:
-        return u.flatten(1) @ _expand(Sigma, B, scaling).t(), u
+        return u.flatten(1) @ _expand(_scaled(Sigma, B, scaling), B).t(), u
     y = torch.nn.functional.linear(x, weight, bias)
     add_branch(y, u, Sigma, B, scaling)
     return y, u
@@ -102,7 +107,7 @@ def traceable(
     """Return `forward`'s y by operations that a compiler can see into, differentiate and fuse."""
     b, (r, n) = Sigma.shape[0], A.shape
     u = torch.bmm(_blocks(rows(x), b), A.view(r, b, n // b).permute(1, 2, 0)).transpose(0, 1)
-    y = u.flatten(1) @ _expand(Sigma, B, scaling).t()
+    y = u.flatten(1) @ _expand(_scaled(Sigma, B, scaling), B).t()
     return y if weight is None else torch.nn.functional.linear(x, weight, bias) + y
 
 
