@@ -161,11 +161,10 @@ def compare(
         laid_out, against, factors if tune else (), tune_seeds, _baselines(baselines), workers, threads, console
     )
     console.print(comparison.describe(), highlight=False, soft_wrap=True)
-    if dry_run or suite:
+    if dry_run:  # not before a run: without a finished one it trains a round, which may take minutes
         comparison.fetch()
         left = in_words(comparison.seconds_left())
         console.print(f"about {left} left on this machine as busy as it is now", highlight=False)
-    if dry_run:
         return
     done = comparison.run(target)
     _show(done.results)
