@@ -1,12 +1,15 @@
 """``bora-fl bench``: every benchmark by name."""
 
 import importlib
+import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bora_fl.config import ConfigError
+from bora_fl.paths import write_atomically
 
 # Name to module, and what it measures. Each module has `main(arguments)`, and can be run with `python -m` too.
 BENCHMARKS = {
@@ -44,6 +48,7 @@ console = Console()
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="the benchmark, or all; its own options follow, such as --help")] = "",
+    output: Annotated[Path, typer.Option(help="folder of bench.json, which `all` writes")] = Path("runs/bench"),
     show: Annotated[bool, typer.Option("--list", help="list the benchmarks and leave")] = False,
 ) -> None:
     """Run a benchmark on this machine and print its table."""
@@ -54,27 +59,48 @@ def bench(
         console.print(table)
         return
     if name == "all":
-        raise typer.Exit(run_all(row for row in BENCHMARKS if row != NEEDS_GPU))
+        raise typer.Exit(run_all((row for row in BENCHMARKS if row != NEEDS_GPU), output.expanduser()))
     if name not in BENCHMARKS:
         raise ConfigError(f"bench {name}: no such benchmark; use one of {', '.join(BENCHMARKS)}")
     code = importlib.import_module(BENCHMARKS[name][0]).main(context.args)
     raise typer.Exit(code or 0)
 
 
-def run_all(names: Iterable[str]) -> int:
+def run_all(names: Iterable[str], folder: Path) -> int:
     """Run benchmarks one after the other, each in a process of its own, below a line that says where.
+
+    Args:
+        names: Of benchmarks.
+        folder: Where ``bench.json`` is written after each: the machine, and every benchmark's command, seconds, exit
+            code and printed tables.
 
     Returns:
         0, or 1 if one failed; the others are run all the same.
     """
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft", "flwr"))
-    console.print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}")
-    failed = []
+    packages = {package: version(package) for package in ("torch", "transformers", "peft", "flwr")}
+    machine = {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **packages,
+    }
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()), highlight=False)
+    done: list[dict[str, object]] = []
     for name in names:
         module, summary = BENCHMARKS[name]
         console.rule(f"{name}: {summary}")
-        if subprocess.run([sys.executable, "-m", module], check=False).returncode:
-            failed.append(name)
-    if failed:
+        command = [sys.executable, "-m", module]
+        began, lines = time.monotonic(), []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                print(line, end="", flush=True)
+        seconds = round(time.monotonic() - began, 1)
+        row = {"name": name, "command": f"bora-fl bench {name}", "seconds": seconds, "exit_code": process.returncode}
+        done.append(row | {"output": "".join(lines)})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "bench.json", json.dumps({"machine": machine, "benchmarks": done}, indent=1) + "\n")
+    console.print(f"written: {folder / 'bench.json'}", highlight=False)
+    if failed := [str(row["name"]) for row in done if row["exit_code"]]:
         console.print(f"failed: {', '.join(failed)}")
     return int(bool(failed))
