@@ -76,12 +76,18 @@ def collect(
         ValueError: As `features` does, or if there are no examples.
     """
     total: ClassSums | None = None
-    done = 0
+    done, held = 0, 0
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
     for x, labels in features(model, data, batch_size, num_classes, autocast):
         x = narrow(x, width)
-        part = ClassSums.of(x if clip_norm is None else clip(x, clip_norm), labels, num_classes)
-        total = part if total is None else total + part
-        done += len(labels)
+        xs.append(x if clip_norm is None else clip(x, clip_norm))
+        ys.append(labels)
+        done, held = done + len(labels), held + len(labels)
+        if held >= x.shape[1] or done == len(data):  # a Gram matrix of d² numbers is not added up for a few rows
+            part = ClassSums.of(torch.cat(xs), torch.cat(ys), num_classes)
+            total = part if total is None else total + part
+            xs, ys, held = [], [], 0
         if progress:
             progress(done, len(data))
     if total is None:
