@@ -3,7 +3,7 @@
 Paths, first usable one wins; `BORA_KERNEL` asks for one by name, `auto` (or unset) for the first:
 
     expanded    CUDA and ROCm tensors of one dtype, without dropout, while b·r is small enough for dense products
-    triton      CUDA and ROCm tensors, when Triton is installed
+    triton      CUDA and ROCm tensors, when Triton is installed, and a C compiler, which it starts with
     cpu         CPU tensors
     reference   anything: plain torch, slow, the definition
 """
@@ -11,6 +11,7 @@ Paths, first usable one wins; `BORA_KERNEL` asks for one by name, `auto` (or uns
 import importlib.util
 import logging
 import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,7 @@ RANKS_FUSED = range(1, 129)
 # their flops, b times as many, nearly free in half precision alone.
 WIDTH_EXPANDED, WIDTH_EXPANDED_HALF = 256, 2048
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))  # where Triton looks
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -83,6 +85,8 @@ def _why_not_triton(call: _Call) -> str | None:
         return 'triton is not installed (pip install "bora-fl[triton]")'
     if call.device != "cuda" and not call.interpreted:
         return f"x is on {call.device}, and Triton's kernels run on cuda"
+    if not _HAS_COMPILER and not call.interpreted:
+        return "there is no C compiler, with which Triton builds what starts a kernel; install gcc, or name one in CC"
     if call.num_blocks not in NUM_BLOCKS_FUSED:
         return f"num_blocks {call.num_blocks} is not one of {NUM_BLOCKS_FUSED}"
     if call.rank not in RANKS_FUSED:

@@ -185,7 +185,17 @@ def test_compose_pins_images_and_reads_secrets_from_files():
         if service["image"].startswith("bora-fl"):
             assert used == set(service.get("secrets", []))
     assert all(set(secret) == {"file"} for secret in compose["secrets"].values())
-    assert re.search(r"^FROM \S+:\d+\.\d+\.\d+-", (KIT / "Dockerfile").read_text(), re.MULTILINE)
+    image = (KIT / "Dockerfile").read_text()
+    assert re.search(r"^FROM \S+:\d+\.\d+\.\d+-", image, re.MULTILINE)
+
+
+def test_the_image_is_built_for_cpus_and_for_gpus_and_is_neither_root_nor_has_a_compiler():
+    image = (KIT / "Dockerfile").read_text()
+    assert re.search(r"^ARG TORCH=cpu$", image, re.MULTILINE)
+    assert "--extra-index-url https://download.pytorch.org/whl/${TORCH} " in image
+    assert re.findall(r"--build-arg (\w+)=cu\d+ ", image) == ["TORCH"]
+    assert image.index("USER bora-fl") < image.rindex("ENV ")
+    assert not re.search(r"^USER root|apt-get|\bgcc\b", image, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", SERVICES)

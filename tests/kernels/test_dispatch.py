@@ -211,6 +211,16 @@ def test_dropout_of_everything_is_refused() -> None:
         call(draw(), dropout_p=1.0)
 
 
+def test_triton_is_not_taken_where_it_finds_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = torch.float32
+    call = dispatch._Call("cuda", full, full, full, full, False, 8, 64, False, False, False, "auto")
+    for there, path in ((True, "triton"), (False, "reference")):
+        monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+        monkeypatch.setattr(dispatch, "_HAS_COMPILER", there)
+        assert dispatch._choose(call).path == path
+    assert "install gcc" in dispatch._choose(call).refused["triton"]
+
+
 def test_works_without_triton() -> None:
     program = """
 import importlib.util
@@ -267,6 +277,7 @@ def test_the_output_may_be_changed_in_place(path: str, monkeypatch: pytest.Monke
 )
 def test_the_path_of_a_gpus_call(changed: dict, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "_HAS_COMPILER", True)
     half = torch.bfloat16
     plain = dispatch._Call("cuda", half, half, half, half, False, 8, 16, False, False, False, "auto")
     assert dispatch._choose(plain._replace(**changed)).path == path
