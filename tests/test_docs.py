@@ -2,15 +2,15 @@
 
 A mark is a comment before the block: ``<!-- not run: why -->``. Python blocks are executed, page by page, with what
 `PRELUDES` gives them. Of commands, every ``bora-fl`` is parsed by its own options. `tests/deployment/page.py` executes
-those of docs/deployment.md, and `test_tutorials` those of the tutorials.
+those of docs/deployment.md, and `test_tutorials` the notebooks that are made of the tutorials.
 """
 
+import importlib.util
 import itertools
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ import pytest
 from typer.main import get_command
 
 from bora_fl.cli import cli
+from docs.notebooks import notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,6 +30,7 @@ FENCE = re.compile(r"^(?:<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<language>\w*
 TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" or path.name == "start.md"]
 MODELS = {"google-bert/bert-base-uncased": "tiny_model", "HuggingFaceTB/SmolLM2-135M-Instruct": "tiny_causal"}
 CAUSAL = "from transformers import AutoModelForCausalLM as C\nmodel = C.from_pretrained('causal')\n"
+SHORT = "-c run.num-rounds=2 -c train.local-steps=2 -c train.precision=fp32 "
 PRELUDES = {
     "README.md": CAUSAL,
     "adapter.md": CAUSAL + "import torch\nbase_model = C.from_pretrained('causal')\n",
@@ -130,25 +132,35 @@ def test_the_python_blocks_run(page: Path, tiny_model: Path, tiny_causal: Path, 
                 exec(code, space)
 
 
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_s_notebook_has_the_page_s_blocks(page: Path):
+    made = notebook(page.read_text())
+    if importlib.util.find_spec("nbformat"):
+        importlib.import_module("nbformat").validate(made)
+    shown = [cell["source"] for cell in made["cells"] if cell["cell_type"] == "code"]
+    runs = [block for block in blocks(page) if block.language in ("bash", "python") and not block.why]
+    assert [source.removeprefix("%%bash -e\n") for source in shown] == [block.code.rstrip("\n") for block in runs]
+    prose = "".join(cell["source"] for cell in made["cells"] if cell["cell_type"] == "markdown")
+    assert not re.search(r"\]\((?!https?:)", prose)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_tutorials(page: Path, tmp_path: Path, request: pytest.FixtureRequest):
-    """From an empty folder, with tiny models in the place of those that would be fetched, and short rounds."""
-    folders = {name: str(request.getfixturevalue(fixture)) for name, fixture in MODELS.items()}
-    short = "-c run.num-rounds=2 -c train.local-steps=2 -c train.precision=fp32 "
+    """Each notebook, by Jupyter, from an empty folder: tiny models for those that would be fetched, short rounds."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not here")
+    made = notebook(page.read_text())
+    for cell in made["cells"]:
+        cell["source"] = re.sub(r"-c run\.num-rounds=\d+", SHORT, cell["source"])
+        for name, fixture in MODELS.items():
+            cell["source"] = cell["source"].replace(name, str(request.getfixturevalue(fixture)))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "bora-fl").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m bora_fl.cli "$@"\n')
     (tmp_path / "bin" / "bora-fl").chmod(0o755)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    for block in blocks(page):
-        if block.why or block.language not in ("bash", "python"):
-            continue
-        code = re.sub(r"-c run\.num-rounds=\d+", short, block.code)
-        for name, folder in folders.items():
-            code = code.replace(name, folder)
-        command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-        done = subprocess.run(
-            [*command, code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    work = tmp_path / "work"
+    work.mkdir()
+    book = pytest.importorskip("nbformat").from_dict(made)
+    client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(work)}})
+    client.execute(env=environment)  # raises at the first cell that fails, with what it printed
