@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 from bora_fl.config import ConfigError, Scalar, parse
 from bora_fl.models.result import load as load
+from bora_fl.quiet import quiet
 
 __all__ = ["compare", "export", "load", "predict", "simulate"]
+
+quiet()
 
 
 def simulate(run_config: Mapping[str, Scalar], clients: int = 4) -> Path:

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import logging
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ import bora_fl
 from bora_fl.deployment.audit_log import audit_log
 from bora_fl.deployment.certificate_commands import certificates
 from bora_fl.deployment.init import init
+from bora_fl.quiet import quiet
 
 if TYPE_CHECKING:
     from bora_fl.config import Scalar
@@ -111,8 +111,7 @@ ConfigOption = Annotated[
 def main() -> None:
     """Run the command; a known mistake ends in one message and exit code 2, a failed run in exit code 1."""
     logging.captureWarnings(True)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a CPU kernel to fetch, whatever a run uses
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 with transformers 5.23
+    quiet()
     try:
         cli()
     except Exception as error:

@@ -39,6 +39,16 @@ def test_the_functions_are_these_and_importing_the_package_imports_no_library():
     assert [name for name in typed if name in bora_fl.__all__] == bora_fl.__all__[1:]
 
 
+def test_the_functions_leave_out_what_libraries_say_whatever_a_run_does():
+    program = (
+        "import logging, warnings; warnings.simplefilter('error'); import bora_fl; bora_fl.simulate; "
+        "warnings.warn('`is_gradient_checkpointing` is deprecated', FutureWarning); "
+        "assert not logging.getLogger('bitsandbytes.backends').isEnabledFor(logging.WARNING)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_simulate_predict_and_export(tiny_config, tmp_path: Path):
     folder = bora_fl.simulate(tiny_config | {"run.num-rounds": 1}, clients=2)
     predicted = bora_fl.predict(folder, TEXTS)
