@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 LOST_SECONDS = 180.0
+# They color what is no terminal's, and JSON with it; Jupyter's kernel sets two of them.
+_COLORS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 # Of a temporary folder's path, in bytes: Ray puts Unix sockets deep below it, and their paths have at most 107.
 _LONGEST_FOR_RAY = 107 - len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.12")
 _ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception): ")
@@ -172,6 +174,8 @@ def flower_environment() -> dict[str, str]:
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | ENVIRONMENT | {"PATH": path}
+    for name in _COLORS:
+        environment.pop(name, None)
     if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOR_RAY:
         environment.setdefault("RAY_TMPDIR", "/tmp")
     return environment

@@ -1,6 +1,7 @@
 """`bora-fl run` on a deployment, with a `flwr` that answers as Flower's does; test_loopback.py has the real one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -168,3 +169,10 @@ def test_ray_gets_another_temporary_folder_where_a_socket_s_path_would_be_too_lo
     assert launch.flower_environment().get("RAY_TMPDIR") == ("/tmp" if moved else None)
     monkeypatch.setenv("RAY_TMPDIR", "/short")
     assert launch.flower_environment()["RAY_TMPDIR"] == "/short"
+
+
+def test_flower_s_output_is_not_colored_in_jupyter(monkeypatch: pytest.MonkeyPatch):
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):
+        monkeypatch.setenv(name, "1")
+    assert not {"FORCE_COLOR", "CLICOLOR_FORCE"} & launch.flower_environment().keys()
+    assert {"FORCE_COLOR", "CLICOLOR_FORCE"} <= os.environ.keys()
