@@ -69,7 +69,7 @@ def compare(
         "runs/compare"
     ),
     suite: Annotated[
-        str, typer.Option(help="a comparison by name: standard, retention, recipe; options still win")
+        str, typer.Option(help="a comparison by name: standard, retention, recipe, language; options still win")
     ] = "",
     strategies: Annotated[
         str,
@@ -153,6 +153,7 @@ def compare(
         threads=threads,
         privacy=_names("--privacy", privacy) if privacy else (),
         chosen=chosen,
+        by_method=named.methods if named else None,
     )
     against = baseline_of(baseline, laid_out.variants)
     for reason in laid_out.reasons():

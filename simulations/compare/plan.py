@@ -1,6 +1,6 @@
 """The runs of a comparison: which there are, and which there cannot be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,6 +182,7 @@ def plan(
     threads: int,
     privacy: Sequence[str] = (),
     chosen: dict[str, Scalar] | None = None,
+    by_method: Mapping[str, Mapping[str, Scalar]] | None = None,
 ) -> Plan:
     """Lay out a comparison.
 
@@ -196,6 +197,7 @@ def plan(
         threads: Torch threads per run.
         privacy: Epsilons per record, or ``none``: each scenario once for every one of them; empty is without privacy.
         chosen: The user's own run config; it wins over `base` and over what a method needs.
+        by_method: Run config of a method, over what it needs from the defaults.
 
     Returns:
         The plan. The runs of one scenario, seed and method are neighbours, so that a worker finds the base model and
@@ -223,7 +225,8 @@ def plan(
                     "run.threads": threads,
                     "run.keep-checkpoints": 1,
                 }
-                flat = base | METHODS.get(variant.method, {}) | chosen | own
+                needed = METHODS.get(variant.method, {}) | dict((by_method or {}).get(variant.method, {}))
+                flat = base | needed | chosen | own
                 settings = row.settings(parse(flat))
                 num_clients = row.clients(clients)
                 node_configs = row.node_configs(num_clients, settings.adapter.rank)

@@ -37,8 +37,8 @@ class References:
 
 
 def iid(run: CompareRun) -> CompareRun:
-    """The run with its examples dealt at random."""
-    return replace(run, scenario="iid", purpose="reference", settings=parse(run.settings.flat() | _IID))
+    """The run with its examples dealt at random, as the scenario of that name has it."""
+    return replace(run, scenario="iid", settings=parse(run.settings.flat() | _IID))
 
 
 def central(run: CompareRun) -> CompareRun:
@@ -89,6 +89,26 @@ def retention(runs: Iterable[CompareRun], finished: Mapping[Path, CompareRun]) -
     return estimate(shares)
 
 
+def share_of_central(
+    runs: Iterable[CompareRun], baselines: Mapping[int, CompareRun], finished: Mapping[Path, CompareRun]
+) -> Estimate | None:
+    """How far the test loss fell since round 0, as a share of how far it fell in the central run, seed by seed.
+
+    Args:
+        runs: Of a variant in a scenario.
+        baselines: Seed to the baseline's run there, whose central run is the measure.
+        finished: Folder to run, of all that are finished.
+    """
+    shares = []
+    for run in runs:
+        if run.seed not in baselines:
+            continue
+        ours, theirs = _fall(run, finished), _fall(central(baselines[run.seed]), finished)
+        if ours is not None and theirs is not None and theirs > 0:
+            shares.append(ours / theirs)
+    return estimate(shares)
+
+
 def references(runs: list[CompareRun], finished: Mapping[Path, CompareRun]) -> References:
     """What the runs of one variant in one scenario are read against.
 
@@ -111,6 +131,13 @@ def references(runs: list[CompareRun], finished: Mapping[Path, CompareRun]) -> R
         iid=over([[iid(run)] for run in runs]),
         central=over([[central(run)] for run in runs]),
     )
+
+
+def _fall(run: CompareRun, finished: Mapping[Path, CompareRun]) -> float | None:
+    if run.folder not in finished:
+        return None
+    first, last = rows_of(run)[0].loss, rows_of(run)[-1].loss
+    return None if first is None or last is None else first - last
 
 
 def _accuracy(run: CompareRun, finished: Mapping[Path, CompareRun]) -> float | None:

@@ -33,6 +33,10 @@ _COLUMNS = (
     "seconds",
     "server seconds",
     "epsilon",
+    "of central's fall in loss %",
+    "perplexity",
+    "exact match %",
+    "ROUGE-L",
 )
 _NOTES = (
     "Accuracy and loss are of the server's model on the central test set after the last round. A difference is paired "
@@ -53,6 +57,9 @@ _NOTES = (
     "arrays of training rounds. Seconds are wall clock, of runs that shared the machine: compare them loosely.",
     "Epsilon is what each client's ledger holds it to, over all seeds, and whose presence it hides. "
     "Accuracies on held-out examples are computed without noise.",
+    "Of central's fall in loss: how far the test loss fell since round 0, as a share of how far it fell in the central "
+    "run. Perplexity is of a language model's test loss; exact match and ROUGE-L are of what it writes for held-out "
+    "prompts after the last round.",
     "MB to target: bytes until the first evaluation at the target accuracy or above, over the seeds that got there.",
 )
 
@@ -142,6 +149,10 @@ def _details(summary: Summary, results: Results) -> list[str]:
         interval(summary.seconds),
         interval(summary.server_seconds, digits=2),
         "-" if summary.epsilon is None else f"{summary.epsilon:.3f} per {summary.epsilon_unit}",
+        interval(summary.of_central, 100),
+        interval(summary.perplexity, digits=2),
+        interval(summary.exact_match, 100),
+        interval(summary.rouge_l, digits=3),
     ]
 
 

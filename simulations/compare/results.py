@@ -9,7 +9,7 @@ from pathlib import Path
 from bora_fl.paths import write_atomically
 from bora_fl.simulations.compare.intervals import Estimate, estimate, paired
 from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant
-from bora_fl.simulations.compare.references import References, reference_runs, references, retention
+from bora_fl.simulations.compare.references import References, reference_runs, references, retention, share_of_central
 from bora_fl.simulations.compare.rows import Row, rows_of
 from bora_fl.simulations.grid import Outcome, is_finished
 
@@ -42,6 +42,10 @@ class Summary:
         learning_rate: What the variant trained with.
         gain: Accuracy after the last round less that of round 0, paired by seed.
         retention: Accuracy as a share of the variant's own with the examples dealt at random, if that was run.
+        of_central: How far the loss on the central test set fell, as a share of how far it fell in the central run.
+        perplexity: After the last round, on the central test set.
+        exact_match: Of responses generated after the last round.
+        rouge_l: Likewise.
     """
 
     scenario: str
@@ -67,6 +71,10 @@ class Summary:
     learning_rate: float | None = None
     gain: Estimate | None = None
     retention: Estimate | None = None
+    of_central: Estimate | None = None
+    perplexity: Estimate | None = None
+    exact_match: Estimate | None = None
+    rouge_l: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,9 @@ def collect(
                 found = _summarize(scenario.name, variant, seeds, reference, target)
                 own = runs[scenario.name, variant]
                 rate = own[0].settings.train.learning_rate
-                summaries.append(replace(found, learning_rate=rate, retention=retention(own, done)))
+                against = {run.seed: run for run in runs.get((scenario.name, baseline), [])}
+                more = {"retention": retention(own, done), "of_central": share_of_central(own, against, done)}
+                summaries.append(replace(found, learning_rate=rate, **more))
     rows = [row for seeds in finished.values() for one in seeds.values() for row in one]
     read_against = {row.name: references(runs.get((row.name, baseline), []), done) for row in plan.scenarios}
     return Results(plan, outcomes, rows, summaries, baseline, read_against)
@@ -183,6 +193,9 @@ def _summarize(
         gain=paired(_last(seeds, "accuracy"), _first(seeds)),
         epsilon=max(_last(seeds, "epsilon").values(), default=None),
         epsilon_unit=next((rows[-1].epsilon_unit for rows in seeds.values()), ""),
+        perplexity=last("perplexity"),
+        exact_match=last("exact_match"),
+        rouge_l=last("rouge_l"),
     )
 
 

@@ -35,6 +35,9 @@ class Row:
         epsilon: The largest ε that a client reports: what its ledger holds it to; None without privacy.
         epsilon_median: The clients' median.
         epsilon_unit: Whose presence is hidden: record or client.
+        perplexity: Of a language model, where `loss` is measured.
+        exact_match: Share of the generated responses that are the reference, word by word.
+        rouge_l: Of the generated responses, mean.
     """
 
     scenario: str
@@ -59,6 +62,9 @@ class Row:
     epsilon: float | None = None
     epsilon_median: float | None = None
     epsilon_unit: str = ""
+    perplexity: float | None = None
+    exact_match: float | None = None
+    rouge_l: float | None = None
 
 
 def rows_of(run: CompareRun) -> list[Row]:
@@ -72,6 +78,7 @@ def rows_of(run: CompareRun) -> list[Row]:
         up, down = up + found["bytes_up"], down + found["bytes_down"]
         seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]
         spent = found.get("epsilon") or {}
+        written = found.get("generation") or {}
         rows.append(
             Row(
                 run.scenario,
@@ -96,6 +103,9 @@ def rows_of(run: CompareRun) -> list[Row]:
                 epsilon=spent.get("largest"),
                 epsilon_median=spent.get("median"),
                 epsilon_unit=spent.get("unit", ""),
+                perplexity=found.get("perplexity") if central else None,
+                exact_match=written.get("exact_match"),
+                rouge_l=written.get("rouge_l"),
             )
         )
     return rows

@@ -20,6 +20,7 @@ class Suite:
         baselines: Which references are measured.
         clients: Number of clients where a scenario has none of its own; 0 is the comparison's.
         config: Run config beside the comparison's own.
+        methods: Run config by adapter method, over `config`.
     """
 
     summary: str
@@ -30,6 +31,7 @@ class Suite:
     baselines: tuple[str, ...] = ("local", "central", "iid")
     clients: int = 0
     config: Mapping[str, Scalar] = field(default_factory=dict)
+    methods: Mapping[str, Mapping[str, Scalar]] = field(default_factory=dict)
 
 
 SUITES: dict[str, Suite] = {
@@ -55,6 +57,37 @@ SUITES: dict[str, Suite] = {
         "newsgroups,newsgroups-solved",
         seeds=3,
         config={"run.num-rounds": 30, "run.evaluate-every": 10},
+    ),
+    "language": Suite(
+        "SmolLM2 on instructions: BoRA and LoRA of equally many trained parameters, averaged and refactorized",
+        "bora/refactor,bora/fedavg,lora/fedavg,lora/refactor",
+        "natural,iid",
+        seeds=3,
+        tune=False,
+        baselines=("central", "iid"),
+        clients=4,
+        config={
+            "model.name": "embedded:smollm2",
+            "model.task": "causal-lm",
+            "model.max-length": 96,
+            "data.name": "embedded:docstrings4",
+            "data.max-train-examples": 2000,
+            "data.max-test-examples": 96,
+            "adapter.target-modules": "q_proj,v_proj",
+            # b = 8 adds b² r numbers a layer: in SmolLM2's q and v, r = 15 trains as many as LoRA of rank 16.
+            "adapter.num-blocks": 8,
+            "adapter.rank": 15,
+            "adapter.alpha": 30.0,
+            "train.batch-size": 4,
+            "train.local-steps": 4,
+            "run.num-rounds": 3,
+            "run.evaluate-every": 3,
+            "run.generate-every": 3,
+            "run.generate-examples": 16,
+            "run.generate-tokens": 24,
+            "strategy.fraction-evaluate": 0.0,
+        },
+        methods={"lora": {"adapter.rank": 16, "adapter.alpha": 32.0}},
     ),
 }
 
