@@ -21,7 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from bora_fl.client.app import answer, identify
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.job import perform
-from bora_fl.client.round import leave, recall, understand
+from bora_fl.client.leaving import leave, recall
+from bora_fl.client.round import understand
 from bora_fl.config import Settings
 from bora_fl.models import FederatedModel, peft_config
 from bora_fl.privacy.policy import SitePolicy, released

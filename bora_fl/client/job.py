@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
 from bora_fl.client import head
 from bora_fl.client.identity import ClientIdentity
+from bora_fl.client.processes import Processes
 from bora_fl.client.refusing import refuse
 from bora_fl.client.round import OnStep, evaluate_round, train_round
 from bora_fl.client.site import site
@@ -35,6 +36,7 @@ def perform(
     on_step: OnStep | None = None,
     policy_file: Path | None = None,
     work: Work | None = None,
+    processes: Processes | None = None,
 ) -> RecordDict:
     """Do what a message asks, as far as the site's policy grants it.
 
@@ -46,6 +48,7 @@ def perform(
             `Exception` ends the work and passes through.
         policy_file: This process's own policy, which wins over that of the message's node config.
         work: What trains in the place of `train_round`, for messages of that kind.
+        processes: Others that train along.
 
     Returns:
         The reply's content: a release, or a refusal if anything went wrong at this site, or if the site's audit log has
@@ -55,7 +58,7 @@ def perform(
     try:
         policy = find_policy(context.node_config, policy_file)
         period = policy.reply_not_before if policy else 0.0
-        reply = _granted(kind, content, context, on_step, policy, work)
+        reply = _granted(kind, content, context, on_step, policy, work, processes)
     except Exception as error:  # whatever went wrong, the server is to be told that something did
         reply = refusal(refuse(error))
     try:
@@ -91,23 +94,40 @@ def _granted(
     on_step: OnStep | None,
     policy: SitePolicy | None,
     work: Work | None,
+    processes: Processes | None,
 ) -> RecordDict:
     """Do what the policy grants."""
     with refuse_as(Code.RUN_CONFIG_INVALID):
         asked = parse(context.run_config)
         extras.require_for(asked)
     settings = grant(policy, asked, kind)
+    if processes:
+        require_shares(settings, processes.count)
     who = ClientIdentity.read(context.node_config, context.node_id)
     if work is not None:
         return work(settings, content, who, context.state, policy)
     here = site(settings)
     if kind == "train":
-        return train_round(here, content, who, context.state, on_step, policy)
+        return train_round(here, content, who, context.state, on_step, policy, processes)
     if kind == "head-statistics":
         return head.statistics(here, content, who, context.state, on_step, policy)
     if kind == "head-losses":
         return head.losses(here, content, who, context.state, on_step)
     return evaluate_round(here, content, who, context.state, on_step)
+
+
+def require_shares(settings: Settings, processes: int) -> None:
+    """Refuse what is not trained in several processes.
+
+    Raises:
+        Refused: For record-level privacy.
+    """
+    if settings.privacy.mode == "record":
+        raise Refused(
+            Code.RUN_CONFIG_INVALID,
+            f"privacy.mode = 'record' with {processes} processes (bora-fl worker --processes): each step's sample and "
+            "noise are drawn once, in one process; start the worker with --processes 1",
+        )
 
 
 def _hold(started: float, period: float, on_step: OnStep | None) -> None:

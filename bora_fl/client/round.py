@@ -2,26 +2,28 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 from torch import Tensor
 
 from bora_fl.blocks import at_rank
 from bora_fl.blocks.gram import Kind
 from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
+from bora_fl.client.leaving import leave, recall
 from bora_fl.client.losses import prior_shift
 from bora_fl.client.moments import kept
 from bora_fl.client.optimizers import make_optimizer, round_factors
 from bora_fl.client.private import train_privately_for_a_round
+from bora_fl.client.processes import Processes
+from bora_fl.client.share import Share
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, train
-from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
@@ -31,19 +33,8 @@ from bora_fl.privacy.ledger import ledger_folder
 from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.privacy.policy import EVALUATION, PROTECTED, SitePolicy, released
 from bora_fl.seeds import derive
-from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.records import (
-    Instruction,
-    Pack,
-    changes,
-    folds_of,
-    from_arrays,
-    keep,
-    part_of,
-    plain,
-    read_message,
-    to_arrays,
-)
+from bora_fl.state import AdapterState, unflatten
+from bora_fl.wire.records import Instruction, folds_of, read_message
 from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.release import (
     ClientRelease,
@@ -54,12 +45,8 @@ from bora_fl.wire.release import (
     RecordRelease,
     Release,
 )
-from bora_fl.wire.sparsity import keep_components, sparsify
-from bora_fl.wire.updates import Coding
 
 log = logging.getLogger(__name__)
-
-LOCAL, LOST = "local-factors", "codec-lost"
 
 OnStep = Callable[[str, int, int], None]
 """Told what is being done, how many steps of it, out of how many; what it raises ends the round."""
@@ -72,6 +59,7 @@ def train_round(
     memory: RecordDict,
     on_step: OnStep | None = None,
     policy: SitePolicy | None = None,
+    processes: Processes | None = None,
 ) -> RecordDict:
     """Receive, train, reply.
 
@@ -82,6 +70,7 @@ def train_round(
         memory: What the client keeps between rounds (factors that never leave it).
         on_step: Called between steps.
         policy: The site's.
+        processes: Others that train along; this one alone reads and writes what stays.
 
     Returns:
         The reply's content.
@@ -100,7 +89,8 @@ def train_round(
         _warn_of_overlap(site, policy)
     by_mode: dict[str, Callable[[_Round], Release]] = {"record": _train_by_record, "local": _train_locally}
     train_by = by_mode.get(mode, _train_openly)
-    release = train_by(_Round(site, model, data, instruction, who, received, memory, on_step, policy))
+    told = (site, model, data, instruction, who, received, memory, on_step, policy)
+    release = train_by(_Round(*told, content=content, processes=processes))
     reply = leave(release, sent, received, instruction, site.settings, who, memory)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
@@ -140,7 +130,9 @@ class _Round:
     received: AdapterState
     memory: RecordDict
     on_step: OnStep | None
-    policy: SitePolicy | None
+    policy: SitePolicy | None = None
+    content: RecordDict | None = None
+    processes: Processes | None = None
 
     @property
     def factors(self) -> list[float]:
@@ -148,7 +140,14 @@ class _Round:
         return round_factors(self.site.settings, self.instruction.round, len(self.data.train))
 
     def train(self) -> TrainResult:
-        """Train without noise."""
+        """Train without noise, together with the other processes if there are any."""
+        if self.processes is None or self.content is None:
+            return self.train_share(None)
+        with self.processes.at_work(self.site.settings, self.content, self.who, self.memory) as share:
+            return self.train_share(share)
+
+    def train_share(self, share: Share | None) -> TrainResult:
+        """Train this process's share of every batch, or all of it."""
         self.model.train_only(self.instruction.trains)
         settings = self.site.settings
         seed = derive(settings.run.seed, "batches", self.instruction.round, self.who.partition)
@@ -156,7 +155,10 @@ class _Round:
         optimizer = make_optimizer(self.model, options, self.factors)
         goes_on = options.optimizer_state == "kept"
         with kept(self.memory, self.received, self.model, optimizer) if goes_on else nullcontext():
-            return train(self.model, data, options, optimizer=optimizer, seed=seed, shift=self._shift(), on_step=step)
+            shift = self._shift()
+            return train(
+                self.model, data, options, optimizer=optimizer, seed=seed, shift=shift, on_step=step, share=share
+            )
 
     def _shift(self) -> Tensor | None:
         train, classes = self.site.settings.train, self.data.train.classes
@@ -225,6 +227,13 @@ def _train_locally(round: _Round) -> LocalRelease:
         epsilon_per_client=booked.epsilon,
         noise_multiplier=booked.noise_multiplier,
     )
+
+
+def train_share(site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, share: Share) -> None:
+    """What a further process does of `train_round`, which the first one has begun: its share of the training."""
+    instruction, sent = understand(content, memory)
+    model, received = _receive(site, content, instruction, sent, who, memory)
+    _Round(site, model, _data(site, who), instruction, who, received, memory, on_step=None).train_share(share)
 
 
 def evaluate_round(
@@ -329,71 +338,3 @@ def _evaluate(site: Site, model: FederatedModel, data: Encoded, on_step: OnStep 
 def stage(name: str, on_step: OnStep | None) -> Callable[[int, int], None] | None:
     """`on_step` for one kind of work."""
     return partial(on_step, name) if on_step else None
-
-
-def remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:
-    """Keep what does not leave the client."""
-    local = {
-        name: t for name, t in flatten(trained).items() if part_of(name) in instruction.trains - instruction.shares
-    }
-    if local:
-        memory[LOCAL] = to_arrays(local)
-
-
-def leave(
-    release: Release,
-    sent: AdapterState,
-    received: AdapterState,
-    instruction: Instruction,
-    settings: Settings,
-    who: ClientIdentity,
-    memory: RecordDict,
-) -> RecordDict:
-    """The reply that a release leaves in, and what the client keeps of it.
-
-    Args:
-        release: What training yields.
-        sent: The state that the message carried.
-        received: The same with the client's own factors, at its rank.
-        instruction: What the message asked.
-        settings: The run's.
-        who: The client.
-        memory: What the client keeps between rounds; changed.
-    """
-    remember(memory, release.state, instruction)
-    keep(memory, flatten(sent), instruction.keeps)
-    if instruction.sparsity < 1:
-        cut = keep_components if instruction.sparsity_by == "components" else sparsify
-        release = replace(release, state=cut(release.state, received, instruction.sparsity))
-    pack = _packing(settings, instruction, who, memory)
-    return release.content(sent, instruction.shares & instruction.trains, instruction.round, pack)
-
-
-def _packing(settings: Settings, instruction: Instruction, who: ClientIdentity, memory: RecordDict) -> Pack:
-    """How the reply's tensors travel; what a codec loses is kept for the next reply."""
-    if settings.privacy.secure_aggregation:
-        return plain  # what is masked is summed entry by entry, so it must be there in full
-    if instruction.sparsity < 1:
-        return changes
-    coding = Coding.of(settings)
-
-    def pack(entries: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = memory.array_records.get(LOST)
-        lost = from_arrays(kept) if kept is not None and instruction.feedback else {}
-        seed = derive(settings.run.seed, "codec", instruction.round, who.partition)
-        packed, rest = coding.encode(entries, sent, lost, seed)
-        if instruction.feedback:
-            memory[LOST] = to_arrays(lost | rest)
-        return packed
-
-    return pack if coding.codec.stages else plain
-
-
-def recall(memory: RecordDict, sent: AdapterState, instruction: Instruction) -> AdapterState:
-    """What was sent, with the client's own factors where they never leave it."""
-    kept: ArrayRecord | None = memory.array_records.get(LOCAL)
-    if kept is None:
-        return sent
-    flat = flatten(sent)
-    local = {n: t for n, t in from_arrays(kept).items() if n in flat and part_of(n) not in instruction.shares}
-    return unflatten(flat | local)

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bora_fl.client.losses import not_true_divergence
 from bora_fl.client.optimizers import make_optimizer, num_steps
+from bora_fl.client.share import Share
 from bora_fl.config import TrainSettings
 from bora_fl.data import Encoded, draw_batches
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import example_losses, preference_losses
 from bora_fl.models import FederatedModel
+from bora_fl.seeds import derive
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,15 @@ class TrainResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A batch, or this process's share of it; targets and examples of the whole batch."""
+
+    batch: dict[str, Tensor]
+    targets: int
+    examples: int
+
+
 def train(
     model: FederatedModel,
     data: Encoded,
@@ -43,6 +55,7 @@ def train(
     seed: int,
     shift: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    share: Share | None = None,
 ) -> TrainResult:
     """Train what `FederatedModel.train_only` has chosen for one round.
 
@@ -55,6 +68,7 @@ def train(
         seed: Seeds the batches and dropout.
         shift: ``[C]``, added to the logits (`losses.prior_shift`).
         on_step: Called with (step, steps) after each step; what it raises ends the training.
+        share: This process's, where several train together.
 
     Raises:
         FloatingPointError: If the loss stops being finite; nothing of that round is kept.
@@ -73,24 +87,26 @@ def train(
         data.lengths,
         settings.length_bucket,
     )
-    batches: Iterator[dict[str, Tensor]] = (data.batch(indices) for indices in drawn)
+    batches = _parts(data, drawn, share)
     received: Iterator[Tensor] = iter(())
     if settings.not_true_distillation:
         kept = list(itertools.islice(batches, steps * settings.accumulation))
         batches, received = iter(kept), iter(_logits(model, kept, settings))
-    torch.manual_seed(seed)
+    torch.manual_seed(derive(seed, "process", share.rank) if share and share.rank else seed)
     model.model.train()
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     total, examples = 0.0, 0
     for step in range(1, steps + 1):
         parts = [next(batches) for _ in range(settings.accumulation)]
         taught = [next(received) if settings.not_true_distillation else None for _ in parts]
-        examples += sum(len(part["labels"]) for part in parts)
+        examples += sum(part.examples for part in parts)
         scale = math.inf
         while scaler.get_scale() < scale:  # gradients that overflowed are taken again with a loss of half the scale
             scale = scaler.get_scale()
             optimizer.zero_grad(set_to_none=True)
             loss = _backward(model, parts, taught, settings, shift, scaler)
+            if share:
+                loss = share.add_up(parameters, loss)
             if not math.isfinite(loss) or scale < 1:
                 raise FloatingPointError(
                     f"the loss, or its gradient in half precision, became {loss} in step {step} of {steps}; lower "
@@ -106,25 +122,38 @@ def train(
             scaler.step(optimizer)
             scaler.update()
         total += loss
-        if on_step:
+        if share:
+            share.report(on_step, step, steps)
+        elif on_step:
             on_step(step, steps)
     return TrainResult(total / steps, steps, examples, time.perf_counter() - started)
 
 
+def _parts(data: Encoded, drawn: Iterator[NDArray[np.int64]], share: Share | None) -> Iterator[_Part]:
+    for indices in drawn:
+        whole = data.batch(indices)
+        own = data.batch(share.rows(indices)) if share else whole
+        yield _Part(own, _num_targets(whole), len(whole["labels"]))
+
+
 def _backward(
     model: FederatedModel,
-    parts: Sequence[Mapping[str, Tensor]],
+    parts: Sequence[_Part],
     taught: Sequence[Tensor | None],
     settings: TrainSettings,
     shift: Tensor | None,
     scaler: torch.amp.GradScaler,
 ) -> float:
-    """The mean loss over all targets of the parts of a step; its scaled gradient is added to the parameters'."""
+    """The mean loss over all targets of the parts of a step, as far as they are this process's; its scaled gradient is
+    added to the parameters'.
+    """
     device = next(model.model.parameters()).device
-    targets = sum(map(_num_targets, parts))
+    targets = sum(part.targets for part in parts)
     loss = 0.0
     for part, before in zip(parts, taught, strict=True):
-        batch = {name: tensor.to(device) for name, tensor in part.items()}
+        if not len(part.batch["labels"]):
+            continue
+        batch = {name: tensor.to(device) for name, tensor in part.batch.items()}
         labels, reference = batch.pop("labels"), batch.pop("reference", None)
         shared = nullcontext() if settings.checkpointing else model.quick_step()
         with autocast(device, settings.precision), shared:
@@ -143,14 +172,17 @@ def _backward(
     return loss
 
 
-def _logits(model: FederatedModel, batches: Sequence[Mapping[str, Tensor]], settings: TrainSettings) -> list[Tensor]:
+def _logits(model: FederatedModel, parts: Sequence[_Part], settings: TrainSettings) -> list[Tensor]:
     """The model's logits of each batch as it is now, without dropout."""
     device = settle(model.model)
     model.model.eval()
     found = []
     with torch.no_grad(), autocast(device, settings.precision):
-        for batch in batches:
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+        for part in parts:
+            if not len(part.batch["labels"]):
+                found.append(torch.empty(0))
+                continue
+            inputs = {name: tensor.to(device) for name, tensor in part.batch.items() if name != "labels"}
             found.append(model.model(**inputs).logits.float())
     return found
 

@@ -1,6 +1,7 @@
 """``bora-fl worker``: the site's warm worker, and its status."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError, extensions, overrides, parse
+from bora_fl.granted import num_cores
 from bora_fl.paths import state_folder
 from bora_fl.tracking.prometheus import serving
 
@@ -37,6 +39,9 @@ def worker(
     partition: Annotated[
         str, typer.Option(help="ID/N, such as 0/3: tokenize that partition's data in the warm-up too")
     ] = "",
+    processes: Annotated[
+        int, typer.Option(help="processes that train each client together, a GPU each where there are as many", min=1)
+    ] = 1,
     metrics_port: Annotated[
         int, typer.Option(help="show Prometheus metrics on this port of 127.0.0.1; 0 is off", min=0, max=65535)
     ] = 0,
@@ -65,6 +70,8 @@ def worker(
         from bora_fl.privacy.policy import read_policy
 
         read_policy(policy)  # a mistake ends here, not in round 1
+    if processes > 1:  # before torch is imported, which reads it then; inherited by the others
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     from bora_fl.client.worker.servicer import SiteWorker
     from bora_fl.client.worker.serving import serve
 
@@ -72,7 +79,7 @@ def worker(
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    site = SiteWorker(policy.absolute() if policy else None)
+    site = SiteWorker(policy.absolute() if policy else None, processes)
     with serving(metrics_port, site.numbers, "--metrics-port"):
         serve(settings, site, stop=stop, grace=grace, warm_up=run)
 

@@ -79,10 +79,12 @@ class SiteWorker:
 
     Args:
         policy_file: The site's policy, which wins over that of a message's node config.
+        processes: Processes that train each client together, this one among them.
     """
 
-    def __init__(self, policy_file: Path | None = None) -> None:
+    def __init__(self, policy_file: Path | None = None, processes: int = 1) -> None:
         self._policy_file = policy_file
+        self._count, self._processes = processes, None
         self._jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="job")
         self._lock = threading.Lock()
         self._tickets: list[_Ticket] = []
@@ -228,6 +230,14 @@ class SiteWorker:
     def _prepare(self) -> None:
         started = time.perf_counter()
         importlib.import_module("bora_fl.client.job")
+        if self._count > 1:
+            from bora_fl.client.processes import Processes
+
+            self._processes = Processes(self._count)
+            try:
+                self._processes.start()
+            except Exception:  # the first message meets the same problem and tells the server
+                log.exception("the other processes could not be started")
         log.info("libraries loaded in %.1f s", time.perf_counter() - started)
 
     def _run(self, ticket: _Ticket, kind: str, content: RecordDict, node: Context) -> RecordDict:
@@ -238,7 +248,9 @@ class SiteWorker:
             raise CancelledError
         ticket.say("started")
         try:
-            return job.perform(cast(Kind, kind), content, node, ticket.on_step, self._policy_file)
+            return job.perform(
+                cast(Kind, kind), content, node, ticket.on_step, self._policy_file, processes=self._processes
+            )
         finally:
             self._count_loads()
 

@@ -23,7 +23,13 @@ class Training:
         self.order: list[int] = []
 
     def __call__(
-        self, kind: str, content: RecordDict, context: Context, on_step: Callable, policy_file: Path | None
+        self,
+        kind: str,
+        content: RecordDict,
+        context: Context,
+        on_step: Callable,
+        policy_file: Path | None,
+        processes=None,
     ) -> RecordDict:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)

@@ -239,7 +239,7 @@ def test_an_adapter_of_80_mb_passes_both_ways(
     numbers = np.random.default_rng(0).standard_normal((10, 1 << 20))
     records = RecordDict({"state": ArrayRecord({str(k): Array(row) for k, row in enumerate(numbers)})})
 
-    def keep_and_return(kind, content, context, on_step, policy_file):
+    def keep_and_return(kind, content, context, on_step, policy_file, processes):
         context.state["local-factors"] = content.array_records["state"]
         return content
 
@@ -285,7 +285,7 @@ def test_a_job_that_cannot_be_understood_is_refused(job, code: str, worker: Site
 def test_the_text_of_an_error_in_the_worker_does_not_leave_the_site(
     worker: SiteWorker, unix: WorkerSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def fail(*_) -> RecordDict:
+    def fail(*_, **__) -> RecordDict:
         raise RuntimeError("Anna Schmidt F32.1")
 
     monkeypatch.setattr(client_job, "perform", fail)
@@ -316,7 +316,7 @@ def test_a_worker_s_own_policy_goes_with_every_job(
 ):
     given = []
 
-    def note(kind, content, context, on_step, policy_file):
+    def note(kind, content, context, on_step, policy_file, processes):
         given.append(policy_file)
         return content
 
