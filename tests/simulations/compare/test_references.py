@@ -1,10 +1,12 @@
+import json
+
 import pytest
 
 from bora_fl.report import read_rows
 from bora_fl.simulations import grid
 from bora_fl.simulations.compare import report, results
 from bora_fl.simulations.compare.plan import Variant
-from bora_fl.simulations.compare.references import MOST_LOCAL, central, iid, local, reference_runs
+from bora_fl.simulations.compare.references import MOST_LOCAL, central, iid, local, reference_runs, share_of_central
 
 from .made_up import finish, lay_out
 
@@ -95,3 +97,23 @@ def test_references_run(tiny_config, tmp_path):
     assert [sorted(clients) for clients in trained] == [["0"], ["0"], ["1"]]
     examples = [sum(m["num-examples"] for m in clients.values()) for clients in trained]
     assert examples[1] + examples[2] == pytest.approx(examples[0], abs=2)  # what is held out is rounded
+
+
+def test_the_fall_in_loss_is_a_share_of_the_central_run_s(tmp_path):
+    runs = lay_out(tmp_path, strategies=["fedavg"], seeds=1).runs
+    middle = central(runs[0])
+    for run, last in ((runs[0], 2.5), (middle, 2.0)):
+        finish(run, 0.6)
+        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        rows[0]["loss"], rows[1]["loss"] = 4.0, last
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = {run.folder: run for run in (runs[0], middle)}
+    found = share_of_central(runs, {0: runs[0]}, done)
+    assert found is not None
+    assert found.mean == pytest.approx(0.75)
+    assert share_of_central(runs, {0: runs[0]}, {runs[0].folder: runs[0]}) is None
+
+
+def test_the_twin_with_examples_dealt_at_random_is_the_scenario_s_own_run(tmp_path):
+    runs = lay_out(tmp_path, strategies=["fedavg"], scenarios=["dirichlet-1", "iid"], seeds=1).runs
+    assert iid(runs[0]).folder == runs[1].folder
