@@ -72,9 +72,18 @@ def compare(
 
     chosen = dict(run_config or {})
     parse(chosen)
-    axes = {"strategies": strategies, "scenarios": scenarios, "methods": methods}
     root = Path(output).expanduser().resolve()
-    laid_out = plan(BASE, **axes, seeds=range(seeds), clients=clients, root=root, threads=1, chosen=chosen)
+    laid_out = plan(
+        BASE,
+        strategies=strategies,
+        scenarios=scenarios,
+        methods=methods,
+        seeds=range(seeds),
+        clients=clients,
+        root=root,
+        threads=1,
+        chosen=chosen,
+    )
     against = baseline_of(baseline, laid_out.variants)
     return Comparison(laid_out, against, workers=workers).run().results
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.processes import loopback, read_job

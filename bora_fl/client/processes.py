@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from flwr.app import RecordDict
-from torch.distributed import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.share import Share, connect
@@ -156,7 +156,7 @@ def _take_first_device() -> list[str]:
     return devices
 
 
-def _send(stream: BinaryIO, settings: Settings, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> None:
+def _send(stream: IO[bytes], settings: Settings, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> None:
     def frame(data: bytes) -> None:
         stream.write(_LENGTH.pack(len(data)) + data)
 
@@ -168,7 +168,7 @@ def _send(stream: BinaryIO, settings: Settings, content: RecordDict, who: Client
     stream.flush()
 
 
-def read_job(stream: BinaryIO) -> tuple[dict[str, Any], Assembly] | None:
+def read_job(stream: IO[bytes]) -> tuple[dict[str, Any], Assembly] | None:
     """The next job, the counterpart of what `Processes.at_work` sends; None at the end of the stream."""
 
     def frame() -> bytes:

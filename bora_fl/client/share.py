@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.distributed import FileStore, ProcessGroupGloo
+from torch.distributed import FileStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
 LONGEST = timedelta(minutes=30)
 """How long a process waits for the others; one that ends is noticed at once."""
@@ -56,8 +56,8 @@ class Share:
         grads = [torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1).float().cpu() for p in parameters]
         flat = torch.cat([torch.tensor([loss, *have]), *grads])
         self._sum(flat)
-        head, summed = flat.split([1 + len(have), len(flat) - 1 - len(have)])
-        pieces = summed.split([p.numel() for p in parameters])
+        head, summed = flat[: 1 + len(have)], flat[1 + len(have) :]
+        pieces = torch.split(summed, [p.numel() for p in parameters])
         for parameter, piece, count in zip(parameters, pieces, head[1:].tolist(), strict=True):
             if count:
                 parameter.grad = piece.view(parameter.shape).to(parameter)

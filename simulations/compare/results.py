@@ -143,8 +143,8 @@ def collect(
                 own = runs[scenario.name, variant]
                 rate = own[0].settings.train.learning_rate
                 against = {run.seed: run for run in runs.get((scenario.name, baseline), [])}
-                more = {"retention": retention(own, done), "of_central": share_of_central(own, against, done)}
-                summaries.append(replace(found, learning_rate=rate, **more))
+                shares = share_of_central(own, against, done)
+                summaries.append(replace(found, learning_rate=rate, retention=retention(own, done), of_central=shares))
     rows = [row for seeds in finished.values() for one in seeds.values() for row in one]
     read_against = {row.name: references(runs.get((row.name, baseline), []), done) for row in plan.scenarios}
     return Results(plan, outcomes, rows, summaries, baseline, read_against)

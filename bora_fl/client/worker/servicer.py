@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -23,6 +23,9 @@ from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.worker_pb2 import Chunk, Job, StatusRequest, StatusResponse, WorkRequest, WorkResponse
 from bora_fl.config import Settings
 from bora_fl.wire.schema import INSTRUCTION, KINDS, REPLY, SCHEMA, Kind
+
+if TYPE_CHECKING:
+    from bora_fl.client.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,8 @@ class SiteWorker:
 
     def __init__(self, policy_file: Path | None = None, processes: int = 1) -> None:
         self._policy_file = policy_file
-        self._count, self._processes = processes, None
+        self._count = processes
+        self._processes: Processes | None = None
         self._jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="job")
         self._lock = threading.Lock()
         self._tickets: list[_Ticket] = []
