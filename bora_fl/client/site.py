@@ -90,6 +90,8 @@ class Site:
             )
             if self.settings.train.checkpointing:
                 self._model.checkpoint_activations()
+            if self.settings.train.compile:
+                self._model.compile()
         return self._model
 
     def store_folds(self, run_id: str, folds: dict[str, torch.Tensor]) -> None:
@@ -194,7 +196,7 @@ def site(settings: Settings) -> Site:
     with refuse_as(Code.MODEL_UNAVAILABLE):
         settings = settled(settings)
     made_of = (settings.model, settings.adapter, settings.data, settings.run.seed)
-    key = (*made_of, settings.train.checkpointing, settings.solves_head)
+    key = (*made_of, settings.train.checkpointing, settings.train.compile, settings.solves_head)
     with _lock:
         set_threads(settings.run.threads)
         if _current is None or _current[0] != key:

@@ -157,7 +157,7 @@ def _backward(
         labels, reference = batch.pop("labels"), batch.pop("reference", None)
         shared = nullcontext() if settings.checkpointing else model.quick_step()
         with autocast(device, settings.precision), shared:
-            logits = model.model(**batch).logits
+            logits = model.forward(**batch).logits
         if shift is not None:
             logits = logits + shift.to(logits.device)
         if reference is None:

@@ -219,6 +219,9 @@ class TrainSettings(Group):
         description="FedNTD's beta: holds the odds among the classes that are not an example's own (classification)",
     )
     checkpointing: bool = Field(False, description="gradient checkpointing")
+    compile: bool = Field(
+        False, description="train through torch.compile: minutes before the first step, and quicker ones after it"
+    )
     proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
     evaluation_batch_size: Count = Field(64, description="sequences per evaluation batch")
 

@@ -92,6 +92,11 @@ class Settings(Group):
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "
                 "taken without dropout; set adapter.dropout to 0"
             )
+        if self.privacy.mode == "record" and self.train.compile:
+            raise ValueError(
+                "train.compile = true with privacy.mode = 'record': gradients of single examples are taken by hooks, "
+                "which a compiled model does not call; set train.compile to false"
+            )
         if self.privacy.mode == "record" and self.train.label_prior not in (0.0, TrainSettings().label_prior):
             raise ValueError(
                 f"train.label-prior = {self.train.label_prior:g} with privacy.mode = 'record': a client's class shares "

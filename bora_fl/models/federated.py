@@ -1,5 +1,7 @@
 """A base model with its adapter: adapt it by the settings, read and write what is trained."""
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +113,7 @@ class FederatedModel:
                         f"adapter.num-blocks = {adapter.num_blocks}: {error}"
                     ) from error
             _require_whole(self.model, adapter)
+        self.forward: Any = self.model  # what a training step calls
         # The module tree is walked here and never again: read and write are called for every client and round.
         modules = {_plain(name): m for name, m in self.model.named_modules()}
         self._layers: dict[str, Any] = {name: m for name, m in modules.items() if hasattr(m, "get_base_layer")}
@@ -201,6 +204,20 @@ class FederatedModel:
         enable = getattr(self.model, "activation_checkpointing_enable", None)  # the other name is deprecated
         (enable or self.model.gradient_checkpointing_enable)()
         self.model.enable_input_require_grads()
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Let `forward` run through torch.compile; evaluation goes on with the model as it is.
+
+        Raises:
+            ConfigError: If there is no C++ compiler, which torch's own compiler calls.
+        """
+        compilers = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+        if backend == "inductor" and not any(shutil.which(name) for name in compilers if name):
+            raise ConfigError(
+                "train.compile = true: torch.compile needs a C++ compiler, and none of $CXX, g++, clang++ and c++ is "
+                "there; install one, or set train.compile to false"
+            )
+        self.forward = torch.compile(self.model, backend=backend)
 
     def train_only(self, trains: frozenset[str]) -> None:
         """Let gradients flow to the named parts (of A, sigma, B, tensors) and to no other."""

@@ -8,7 +8,7 @@ from bora_fl.client.losses import not_true_divergence
 from bora_fl.client.optimizers import make_optimizer
 from bora_fl.client.site import Site
 from bora_fl.client.training import train
-from bora_fl.config import TrainSettings, parse
+from bora_fl.config import ConfigError, TrainSettings, parse
 from bora_fl.state import flatten
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})
@@ -160,3 +160,35 @@ def test_a_loss_that_is_not_finite_names_the_setting(site: Site):
     wild = site.settings.train.model_copy(update={"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": 0.0})
     with pytest.raises(FloatingPointError, match=r"train\.learning-rate"):
         run(site, wild)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Dynamo's and Inductor's own code
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_a_compiled_model_trains_to_the_same_adapter(backend: str, tiny_config):
+    """Batches of several lengths, the head and every part of the factors trained."""
+    plain, compiled = Site(parse(tiny_config)), Site(parse(tiny_config))
+    compiled.model().compile(backend)
+    assert compiled.model().forward is not compiled.model().model
+    (found, _, mine), (expected, _, theirs) = (run(s, s.settings.train) for s in (compiled, plain))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+    worst = max(float((mine[name] - theirs[name]).abs().max()) for name in theirs)
+    assert worst < (1e-6 if backend == "eager" else 1e-3)  # Adam takes the sign of a gradient of nearly nothing
+
+
+def test_the_setting_compiles_and_says_what_is_missing(tiny_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "torch.compile", lambda model, backend: asked.append(backend) or (lambda **batch: model(**batch))
+    )
+    settings = parse(tiny_config | {"train.compile": True})
+    model = Site(settings).model()
+    assert asked == ["inductor"]
+    assert model.forward is not model.model
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"train.compile = true: torch.compile needs a C\+\+ compiler.*set train.compile"
+    ):
+        Site(settings).model()
