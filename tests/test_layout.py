@@ -20,8 +20,9 @@ LEVELS = [
     {"report", "tracking"},
     {"client", "strategies"},
     {"server"},
+    {"planning"},
     {"deployment"},
-    {"exporting", "hub", "page", "predicting", "testing", "chat", "evaluating", "planning"},
+    {"exporting", "hub", "page", "predicting", "testing", "chat", "evaluating"},
     {"simulations", "cli", "api"},
 ]
 FLOWER = {

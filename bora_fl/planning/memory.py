@@ -107,7 +107,7 @@ def estimate(settings: Settings, config: Any, label_names: list[str] | None = No
         fixed=max(one - sequence, 0.0) + unpacked,
         sequence=sequence - logits,
         logits=logits,
-        batch=settings.train.batch_size,
+        batch=settings.train.batch_size * (2 if settings.data.format == "preference" else 1),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from bora_fl.client.worker.address import WorkerSettings
 from bora_fl.config import ConfigError, Scalar, Settings
+from bora_fl.data import load_dataset
 from bora_fl.deployment.doctor import federation, machine, network, secrets, software
 from bora_fl.deployment.doctor.finding import Finding
 from bora_fl.deployment.doctor.policy import check_policy
@@ -93,7 +94,10 @@ def examine(setup: Setup) -> Iterator[Finding]:
     if settings.model.task == "causal-lm" and "fail" not in (data.level, model.level):
         yield federation.check_examples(settings)
     if sizes:
-        yield from _machine(setup, settings, sizes, server, site)
+        yield from _machine(setup, settings, sizes, server)
+    if site and "fail" not in (data.level, model.level):
+        found = settings.model_copy(update={"data": load_dataset(settings.data).settings})
+        yield machine.check_memory(found, labels)
 
 
 def connection(name: str, config: Path) -> tuple[str, Path | None]:
@@ -156,7 +160,7 @@ def _client(certificate: Path, key: Path) -> Iterator[Finding]:
     yield secrets.check_pair(found, key)
 
 
-def _machine(setup: Setup, settings: Settings, sizes: federation.Sizes, server: bool, site: bool) -> Iterator[Finding]:
+def _machine(setup: Setup, settings: Settings, sizes: federation.Sizes, server: bool) -> Iterator[Finding]:
     yield machine.check_cores(settings.run.threads)
     if server:
         needed = machine.checkpoint_bytes(sizes.adapter, settings.run.keep_checkpoints)
@@ -166,6 +170,5 @@ def _machine(setup: Setup, settings: Settings, sizes: federation.Sizes, server: 
         yield secrets.check_shared(setup.database)
         # Every message of every site passes through the database once in each direction.
         yield machine.check_folder("database", setup.database.resolve().parent, 10 * sizes.adapter)
-    if site:
+    if setup.role in {"site", "all"}:
         yield machine.check_folder("cache", cache_folder(), sizes.adapter)
-        yield machine.check_device(sizes.training)

@@ -9,10 +9,8 @@ from bora_fl.config import ConfigError, Scalar, Settings, parse
 from bora_fl.data import FetchError, load_dataset
 from bora_fl.data.partitions import natural_ids
 from bora_fl.deployment.doctor.finding import Finding, Level
-from bora_fl.deployment.doctor.machine import training_bytes
 
 _EXAMINED = 256
-_WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,11 @@ class Sizes:
         parameters: Of the base model and the adapter.
         trained: Parameters that train.
         adapter: Bytes of a checkpoint.
-        model: Bytes of the frozen weights.
-        training: Bytes of memory of a training step.
     """
 
     parameters: int
     trained: int
     adapter: int
-    model: int
-    training: float
 
 
 def check_config(run_config: Mapping[str, Scalar]) -> tuple[list[Finding], Settings | None]:
@@ -141,21 +135,7 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         text = f"cannot be examined without its weights ({type(error).__name__})"
         return Finding(subject, "warn", text, "the first round will tell"), None
     parameters, trained = sum(p.numel() for p in model.model.parameters()), model.num_trained
-    width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0))
-    layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "n_layer", 0))
-    bytes_each = _WEIGHT_BYTES[settings.model.dtype]
-    train = settings.train
-    memory = training_bytes(
-        parameters,
-        trained,
-        width,
-        layers,
-        batch=train.batch_size,
-        length=settings.model.max_length,
-        weight_bytes=bytes_each,
-        checkpointing=train.checkpointing,
-    )
-    sizes = Sizes(parameters, trained, 4 * trained, parameters * bytes_each, memory)
+    sizes = Sizes(parameters, trained, 4 * trained)
     text = (
         f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.2f} M train, {4 * trained / 1e6:.2f} MB travel each way"
     )

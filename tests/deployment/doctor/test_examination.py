@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -7,8 +8,10 @@ from bora_fl.cli import cli
 from bora_fl.client.worker.address import Address, WorkerSettings
 from bora_fl.config import ConfigError
 from bora_fl.deployment.certificates import make_server, make_site
+from bora_fl.deployment.doctor import machine
 from bora_fl.deployment.doctor.examination import Setup, connection, examine, split
 from bora_fl.deployment.doctor.worker import check_worker
+from bora_fl.planning.memory import Estimate
 from tests.client.worker.in_process import serving
 
 
@@ -35,6 +38,34 @@ def test_a_server_is_not_asked_for_what_only_a_site_has(tiny_config, tmp_path: P
     subjects = {f.subject.split()[0] for f in examine(Setup("server", tiny_config, site_key=site_key))}
     assert {"results", "strategy"} <= subjects
     assert not subjects & {"cache", "memory", str(site_key)}
+
+
+def test_a_sites_memory_is_compared_with_two_sequences_for_each_pair(
+    tiny_config, tiny_causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text('{"prompt": "the film was", "chosen": "good", "rejected": "bad"}\n' * 40)
+    pairs = {
+        "model.name": str(tiny_causal),
+        "model.task": "causal-lm",
+        "adapter.target-modules": "q_proj,v_proj",
+        "data.name": str(rows),
+        "data.test-split": "",
+        "data.partition": "iid",
+    }
+    counted = []
+    known = machine.estimate
+
+    def counting(*given: Any) -> Estimate:
+        found = known(*given)
+        counted.append(found.batch)
+        return found
+
+    monkeypatch.setattr(machine, "estimate", counting)
+    findings = list(examine(Setup("site", tiny_config | pairs)))
+    assert counted == [2 * tiny_config["train.batch-size"]]
+    told = [finding.text for finding in findings if finding.subject.startswith("memory of")]
+    assert ["training takes about" in text for text in told] == [True]
 
 
 def test_a_site_without_a_policy_is_warned(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
