@@ -112,11 +112,7 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
             if settings.task == "causal-lm":
                 require_language_model(settings)
                 model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-                if missing := sorted(report["missing_keys"]):
-                    raise ConfigError(
-                        f"model.name = {settings.name!r}: its files lack {', '.join(missing[:3])} ({len(missing)} "
-                        "tensors), which would be drawn at random; use a model that was saved as a causal-lm"
-                    )
+                _refuse_missing(settings, report)
             else:
                 names = label_names or []
                 options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
@@ -202,6 +198,41 @@ def require_language_model(settings: ModelSettings) -> None:
         raise ConfigError(
             f"model.name = {settings.name!r} with model.task = 'causal-lm': it was saved as {saved_as[0]}, without the "
             "head that predicts tokens; use a model that was saved as a causal-lm"
+        )
+
+
+def require_whole(settings: ModelSettings) -> None:
+    """Refuse, by the names in its files, a causal language model that lacks tensors; read none of them.
+
+    Files that are not on this machine are not fetched, and what cannot be loaded without memory is not judged:
+    `load_base` tells of both.
+
+    Raises:
+        ConfigError: If tensors are missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    source, verbosity = resolve(settings.name), transformers_logging.get_verbosity()
+    options: dict[str, Any] = {"revision": settings.revision or None, "device_map": "meta", "local_files_only": True}
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with _lock, torch.random.fork_rng(devices=[]):
+            _, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError):
+        return
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_missing(settings, report)
+
+
+def _refuse_missing(settings: ModelSettings, report: Any) -> None:
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.name = {settings.name!r}: its files lack {', '.join(missing[:3])} ({len(missing)} "
+            f"{'tensor' if len(missing) == 1 else 'tensors'}), which would be drawn at random; use a model that was "
+            "saved as a causal-lm"
         )
 
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
 from bora_fl.models import FederatedModel, load_base
+from bora_fl.models.base import require_whole
 
 
 def sees_ahead(model: torch.nn.Module) -> bool:
@@ -64,6 +65,27 @@ def test_files_that_lack_a_tensor_are_refused(tiny_causal: Path, tmp_path: Path)
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match=r"its files lack model.layers.1.mlp.down_proj.weight.*\(3 tensors\)"):
         load_base(causal(tmp_path), None, 0)
+
+
+@pytest.mark.parametrize("load", [lambda settings: load_base(settings, None, 0), require_whole])
+def test_a_language_model_whose_files_lack_its_head_is_refused(load, tiny_causal: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        ConfigError, match=r"model\.name = .*its files lack lm_head\.weight \(1 tensor\).*saved as a causal"
+    ):
+        load(causal(tmp_path))
+
+
+def test_files_that_hold_all_or_are_not_here_are_not_refused(tiny_causal: Path, tmp_path: Path) -> None:
+    require_whole(causal(tiny_causal))
+    tied = AutoModelForCausalLM.from_pretrained(tiny_causal, tie_word_embeddings=True)
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path)
+    require_whole(causal(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    require_whole(causal(tmp_path))
 
 
 def test_the_attention_is_the_one_that_is_asked_for(tiny_causal: Path) -> None:

@@ -114,7 +114,7 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from bora_fl.models import FederatedModel, resolve
-    from bora_fl.models.base import require_language_model
+    from bora_fl.models.base import require_language_model, require_whole
 
     subject = f"model {settings.model.name}"
     try:
@@ -125,6 +125,7 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         causal = settings.model.task == "causal-lm"
         if causal:
             require_language_model(settings.model)
+            require_whole(settings.model)
         kind: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         with torch.device("meta"):
             model = FederatedModel(kind.from_config(config), settings.adapter, settings.model, settings.run.seed)

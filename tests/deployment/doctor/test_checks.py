@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bora_fl.deployment.certificates import make_client, make_server, make_site, sign
 from bora_fl.deployment.doctor import federation, machine, network, registration, secrets, software
@@ -333,6 +333,17 @@ def test_an_encoder_is_no_language_model(tiny_config):
     finding, sizes = federation.check_model(settings, None)
     assert (finding.level, sizes) == ("fail", None)
     assert "bert is an encoder" in finding.text
+
+
+def test_a_language_model_without_its_head_is_seen_before_it_is_loaded(tiny_config, tiny_causal, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    causal = {"model.name": str(tmp_path), "model.task": "causal-lm", "adapter.target-modules": "q_proj"}
+    _, settings = federation.check_config(tiny_config | causal | {"data.label-column": ""})
+    finding, sizes = federation.check_model(settings, None)
+    assert (finding.level, sizes) == ("fail", None)
+    assert "its files lack lm_head.weight" in finding.text
 
 
 @pytest.mark.parametrize(
