@@ -312,10 +312,16 @@ def build(settings: Settings) -> Aggregator:
             "clients send Gram matrices of their inputs, which no noise protects; use refactor",
         ),
         (
-            settings.model.quantization != "none" and (row.folds or strategy.residual == "fold"),
-            f"model.quantization = {settings.model.quantization!r}, strategy.residual = {strategy.residual!r}",
-            "what is added to a quantized weight is rounded away; set model.quantization to none, strategy.residual to "
-            "carry or drop, or strategy.name to refactor",
+            settings.model.quantization != "none" and row.folds,
+            f"model.quantization = {settings.model.quantization!r}",
+            "what it adds to the frozen weights would be rounded away; set model.quantization to none, or "
+            "strategy.name to refactor",
+        ),
+        (
+            settings.model.quantization != "none" and strategy.residual == "fold",
+            f"model.quantization = {settings.model.quantization!r}, strategy.residual = 'fold'",
+            "what is added to a quantized weight is rounded away; set model.quantization to none, or "
+            "strategy.residual to carry or drop",
         ),
         (
             strategy.residual != "drop" and not row.fits,

@@ -13,6 +13,7 @@ from bora_fl.exporting import export_merged
 from bora_fl.models import load_result, read_result
 from bora_fl.simulations.engine import simulate
 from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.presets import PRESETS
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 ALL = frozenset({"A", "sigma", "B", "tensors"})
@@ -113,11 +114,18 @@ def test_a_federation_over_a_quantized_base_exports_the_full_one_with_the_delta(
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"strategy.residual": "fold"}, {"strategy.name": "flora"}, {"strategy.name": "fedex"}]
+    ("chosen", "remedy"),
+    [
+        ({"strategy.name": "refactor", "strategy.residual": "fold"}, "strategy.residual to carry or drop"),
+        *(({"strategy.name": name}, "strategy.name to refactor") for name, row in PRESETS.items() if row.folds),
+    ],
 )
-def test_what_folds_into_the_frozen_weights_is_refused(config, chosen):
-    with pytest.raises(ConfigError, match=r"model\.quantization = '4bit'.*rounded away; set model\.quantization"):
+def test_what_folds_into_the_frozen_weights_is_refused(config, chosen, remedy: str):
+    """The message names the setting that folds, and no other."""
+    words = rf"model\.quantization = '4bit'.* rounded away; set model\.quantization to none, or {remedy}$"
+    with pytest.raises(ConfigError, match=words) as caught:
         build(parse(config | chosen))
+    assert ("strategy.residual" in str(caught.value)) == ("strategy.residual" in chosen)
     build(parse(config | {"strategy.residual": "carry"}))
 
 
