@@ -35,17 +35,22 @@ def read_tools(value: Any) -> list[Any] | None:
     return _without_nulls(tools) if tools else None
 
 
-def require_template(tokenizer: Any, column: str) -> None:
+def require_template(tokenizer: Any, key: str, column: str) -> None:
     """Refuse messages where nothing says how the model writes them.
+
+    Args:
+        tokenizer: The model's.
+        key: The setting that names the column.
+        column: The column of the messages.
 
     Raises:
         ConfigError: If the tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"data.text-column = {column!r}: it holds messages, and the tokenizer of {tokenizer.name_or_path!r} has no "
-            "chat template to write them by; use a model with one (usually called instruct or chat), or columns of "
-            "prompts and responses (data.format = prompt)"
+            f"model.name = {tokenizer.name_or_path!r} with {key} = {column!r}: the column holds messages, "
+            "and the tokenizer has no chat template to write them by; use a model with one (usually called instruct or "
+            "chat), or columns of prompts and responses (data.format = prompt)"
         )
 
 

@@ -53,6 +53,17 @@ class Pairs(Encoded):
             prompts=np.concatenate([self.prompts, self.rejected.prompts]),
         )
 
+    def num_alike(self) -> int:
+        """Pairs whose responses became the same tokens: one that is cut before the first difference teaches nothing."""
+        assert self.rejected is not None
+        chosen, rejected = (self.begin, self.lengths), (self.rejected.begin, self.rejected.lengths)
+        rows = zip(*chosen, *rejected, strict=True)
+        return sum(
+            np.array_equal(self.tokens[a : a + size], self.tokens[b : b + other])
+            for a, size, b, other in rows
+            if size == other
+        )
+
     def batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """A padded batch of both responses.
 

@@ -78,7 +78,7 @@ def held_out_prompts(raw: "Dataset", data: DataSettings, tokenizer: Any, count: 
         ids = prompt_ids(tokenizer, [row[data.text_column] for row in rows], dialog=True)
         parts = [(row[data.text_column], row[data.response_column]) for row in rows]
         return [Prompt(tokens, *part) for tokens, part in zip(ids, parts, strict=True)]
-    require_template(tokenizer, data.text_column)
+    require_template(tokenizer, "data.text-column", data.text_column)
     found = []
     for row in rows:
         messages = clean(row[data.text_column])
@@ -97,6 +97,6 @@ def _of_pair(tokenizer: Any, data: DataSettings, row: Mapping[str, Any]) -> Prom
         dialog = not pair.written
         ids = prompt_ids(tokenizer, [str(pair.prompt)], dialog)[0]
         return Prompt(ids, pair.prompt, pair.chosen)
-    require_template(tokenizer, data.response_column)
+    require_template(tokenizer, "data.response-column", data.response_column)
     asked: list[Any] = [*pair.prompt, *pair.chosen[:-1]]
     return Prompt(conversation_ids(tokenizer, asked, read_tools(row.get(TOOLS))), asked, before_answer(pair.chosen)[1])

@@ -38,7 +38,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         tokenizer: A Hugging Face tokenizer.
 
     Raises:
-        ConfigError: If the data cannot serve the model's task, or no example has a target.
+        ConfigError: If the data cannot serve the model's task, no example has a target, or no pair two responses.
     """
     classification = model.task == "classification"
     if classification:
@@ -50,7 +50,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
             "model.task to causal-lm, or data.format to text"
         )
     if data.format == "messages":
-        messages.require_template(tokenizer, data.text_column)
+        messages.require_template(tokenizer, "data.text-column", data.text_column)
     tokens, targets = Flat[np.int32](np.int32), Flat[np.bool_](bool)
     counted, before, cut, empty = Flat[np.int64](np.int64), Flat[np.int64](np.int64), 0, 0
     for rows in parts(raw):
@@ -76,7 +76,11 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         targets=targets.array() if data.format == "messages" else None,
         cut=cut,
     )
-    return Pairs.of(encoded) if pairs else encoded
+    if not pairs:
+        return encoded
+    both = Pairs.of(encoded)
+    _report_alike(len(both), both.num_alike(), model.max_length)
+    return both
 
 
 class _Example(NamedTuple):
@@ -135,6 +139,20 @@ def _report(examples: int, cut: int, empty: int, max_length: int) -> None:
         log.info("%d of %d examples are longer than model.max-length = %d and are cut", cut, examples, max_length)
     if empty:
         log.warning("%d of %d examples have no token to learn", empty, examples)
+
+
+def _report_alike(pairs: int, alike: int, max_length: int) -> None:
+    """Say how many pairs are cut before their responses differ.
+
+    Raises:
+        ConfigError: If all are.
+    """
+    if alike == pairs:
+        raise ConfigError(
+            f"model.max-length = {max_length}: the responses of none of {pairs} pairs differ within it; raise it"
+        )
+    if alike:
+        log.warning("the responses of %d of %d pairs do not differ within model.max-length", alike, pairs)
 
 
 def _check_labels(raw: "Dataset", data: DataSettings) -> None:
@@ -205,7 +223,7 @@ def _pairs(rows: "Dataset", data: DataSettings, tokenizer: Any) -> Iterator[list
     marks: list[tuple[list[int], list[int]]] = []
     for pair, tools in zip(pairs, table.get(TOOLS, [None] * len(pairs)), strict=True):
         if not isinstance(pair.chosen, str):
-            messages.require_template(tokenizer, data.response_column)
+            messages.require_template(tokenizer, "data.response-column", data.response_column)
         by_template = templated and not pair.written
         marks.append(([], []) if by_template else (opening_ids(tokenizer), ending_ids(tokenizer)))
         if by_template:

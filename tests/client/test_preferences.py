@@ -253,6 +253,42 @@ def test_what_pairs_cannot_be_trained_with_is_refused(
         preflight(parse(config | change))
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_pairs_that_are_cut_before_they_differ(
+    shared: int, config: dict[str, Any], tmp_path: Path, caplog: Any
+) -> None:
+    """All such pairs are refused before anything starts; some are told of."""
+    from bora_fl.deployment.doctor.preflight import preflight
+
+    path, same = tmp_path / "long.jsonl", "very " * 40
+    long = [{"prompt": "the film was", "chosen": f"{same} good", "rejected": f"{same} bad"}] * 20
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*long, *rows(shared)]))
+    settings = parse(config | {"data.name": str(path), "data.test-split": "", "data.partition": "iid"})
+    if shared:
+        preflight(settings)
+        assert "the responses of 20 of 21 pairs do not differ within model.max-length" in caplog.text
+    else:
+        with pytest.raises(ConfigError, match=r"model\.max-length = 32: the responses of none of 20 pairs.*raise it"):
+            preflight(settings)
+
+
+@pytest.mark.parametrize("mode", ["client", "local"])
+def test_pairs_train_where_the_unit_is_a_client(mode: str, config: dict[str, Any]) -> None:
+    """The first message with the mode alone says what else to set; with that, two rounds run."""
+    from bora_fl.deployment.doctor.preflight import preflight
+
+    with pytest.raises(ConfigError, match=f"privacy.mode = '{mode}'.*set strategy.weighting to uniform"):
+        parse(config | {"privacy.mode": mode})
+    private = {"privacy.mode": mode, "strategy.weighting": "uniform", "strategy.fraction-evaluate": 0.0}
+    chosen = config | private | {"run.num-rounds": 2}
+    preflight(parse(chosen))
+    found = read_rows(simulate(chosen, 3) / "metrics.jsonl")
+    assert [row["round"] for row in found] == [0, 1, 2]
+    assert found[-1]["epsilon"]["unit"] == "client"
+    assert np.isfinite(found[-1]["loss"])
+    assert found[-1]["loss"] != found[0]["loss"]
+
+
 def test_the_reference_is_the_base_models_and_computed_once(config: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(sites, "_current", None)
     calls = []
