@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bora_fl.kernels import cpu_chunked, expanded
-from bora_fl.kernels.reference import Gradients, Needs, apply_dropout
+from bora_fl.kernels.reference import Gradients, Needs, apply_dropout, unit_rows
 
 _HALF = (torch.float16, torch.bfloat16)
 _SMALL = 2**25  # multiply-adds of an expanded branch that take about as long as the calls they save
@@ -62,7 +62,7 @@ def forward(
         return functional.linear(x, _merge(weight, A, Sigma, B, scaling), bias)
     y = functional.linear(x, weight, bias) if weight is not None else x.new_zeros(x.shape[0], B.shape[0])
     if prefers_expanded(x, A, Sigma, B):
-        u = expanded.project(expanded.rows(apply_dropout(x, keep, dropout_p)), A, Sigma.shape[0])
+        u = expanded.project(unit_rows(apply_dropout(x, keep, dropout_p)), A, Sigma.shape[0])
         expanded.add_branch(y, u, Sigma, B, scaling)
     else:
         cpu_chunked.add_branch(y, x, A, Sigma, B, scaling, keep, dropout_p)
@@ -92,7 +92,7 @@ def backward(
     if into_dx is None and not any(needs[1:]):
         return Gradients(dx, None, None, None)
     if prefers_expanded(x, A, Sigma, B):
-        dropped = expanded.rows(apply_dropout(x, keep, dropout_p))
+        dropped = unit_rows(apply_dropout(x, keep, dropout_p))
         u = expanded.project(dropped, A, Sigma.shape[0]) if needs.Sigma or needs.B else None
         grads = expanded.add_gradients(into_dx, dy, dropped, u, A, Sigma, B, scaling, keep, dropout_p, needs)
     else:

@@ -12,7 +12,7 @@ layer is so small that calls are what costs. The gradients of B and Sigma both c
 import torch
 from torch import Tensor
 
-from bora_fl.kernels.reference import Gradients, Needs, apply_dropout
+from bora_fl.kernels.reference import Gradients, Needs, apply_dropout, unit_rows
 
 
 def _blocks(x: Tensor, b: int) -> Tensor:
@@ -92,7 +92,7 @@ def forward(
     x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, scaling: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return `y [T, m]` and `u [T, b, r]`, which `backward` wants back; arguments as in `triton_launch.forward`."""
-    x, A, B = rows(x), A.contiguous(), B.contiguous()
+    x, A, B = unit_rows(x), A.contiguous(), B.contiguous()
     u = project(x, A, Sigma.shape[0])
     if weight is None:
         return u.flatten(1) @ _expand(_scaled(Sigma, B, scaling), B).t(), u
@@ -106,7 +106,7 @@ def traceable(
 ) -> Tensor:
     """Return `forward`'s y by operations that a compiler can see into, differentiate and fuse."""
     b, (r, n) = Sigma.shape[0], A.shape
-    u = torch.bmm(_blocks(rows(x), b), A.view(r, b, n // b).permute(1, 2, 0)).transpose(0, 1)
+    u = torch.bmm(_blocks(unit_rows(x), b), A.view(r, b, n // b).permute(1, 2, 0)).transpose(0, 1)
     y = u.flatten(1) @ _expand(_scaled(Sigma, B, scaling), B).t()
     return y if weight is None else torch.nn.functional.linear(x, weight, bias) + y
 
@@ -123,13 +123,8 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Return the gradients of `forward` in the dtypes of their tensors; None where `needs` is False."""
-    x, A, B = rows(x), A.contiguous(), B.contiguous()
+    x, A, B = unit_rows(x), A.contiguous(), B.contiguous()
     dx = None
     if needs.x:
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if weight is None else dy @ weight
     return Gradients(dx, *add_gradients(dx, dy, x, u, A, Sigma, B, scaling, None, 0.0, needs))
-
-
-def rows(x: Tensor) -> Tensor:
-    """Return x with unit stride along its rows."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

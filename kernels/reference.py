@@ -95,6 +95,11 @@ def apply_dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
     return x if keep is None else x * keep * keep_scale(dropout_p)
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Return `x [T, n]` with unit stride along its rows."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
 def branch_forward(x: Tensor, A: Tensor, Sigma: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Return the branch's output and what its backward reuses.
 

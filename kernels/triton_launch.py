@@ -15,7 +15,7 @@ from triton import knobs
 from bora_fl.kernels import triton_backward, triton_forward
 from bora_fl.kernels.dropout import drop_threshold, keep_scale
 from bora_fl.kernels.launch_plan import Launch, LayerShape, backward_plan, forward_plan
-from bora_fl.kernels.reference import Gradients, Needs
+from bora_fl.kernels.reference import Gradients, Needs, unit_rows
 
 KERNELS: dict[str, Any] = {
     kernel.fn.__name__: kernel
@@ -74,11 +74,6 @@ def _run(launches: Sequence[Launch], device: torch.device, arguments: dict[str, 
                 _compiled[key] = compiled
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x with unit stride along its rows."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-
 def forward(
     x: Tensor,
     A: Tensor,
@@ -101,7 +96,7 @@ def forward(
         dropout_p: probability of dropping an element of x before A.
         seed: `[]`, int64; None without dropout.
     """
-    x, A, Sigma, B = _rows(x), A.contiguous(), Sigma.contiguous(), B.contiguous()
+    x, A, Sigma, B = unit_rows(x), A.contiguous(), Sigma.contiguous(), B.contiguous()
     u = A.new_empty(x.shape[0], Sigma.shape[0], A.shape[0])
     y = x.new_empty(x.shape[0], B.shape[0])
     if x.shape[0] == 0:
@@ -134,7 +129,7 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Return the gradients of `forward` in the dtypes of their tensors; None where `needs` is False."""
-    x, A, Sigma, B, dy = _rows(x), A.contiguous(), Sigma.contiguous(), B.contiguous(), dy.contiguous()
+    x, A, Sigma, B, dy = unit_rows(x), A.contiguous(), Sigma.contiguous(), B.contiguous(), dy.contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs.x else None
     dA, dSigma, dB = (torch.zeros_like(like) if x.shape[0] == 0 else torch.empty_like(like) for like in (A, Sigma, B))
     if x.shape[0] > 0:
