@@ -62,7 +62,7 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
         if settings.data.partition == "natural":
             natural_ids(settings.data, raw)
     except (ConfigError, FetchError) as error:
-        return Finding(subject, "fail", str(error), "set data.* to what the data holds; docs/data.md"), None
+        return Finding(subject, "fail", str(error)), None
     test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
     text = f"{len(raw.train):,} rows to train on{test}"
     if raw.label_names is None and settings.model.task == "classification":
@@ -95,7 +95,7 @@ def check_examples(settings: Settings) -> Finding:
             require_preferences(settings)
         found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, load_tokenizer(settings.model))
     except (ConfigError, ValueError, OSError) as error:
-        return Finding(subject, "fail", " ".join(str(error).split()), "correct data.* or model.*")
+        return Finding(subject, "fail", " ".join(str(error).split()), _remedy(error, "correct data.* or model.*"))
     text = f"format {raw.settings.format}, {found.lengths.mean():.0f} tokens each"
     if found.cut:
         text += f"; {found.cut} of the first {rows} are longer than model.max-length = {settings.model.max_length}"
@@ -130,8 +130,9 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         with torch.device("meta"):
             model = FederatedModel(kind.from_config(config), settings.adapter, settings.model, settings.run.seed)
     except (ConfigError, ValueError, OSError) as error:
-        text = f"{' '.join(str(error).split())[:300]}"
-        return Finding(subject, "fail", text, "fetch the model, or correct model.* and adapter.*"), None
+        remedy = _remedy(error, "fetch the model, or correct model.* and adapter.*")
+        text = " ".join(str(error).split())
+        return Finding(subject, "fail", text[:300] if remedy else text, remedy), None
     except (NotImplementedError, RuntimeError) as error:  # some methods compute on the weights when they are made
         text = f"cannot be examined without its weights ({type(error).__name__})"
         return Finding(subject, "warn", text, "the first round will tell"), None
@@ -141,6 +142,11 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.2f} M train, {4 * trained / 1e6:.2f} MB travel each way"
     )
     return Finding(subject, "pass", text), sizes
+
+
+def _remedy(error: Exception, otherwise: str) -> str:
+    """A mistake in the settings names its own remedy."""
+    return "" if isinstance(error, ConfigError) else otherwise
 
 
 def result_folder(settings: Settings) -> Path:

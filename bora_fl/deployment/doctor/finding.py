@@ -14,7 +14,7 @@ class Finding:
         subject: What was looked at.
         level: ``fail`` if a run would fail, ``warn`` if it might or would be worse for it.
         text: What was found.
-        remedy: What to do; empty for ``pass``.
+        remedy: What to do; empty for ``pass``, and where the text says it.
     """
 
     subject: str

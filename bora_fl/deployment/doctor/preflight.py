@@ -24,7 +24,7 @@ def preflight(settings: Settings) -> None:
     tried(settings)
     failed = []
     for finding in _findings(settings):
-        line = f"{finding.subject}: {finding.text}; {finding.remedy}"
+        line = f"{finding.subject}: {finding.text}{f'; {finding.remedy}' if finding.remedy else ''}"
         if finding.level == "warn":
             log.warning("warning: %s", line)
         elif finding.level == "fail":
