@@ -11,6 +11,10 @@ generalized cross-validation (Golub, Heath, Wahba, 1979) of the ridge regression
 discriminant directions (Hastie, Tibshirani, Buja, 1994) and whose score is a function of the same sums:
 
     GCV(λ) = RSS(λ) / (1 − df(λ) / n)²,    df(λ) = 1 + Σ_k e_k / (e_k + λ),    e: eigenvalues of the total covariance.
+
+Only λ with df(λ) ≤ n / 2 are tried. With fewer examples than features the score has a second minimum where every
+example is fitted, at the smallest λ, as soon as some of them are there twice: each then stands for the other that is
+left out.
 """
 
 import math
@@ -26,8 +30,8 @@ from bora_fl.heads.sums import ClassSums
 MISSING = -1e4
 # Candidate scales of the logits, from the solved one down.
 SCALES = (1.0, 0.84, 0.71, 0.59, 0.5, 0.42, 0.35, 0.3, 0.25)
-# λ over the mean eigenvalue of the total covariance.
-_GRID = torch.logspace(-4, 1, 26, dtype=torch.float64)
+# λ over the mean eigenvalue of the total covariance; 100 is enough for fewer examples than a tenth of the features.
+_GRID = torch.logspace(-4, 2, 31, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ def gcv_penalty(sums: ClassSums) -> float:
         weight = cross / (values + penalty)
         residual = variance - float((2 * weight * cross - values * weight.square()).sum())
         freedom = 1 + float((values / (values + penalty)).sum())
-        scores.append(residual / (1 - freedom / n) ** 2 if freedom < n else math.inf)
+        scores.append(residual / (1 - freedom / n) ** 2 if freedom <= n / 2 else math.inf)
     best = min(range(len(scores)), key=scores.__getitem__)
-    return float(_GRID[best]) * scale if math.isfinite(scores[best]) else scale
+    return float(_GRID[best if math.isfinite(scores[best]) else -1]) * scale
 
 
 def scaled(head: Head, scales: tuple[float, ...] = SCALES) -> dict[str, Head]:
