@@ -195,13 +195,19 @@ def total(
     Returns:
         The total, of how many clients, and node to the reason why its reply is rejected.
     """
-    found, rejected = dict[int, ClassSums](), dict[str, str]()
+    releases, rejected = dict[int, ClassSums](), dict[str, str]()
+    good, examples = dict[int, Message](), dict[int, float]()
+
+    def sums_in(message: Message) -> ClassSums:
+        return ClassSums.from_tensors(read_statistics(message, round), shape[0], shape[1])
+
     for message in replies:
         node = message.metadata.src_node_id
         try:
-            sums = ClassSums.from_tensors(read_statistics(message, round), shape[0], shape[1])
+            sums = sums_in(message)
             if noise_multiplier:
                 check_release(sums, noise_multiplier)
+                releases[node] = sums
             else:
                 sums.check()
         except RejectedReplyError as reply:
@@ -209,14 +215,15 @@ def total(
         except ValueError as error:
             rejected[str(node)] = str(error)
         else:
-            found[node] = sums
+            good[node], examples[node] = message, float(sums.counts.sum())
     if noise_multiplier:
-        found = bounded(found, noise_multiplier)
-    else:
-        for node, reason in heavy({node: float(s.counts.sum()) for node, s in found.items()}, max_ratio).items():
-            rejected[str(node)] = reason
-            del found[node]
-    return functools.reduce(operator.add, found.values()) if found else None, len(found), rejected
+        releases = bounded(releases, noise_multiplier)
+        return functools.reduce(operator.add, releases.values()) if releases else None, len(releases), rejected
+    too_heavy = heavy(examples, max_ratio)
+    rejected |= {str(node): reason for node, reason in too_heavy.items()}
+    kept = [message for node, message in good.items() if node not in too_heavy]
+    # They are read again one by one: unpacked sums are eight times as large as packed ones, and clients may be many.
+    return functools.reduce(operator.add, map(sums_in, kept)) if kept else None, len(kept), rejected
 
 
 def _unmasked(found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool) -> ClassSums | None:
