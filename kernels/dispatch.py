@@ -93,7 +93,7 @@ def _why_not_triton(call: _Call) -> str | None:
         return f"rank {call.rank} is above {RANKS_FUSED[-1]}"
     if call.A != call.B:
         return f"A is {call.A} and B is {call.B}"
-    wider = call.x in _HALF and call.A in (torch.float32,)
+    wider = call.x in _HALF and call.A is torch.float32
     if call.x != call.A and not wider:
         return f"x is {call.x} over {call.A} factors"
     if call.x not in (*_HALF, torch.float32):
