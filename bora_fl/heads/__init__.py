@@ -2,8 +2,8 @@
 
 from bora_fl.heads.features import collect, head_metrics
 from bora_fl.heads.private import (
-    bounded,
     check_release,
+    most_weight,
     public_clip_norm,
     public_features,
     release,
@@ -18,7 +18,6 @@ from bora_fl.heads.sums import ClassSums
 __all__ = [
     "ClassSums",
     "Head",
-    "bounded",
     "check_release",
     "choose",
     "collect",
@@ -26,6 +25,7 @@ __all__ = [
     "head_metrics",
     "interpolate",
     "lda",
+    "most_weight",
     "narrow",
     "narrowed",
     "public_clip_norm",

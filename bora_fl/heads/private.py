@@ -15,7 +15,7 @@ common mean (James and Stein, 1961), negative eigenvalues of Σ_w are set to 0, 
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -105,23 +105,19 @@ def check_release(sums: ClassSums, noise_multiplier: float) -> None:
         raise ValueError("the head's noised Gram matrix is that of no such examples")
 
 
-def bounded(releases: Mapping[int, ClassSums], noise_multiplier: float) -> dict[int, ClassSums]:
-    """Let no client's release count for more than ten times the median client's examples.
+def most_weight(examples: Collection[float], num_classes: int, noise_multiplier: float) -> float:
+    """What one client's release counts for at most: ten times the median client's examples.
 
-    A larger one is scaled down, so that a client which lies about its counts moves the head no further than one with
-    so many examples can, and a large honest one is not lost. It is post-processing, and costs no privacy.
+    A larger one is scaled down to it, so that a client which lies about its counts moves the head no further than one
+    with so many examples can, and a large honest one is not lost. It is post-processing, and costs no privacy.
 
     Args:
-        releases: By client, each of which passes `check_release`.
+        examples: Of each release that passes `check_release`, as its noised counts have it.
+        num_classes: C.
         noise_multiplier: σ; a median below the noise of a total counts as that.
     """
-    totals = {who: float(sums.counts.sum()) for who, sums in releases.items()}
-    if not totals:
-        return {}
-    classes = len(next(iter(releases.values())).counts)
-    floor = math.sqrt(classes) * noise_stds(noise_multiplier)[0]
-    most = _HEAVIEST * max(statistics.median_low(totals.values()), floor)
-    return {who: sums.times(most / totals[who]) if totals[who] > most else sums for who, sums in releases.items()}
+    floor = math.sqrt(num_classes) * noise_stds(noise_multiplier)[0]
+    return _HEAVIEST * max(statistics.median_low(examples) if examples else 0.0, floor)
 
 
 def solve_private(

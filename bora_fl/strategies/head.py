@@ -1,10 +1,8 @@
 """The server's part of the closed-form head: replies to sums, sums to heads, and which head is kept."""
 
-import functools
 import logging
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,18 +13,19 @@ from bora_fl.config import Settings
 from bora_fl.heads import (
     ClassSums,
     Head,
-    bounded,
     check_release,
     choose,
     interpolate,
     lda,
+    most_weight,
     narrowed,
     release_noise,
     scaled,
     solve_private,
     widen,
 )
-from bora_fl.state import AdapterState
+from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.strategies.holding import Held
 from bora_fl.strategies.screening import heavy
 from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.strategies.server_state import ServerState
@@ -95,6 +94,25 @@ class Solved:
     digests: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class _Received:
+    """What is noted of every reply: bytes in all, and the digests by the names that the sites' logs have for them."""
+
+    bytes: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def noted(self, replies: Iterable[Message], kind: str) -> Iterator[Message]:
+        for reply in replies:
+            self.bytes += _bytes([reply])
+            self.digests |= reply_digests([reply], kind.rpartition(".")[2].replace("_", "-"))
+            yield reply
+
+    @property
+    def sorted(self) -> dict[str, str]:
+        """The digests, in an order that does not depend on who answered first."""
+        return dict(sorted(self.digests.items()))
+
+
 Ask = Callable[[str, Mapping[str, ConfigRecord | ArrayRecord]], list[Message]]
 """Makes a message of a type to every node, with the adapter and more records."""
 
@@ -105,7 +123,8 @@ def solve(
     settings: Settings,
     round: int,
     ask: Ask,
-    exchange: Callable[[list[Message]], list[Message]],
+    exchange: Callable[[list[Message]], Iterable[Message]],
+    order: Callable[[int], int] = int,
     secure: Callable[[list[Message]], SecureMean] | None = None,
 ) -> Solved:
     """Solve the head from the clients' sums, and keep the best of the candidates by their held-out loss.
@@ -118,31 +137,27 @@ def solve(
         settings: The run's.
         round: 0 before training, else the round whose merge has ended.
         ask: Makes the messages.
-        exchange: Sends them, and returns the replies in an order that does not depend on node ids.
+        exchange: Sends them, and gives the replies as they come.
+        order: A node's place among the clients.
         secure: Sends them under secure aggregation, in the place of `exchange`; what a client answers is not seen.
     """
     noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
     classes, dim = state.current.tensors[layout.weight].shape
     shape, ratio = (classes, narrowed(dim, settings.head.max_width)), settings.strategy.max_weight_ratio
-    digests: dict[str, str] = {}
+    up = _Received()
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
     if secure:
         found = secure(sent)
-        sums, clients, rejected, up = (
-            _unmasked(found, shape, most, exact),
-            len(found.nodes),
-            found.rejected(),
-            found.bytes_up,
-        )
+        sums, clients, rejected = _unmasked(found, shape, most, exact), len(found.nodes), found.rejected()
+        up.bytes += found.bytes_up
     else:
-        replies = exchange(sent)
-        sums, clients, rejected = total(replies, shape, round, max_ratio=ratio, noise_multiplier=noise)
-        up, digests = _bytes(replies), _digests(replies, STATISTICS)
+        replies = up.noted(exchange(sent), STATISTICS)
+        sums, clients, rejected = total(replies, shape, round, order, max_ratio=ratio, noise_multiplier=noise)
     down = _bytes(sent)
     if sums is None:
         log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
-        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down, digests=digests)
+        return Solved(state, rejected=rejected, bytes_up=up.bytes, bytes_down=down, digests=up.sorted)
     try:
         heads = candidates(layout, state.current, sums, clients, settings, trained=round > 0)
         heads = {name: head for name, head in heads.items() if head.is_finite()}
@@ -151,7 +166,7 @@ def solve(
         heads = {}
     if not heads:
         rejected["head"] = "no finite head can be solved from the sums, so it stays as it is"
-        return Solved(state, rejected=rejected, bytes_up=up, bytes_down=down, digests=digests)
+        return Solved(state, rejected=rejected, bytes_up=up.bytes, bytes_down=down, digests=up.sorted)
     name = next(iter(heads))
     if len(heads) > 1:
         sent = ask("train" if secure else LOSSES, {HEADS: to_arrays(_flat(heads))})
@@ -161,53 +176,53 @@ def solve(
             mean = [math.inf] * len(heads) if found.mean is None else found.mean[0].tolist()
             by_name = dict(zip(heads, mean, strict=False))
             name, _ = choose(heads, lambda name, _: by_name[name])
-            rejected, up = rejected | found.rejected(), up + found.bytes_up
+            rejected |= found.rejected()
+            up.bytes += found.bytes_up
         else:
-            replies = exchange(sent)
-            name, unmeasured = best(heads, replies, ratio)
-            rejected, up = rejected | unmeasured, up + _bytes(replies)
-            digests |= _digests(replies, LOSSES)
+            measured = sorted(up.noted(exchange(sent), LOSSES), key=lambda reply: order(reply.metadata.src_node_id))
+            name, unmeasured = best(heads, measured, ratio)
+            rejected |= unmeasured
     if exact:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
-    return Solved(layout.put(state, heads[name]), name, clients, rejected, up, down, digests)
+    return Solved(layout.put(state, heads[name]), name, clients, rejected, up.bytes, down, up.sorted)
 
 
 def total(
     replies: Iterable[Message],
     shape: Sequence[int],
     round: int,
+    order: Callable[[int], int] = int,
     *,
     max_ratio: float = 0.0,
     noise_multiplier: float = 0.0,
 ) -> tuple[ClassSums | None, int, dict[str, str]]:
-    """Add up the clients' sums, in the order of the replies.
+    """Add up the clients' sums: each reply is checked as it comes, and waits in a file until all have come.
+
+    They are added in the order of the clients, so that nothing of the result depends on the order in which they come.
 
     Args:
-        replies: Replies to `STATISTICS`.
+        replies: Replies to `STATISTICS`, in any order.
         shape: ``[C, k]``, k being how wide the summed features are.
         round: The round they must belong to.
+        order: A node's place among the clients.
         max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off. Noised
-            ones are scaled down instead, see `bora_fl.heads.bounded`.
+            ones are scaled down instead, see `bora_fl.heads.most_weight`.
         noise_multiplier: Of each client's release; 0 for sums without noise. Sums that no examples can have are
             rejected in either case.
 
     Returns:
         The total, of how many clients, and node to the reason why its reply is rejected.
     """
-    releases, rejected = dict[int, ClassSums](), dict[str, str]()
-    good, examples = dict[int, Message](), dict[int, float]()
-
-    def sums_in(message: Message) -> ClassSums:
-        return ClassSums.from_tensors(read_statistics(message, round), shape[0], shape[1])
-
+    held, waiting = Held(0, AdapterState()), dict[int, ClientUpdate]()
+    examples, rejected = dict[int, float](), dict[str, str]()
     for message in replies:
         node = message.metadata.src_node_id
         try:
-            sums = sums_in(message)
+            packed = read_statistics(message, round)
+            sums = ClassSums.from_tensors(packed, shape[0], shape[1])
             if noise_multiplier:
                 check_release(sums, noise_multiplier)
-                releases[node] = sums
             else:
                 sums.check()
         except RejectedReplyError as reply:
@@ -215,15 +230,18 @@ def total(
         except ValueError as error:
             rejected[str(node)] = str(error)
         else:
-            good[node], examples[node] = message, float(sums.counts.sum())
-    if noise_multiplier:
-        releases = bounded(releases, noise_multiplier)
-        return functools.reduce(operator.add, releases.values()) if releases else None, len(releases), rejected
-    too_heavy = heavy(examples, max_ratio)
+            # As they came, unpacked sums being eight times as large; and not in memory, which they would break up.
+            examples[node] = float(sums.counts.sum())
+            waiting[node] = held.hold(ClientUpdate(node, 1.0, AdapterState({}, packed)))
+    most = most_weight(examples.values(), shape[0], noise_multiplier) if noise_multiplier else math.inf
+    too_heavy = {} if noise_multiplier else heavy(examples, max_ratio)
     rejected |= {str(node): reason for node, reason in too_heavy.items()}
-    kept = [message for node, message in good.items() if node not in too_heavy]
-    # They are read again one by one: unpacked sums are eight times as large as packed ones, and clients may be many.
-    return functools.reduce(operator.add, map(sums_in, kept)) if kept else None, len(kept), rejected
+    added, clients = None, 0
+    for node in sorted(waiting.keys() - too_heavy.keys(), key=lambda node: (order(node), node)):
+        sums = ClassSums.from_tensors(waiting[node].state.tensors, shape[0], shape[1])
+        sums = sums.times(most / examples[node]) if examples[node] > most else sums
+        added, clients = sums if added is None else added + sums, clients + 1
+    return added, clients, dict(sorted(rejected.items()))
 
 
 def _unmasked(found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool) -> ClassSums | None:
@@ -294,11 +312,6 @@ def _flat(heads: Mapping[str, Head]) -> dict[str, Tensor]:
     """The heads as named tensors ``<position>/weight`` and ``<position>/bias``."""
     flat = {f"{k}/weight": head.weight.float() for k, head in enumerate(heads.values())}
     return flat | {f"{k}/bias": head.bias.float() for k, head in enumerate(heads.values()) if head.bias is not None}
-
-
-def _digests(replies: Iterable[Message], kind: str) -> dict[str, str]:
-    """By the names that the sites' logs have for the questions."""
-    return reply_digests(replies, kind.rpartition(".")[2].replace("_", "-"))
 
 
 def _bytes(messages: Iterable[Message]) -> int:

@@ -103,6 +103,7 @@ class Held:
 
     def __init__(self, memory_bytes: int, sent: AdapterState) -> None:
         self._left, self._sent = memory_bytes, flatten(sent)
+        self._remedy = ", or raise strategy.memory-mb" if memory_bytes else ""
         self._known = {id(tensor) for tensor in self._sent.values()}
         self._file: _File | None = None
 
@@ -123,7 +124,7 @@ class Held:
         except OSError as error:
             raise RunFailedError(
                 f"a reply cannot wait in {tempfile.gettempdir()}: {error}; free space there, name another folder in "
-                "TMPDIR, or raise strategy.memory-mb"
+                f"TMPDIR{self._remedy}"
             ) from error
 
     def _stored(self, update: ClientUpdate) -> ClientUpdate:

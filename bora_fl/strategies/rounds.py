@@ -331,15 +331,17 @@ class Rounds:
                 message.content.update(records)
             return messages
 
-        def answers(sent: list[Message]) -> list[Message]:
-            replies = exchange(grid, sent, self.settings.strategy.timeout)
-            return sorted(replies, key=lambda reply: self.nodes.partition(reply.metadata.src_node_id) or 0)
+        def answers(sent: list[Message]) -> Iterable[Message]:
+            return arriving(grid, sent, self.settings.strategy.timeout)
+
+        def order(node: int) -> int:
+            return self.nodes.partition(node) or 0
 
         def secure(sent: list[Message]) -> SecureMean:
             return self._secure_mean(grid, sent, server_round, 1)
 
         masked = secure if self.settings.privacy.secure_aggregation else None
-        solved = solve(self.head, self.state, self.settings, server_round, ask, answers, masked)
+        solved = solve(self.head, self.state, self.settings, server_round, ask, answers, order, masked)
         self._warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)
 

@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_run_in_words(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(RunFailedError, match=r"No space left.*TMPDIR, or raise strategy\.memory-mb"):
-        held([ClientUpdate(0, 1.0, states("identity")[0])], 0)
+        held([ClientUpdate(0, 1.0, states("identity")[0])], 1)
 
 
 @pytest.mark.parametrize("transform", ["exp_norm", "identity"])

@@ -1,0 +1,80 @@
+"""The clients' sums for the closed-form head, added up: in any order the same bits, in memory that does not grow."""
+
+import gc
+import itertools
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from bora_fl.heads import ClassSums, release
+from bora_fl.privacy.gaussian import SeededRandomness
+from bora_fl.simulations.engine import identify
+from bora_fl.strategies.head import total
+from bora_fl.wire.records import to_arrays
+from bora_fl.wire.schema import HEADS, REPLY, SCHEMA
+
+
+def reply(node: int, sums: ClassSums) -> Message:
+    identify()
+    asked = Message(RecordDict(), dst_node_id=node, message_type="query.head_statistics")
+    record = ConfigRecord({"schema": SCHEMA, "round": 0})
+    return Message(RecordDict({REPLY: record, HEADS: to_arrays(sums.to_tensors())}), reply_to=asked)
+
+
+def sums_of(client: int, dim: int = 8, examples: int = 40) -> ClassSums:
+    g = torch.Generator().manual_seed(client)
+    x = torch.randn(examples, dim, generator=g) * 10.0**client
+    return ClassSums.of(x, torch.arange(examples) % 2, 2)
+
+
+def place(node: int) -> int:
+    return {11: 2, 5: 0, 8: 1, 2: 3}[node]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_every_order_of_arrival_gives_the_same_bits(noise: float):
+    def made(node: int) -> Message:
+        sums = sums_of(place(node))
+        # A release has features of a norm of at most 1.
+        scaled = ClassSums.of(torch.eye(8).repeat(place(node) + 1, 1), torch.arange(8 * (place(node) + 1)) % 2, 2)
+        return reply(node, release(scaled, noise, SeededRandomness(node)) if noise else sums)
+
+    replies = {node: made(node) for node in (2, 5, 8, 11)}
+    found = [
+        total([replies[node] for node in order], (2, 8), 0, place, noise_multiplier=noise)
+        for order in itertools.permutations(replies)
+    ]
+    for sums, clients, rejected in found:
+        assert (clients, rejected) == (4, {})
+        assert torch.equal(sums.to_vector(), found[0][0].to_vector())
+    in_order = [ClassSums.from_tensors(sums_of(k).to_tensors(), 2, 8).to_vector() for k in range(4)]
+    if not noise:  # sums whose order matters, or the test would prove nothing
+        assert torch.equal(found[0][0].to_vector(), ((in_order[0] + in_order[1]) + in_order[2]) + in_order[3])
+        assert not torch.equal(found[0][0].to_vector(), ((in_order[3] + in_order[2]) + in_order[1]) + in_order[0])
+
+
+def test_a_heavy_client_counts_for_ten_medians_at_most_or_not_at_all():
+    replies = [reply(k, sums_of(0, examples=40)) for k in range(4)] + [reply(4, sums_of(1, examples=4000))]
+    sums, clients, rejected = total(replies, (2, 8), 0, max_ratio=50.0)
+    assert (clients, float(sums.counts.sum()), list(rejected)) == (4, 160.0, ["4"])
+    noised = ClassSums.of(torch.eye(8), torch.arange(8) % 2, 2)
+    honest = [reply(k, release(noised.times(1000.0), 1.0, SeededRandomness(k))) for k in range(4)]
+    lie = noised.times(1e9)
+    sums, clients, _ = total([*honest, reply(4, lie)], (2, 8), 0, noise_multiplier=1.0)
+    assert clients == 5
+    assert float(sums.counts.sum()) == pytest.approx(14 * 8000, rel=1e-2)
+    assert float(sums.gram[0, 0]) == pytest.approx(14 * 1000, rel=2e-2)
+
+
+def test_memory_does_not_grow_with_the_clients():
+    alive: list[int] = []
+
+    def arriving():
+        for client in range(20):
+            yield reply(client, sums_of(0, dim=31))
+            alive.append(sum(type(o) is torch.Tensor and o.shape == (31 * 32 // 2,) for o in gc.get_objects()))
+
+    _, clients, _ = total(arriving(), (2, 31), 0)
+    assert clients == 20
+    assert max(alive) <= 2
