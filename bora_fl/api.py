@@ -117,7 +117,7 @@ def predict(
 def export(
     folder: str | Path,
     target: str | Path,
-    form: Literal["merged", "lora", "sentence-transformers"] = "merged",
+    form: Literal["merged", "lora", "gguf", "sentence-transformers"] = "merged",
     *,
     rank: int | None = None,
     dtype: Literal["", "float32", "float16", "bfloat16"] = "",
@@ -127,14 +127,15 @@ def export(
 
     Args:
         folder: The run's output folder, or its adapter's.
-        target: The folder to write.
-        form: ``merged``, a plain transformers model; ``lora``, a LoRA adapter of rank b·r; ``sentence-transformers``.
+        target: The folder to write; with ``gguf`` a file, if it ends in ``.gguf``.
+        form: ``merged``, a plain transformers model; ``lora``, a LoRA adapter of rank b·r; ``gguf``, a file for
+            llama.cpp; ``sentence-transformers``.
         rank: Of the LoRA adapter: the closest one of a lower rank.
         dtype: Of the tensors written; as they were trained by default.
         base: See `load`.
 
     Returns:
-        The target.
+        What was written.
 
     Raises:
         ConfigError: If the run has no such form.
@@ -148,8 +149,10 @@ def export(
         raise ConfigError(f"rank = {rank} with form = {form!r}: only a LoRA adapter has a rank; use form='lora'")
     elif form == "merged":
         forms.export_merged(source, into, base, dtype)
+    elif form == "gguf":
+        return forms.export_gguf(source, into, base, dtype)
     elif form == "sentence-transformers":
         forms.export_sentence_transformers(source, into, base, dtype)
     else:
-        raise ConfigError(f"form = {form!r}: use one of merged, lora, sentence-transformers")
+        raise ConfigError(f"form = {form!r}: use one of merged, lora, gguf, sentence-transformers")
     return into

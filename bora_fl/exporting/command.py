@@ -8,24 +8,20 @@ import typer
 from rich.console import Console
 
 console = Console()
-FORMS = ("merged", "lora", "sentence-transformers")
+FORMS = ("merged", "lora", "gguf", "sentence-transformers")
 DTYPES = ("float32", "float16", "bfloat16")
-GGUF = (
-    "--as gguf: llama.cpp's own converter writes such files, and no package has it; run "
-    "`bora-fl export {folder} {target}` and then "
-    "`python llama.cpp/convert_hf_to_gguf.py {target} --outfile {target}.gguf`"
-)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Those that its ``--max-lora-rank`` takes; memory is set aside by it, whatever rank an adapter has."""
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="output folder of a run, or its adapter's")],
-    target: Annotated[Path, typer.Argument(help="folder to write")],
+    target: Annotated[Path, typer.Argument(help="folder to write; of --as gguf a file, if it ends in .gguf")],
     form: Annotated[
         str,
         typer.Option(
-            "--as", help="merged: a plain model; lora: a LoRA adapter of rank b·r; sentence-transformers; gguf says how"
+            "--as",
+            help="merged: a plain model; lora: of rank b·r; gguf: for llama.cpp; sentence-transformers",
         ),
     ] = "merged",
     rank: Annotated[
@@ -38,12 +34,10 @@ def export(
         str, typer.Option(help="where the base model is here: hub id or folder, if not where the run had it")
     ] = "",
 ) -> None:
-    """Write a finished run as a merged model or as a LoRA adapter."""
+    """Write a finished run as a merged model, as a GGUF file or as a LoRA adapter."""
     from bora_fl.config import ConfigError
     from bora_fl.exporting import forms
 
-    if form == "gguf":
-        raise ConfigError(GGUF.format(folder=folder, target=target))
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
     if form not in FORMS:
@@ -64,6 +58,8 @@ def export(
             _say(f"note: vLLM's --max-lora-rank takes {served}; give it the next one above {rank}")
     elif form == "merged":
         forms.export_merged(folder, target, base, dtype)
+    elif form == "gguf":
+        target = forms.export_gguf(folder, target, base, dtype)
     else:
         forms.export_sentence_transformers(folder, target, base, dtype)
     _say(f"wrote {target}")

@@ -1,4 +1,4 @@
-"""A finished run in the forms that other programs take: a merged model, a sentence-transformers folder, a LoRA adapter.
+"""A finished run in the forms that other programs take: a merged model, a GGUF file, a LoRA adapter, and so on.
 
 None of them needs the training data: a run's folder holds what there is to know of it.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bora_fl.blocks import at_rank
-from bora_fl.config import ConfigError, parse
+from bora_fl.config import ConfigError, extras, parse
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, Result, load_base, load_result, load_tokenizer, read_result
 from bora_fl.models.pooling import PooledClassification
@@ -107,6 +107,30 @@ def export_sentence_transformers(folder: Path, target: Path, base: str = "", dty
         )
     save_sentence_transformers(model, tokenizer, target, _label_names(model.config))  # type: ignore[attr-defined]
     return target
+
+
+def export_gguf(folder: Path, target: Path, base: str = "", dtype: str = "") -> Path:
+    """Write the fine-tuned language model with its tokenizer as one GGUF file, for llama.cpp and Ollama.
+
+    Args:
+        folder: See `load_run`.
+        target: The file, if it ends in ``.gguf``, or the folder to write ``model.gguf`` to.
+        base: See `load_run`.
+        dtype: Of the matrices, as they were trained by default. Vectors are float32.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: If the extra ``llm`` is missing, or the model or its tokenizer is none that is converted here.
+    """
+    from bora_fl.exporting.gguf_file import write_gguf
+
+    extras.require("llm", "--as gguf", "gguf")
+    model, tokenizer = _merged(folder, base, "")  # each tensor is cast as it is written
+    file = target if target.suffix == ".gguf" else target / "model.gguf"
+    write_gguf(model, tokenizer, file, folder.resolve().name, dtype)
+    return file
 
 
 def _merged(folder: Path, base: str, dtype: str) -> tuple[Any, Any]:

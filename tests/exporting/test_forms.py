@@ -143,7 +143,6 @@ def test_of_a_run_that_goes_on_the_newest_checkpoint_is_exported(tiny_config, tm
     ("options", "message"),
     [
         (["--as", "gguff"], "--as gguff: use one of merged, lora"),
-        (["--as", "gguf"], "convert_hf_to_gguf.py"),
         (["--dtype", "int8"], "--dtype int8: use one of float32, float16, bfloat16"),
         (["--as", "merged", "--rank", "8"], "--rank 8 with --as merged"),
         (["--as", "lora", "--rank", "-1"], "--rank -1"),
