@@ -4,10 +4,12 @@
 the index; without it the environment is made of links to what is installed here.
 """
 
+import email
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -106,6 +108,11 @@ def test_the_wheel_is_what_an_index_takes(wheel: Path, python: Path):
     names = subprocess.run([python, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True).stdout
     assert "bora_fl/py.typed" in names
     assert "licenses/LICENSE" in names
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(file))
+    assert (metadata["License-Expression"], metadata.get_all("License-File")) == ("Apache-2.0", ["LICENSE"])
+    assert metadata["License"] is None
     pytest.importorskip("twine", reason="twine is not here")
     command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

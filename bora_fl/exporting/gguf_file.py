@@ -152,7 +152,7 @@ def _frequency_factors(model: Any) -> torch.Tensor:
     """By how much each of a head's frequencies is lower than without scaling, ``[head size / 2]``."""
     scaled = model.model.rotary_emb.inv_freq.float()
     head = _head_size(model.config)
-    plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2) / head)
+    plain: torch.Tensor = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2) / head)
     return plain / scaled
 
 
