@@ -150,7 +150,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _frequency_factors(model: Any) -> torch.Tensor:
     """By how much each of a head's frequencies is lower than without scaling, ``[head size / 2]``."""
-    scaled = model.model.rotary_emb.inv_freq.float()
+    scaled: torch.Tensor = model.model.rotary_emb.inv_freq.float()
     head = _head_size(model.config)
     plain: torch.Tensor = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2) / head)
     return plain / scaled
