@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import example_losses
@@ -28,6 +28,14 @@ PUBLISHED = {
     "llama-3.2-3b": 3_212_749_824,
     "qwen2.5-7b": 7_615_616_512,
     "llama-3.1-8b": 8_030_261_248,
+}
+# The models' config.json: type, hidden, intermediate, layers, heads, key-value heads, vocabulary.
+SIZES = {
+    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 128256),
+    "smollm2-1.7b": ("llama", 2048, 8192, 24, 32, 32, 49152),
+    "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, 128256),
+    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 152064),
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128256),
 }
 CHOSEN = {
     "model.task": "causal-lm",
@@ -150,6 +158,25 @@ def test_a_recipe_parses_and_says_that_it_was_not_run(path: Path):
     assert recipe.settings.model.task == "causal-lm"
     assert recipe.estimate["parameters"] == PUBLISHED[path.stem]
     assert recipe.estimate["step"] <= 0.9 * gigabytes(recipe.gpu)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_the_sizes_of_its_model(path: Path):
+    """As they are published, and as transformers makes a model of them."""
+    config = read_recipe(path).config
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
+    assert (config.model_type, *(getattr(config, name) for name in names)) == SIZES[path.stem]
+    assert config.tie_word_embeddings == (path.stem not in {"qwen2.5-7b", "llama-3.1-8b"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[path.stem]
 
 
 @pytest.mark.parametrize(
