@@ -140,7 +140,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 batch = {k: v.to(device) for k, v in data.batch(order[start : start + batch_size]).items()}
                 labels, reference = batch.pop("labels"), batch.pop("reference", None)

@@ -56,6 +56,10 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, *, finite: bool = False) -
     delta = as_stored(layer, delta)
     if delta.shape != weight.shape:
         raise ValueError(f"a delta lies as {list(delta.shape)} where the base weight lies as {list(weight.shape)}")
+    if hasattr(weight, "placements"):  # each process has the whole delta, and a part of the weight
+        from torch.distributed.tensor import distribute_tensor
+
+        delta = distribute_tensor(delta.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
     total = (weight + delta.to(weight.device)).to(weight.dtype)
     if finite and not bool(torch.isfinite(total).all()):
         raise ValueError("NaNs detected in the merged weights")

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
@@ -10,10 +11,12 @@ from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
 from bora_fl.client import head
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.processes import Processes
+from bora_fl.client.processes import Job, Processes
 from bora_fl.client.refusing import refuse
-from bora_fl.client.round import OnStep, evaluate_round, train_round
-from bora_fl.client.site import site
+from bora_fl.client.round import OnStep, evaluate_round, evaluates, train_round
+from bora_fl.client.sharding import require_sharding
+from bora_fl.client.share import Share
+from bora_fl.client.site import Site, site
 from bora_fl.config import Settings, extras, parse
 from bora_fl.paths import state_folder
 from bora_fl.privacy.audit_log import AUDIT_LOG, AuditLogError, append
@@ -103,17 +106,55 @@ def _granted(
     settings = grant(policy, asked, kind)
     if processes:
         require_shares(settings, processes.count)
+        if processes.shards:
+            require_sharding(settings)
     who = ClientIdentity.read(context.node_config, context.node_id)
     if work is not None:
         return work(settings, content, who, context.state, policy)
-    here = site(settings)
-    if kind == "train":
-        return train_round(here, content, who, context.state, on_step, policy, processes)
-    if kind == "head-statistics":
-        return head.statistics(here, content, who, context.state, on_step, policy)
-    if kind == "head-losses":
-        return head.losses(here, content, who, context.state, on_step)
-    return evaluate_round(here, content, who, context.state, on_step)
+    with whole_job(settings, content, who, context.state, kind, policy, processes) as (here, share):
+        if kind == "train":
+            return train_round(here, content, who, context.state, on_step, policy, processes, share)
+        if kind == "head-statistics":
+            return head.statistics(here, content, who, context.state, on_step, policy)
+        if kind == "head-losses":
+            return head.losses(here, content, who, context.state, on_step)
+        return evaluate_round(here, content, who, context.state, on_step)
+
+
+@contextmanager
+def whole_job(
+    settings: Settings,
+    content: RecordDict,
+    who: ClientIdentity,
+    memory: RecordDict,
+    job: Job,
+    policy: SitePolicy | None,
+    processes: Processes | None,
+) -> Iterator[tuple[Site, Share | None]]:
+    """The site for a job, and this process's share where the others do all of it along, for lack of a whole model."""
+    if processes is None or not processes.shards:
+        yield site(settings), None
+        return
+    with processes.at_work(settings, content, who, memory, job, evaluates(settings, policy)) as share:
+        yield site(settings, processes.mesh), share
+
+
+def warm_up(
+    settings: Settings, partition: tuple[int, int] | None, policy: SitePolicy | None, processes: Processes | None
+) -> None:
+    """Load what a run needs before its first round.
+
+    Args:
+        settings: As the run asks.
+        partition: The client whose data is tokenized too, and out of how many; None loads the model alone.
+        policy: The site's.
+        processes: Others that train along.
+    """
+    settings, who = grant(policy, settings, "train"), ClientIdentity(*(partition or (0, 0)))
+    if processes and processes.shards:
+        require_sharding(settings)
+    with whole_job(settings, RecordDict(), who, RecordDict(), "warm-up", policy, processes) as (here, _):
+        here.warm_up(partition)
 
 
 def require_shares(settings: Settings, processes: int) -> None:

@@ -1,8 +1,11 @@
 """Further processes that train one client together with this one; this one talks, and alone writes what stays.
 
-They are started once and wait for jobs on their standard input: the granted settings and who the client is, then the
-message and the client's memory as the chunks that a ClientApp sends to a worker. Each decodes and checks them as this
-process has. They end with it.
+They are started once and wait for jobs on their standard input: what to do, the granted settings and who the client is,
+then the message and the client's memory as the chunks that a ClientApp sends to a worker. Each decodes and checks them
+as this process has. They end with it.
+
+Where each has the whole base model, they are given the training alone. Where its weights are shared out, every job is
+theirs, since none can take a pass through the model without the others.
 """
 
 import json
@@ -18,20 +21,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from flwr.app import RecordDict
 from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
 
+from bora_fl.client import sharding
 from bora_fl.client.identity import ClientIdentity
 from bora_fl.client.share import Share, connect
+from bora_fl.client.site import forget
 from bora_fl.client.worker.pieces import Assembly, chunks
 from bora_fl.client.worker.worker_pb2 import Chunk
 from bora_fl.config import Settings
 from bora_fl.wire.refusals import Code, Refused
+from bora_fl.wire.schema import Kind
+
+Job = Kind | Literal["share", "warm-up"]
 
 log = logging.getLogger(__name__)
+
+ALIKE = frozenset((Code.MESSAGE_INVALID, Code.FOLDS_MISSING))
+"""What every process refuses that is given the whole job, before it takes a pass through the model."""
 
 _LENGTH = struct.Struct("<Q")
 _LOOK = 0.05  # seconds between two looks for whether a process is there
@@ -43,10 +55,15 @@ class Processes:
 
     Args:
         count: Processes in all, this one among them.
+        shard: Share the base model's weights out.
+
+    Attributes:
+        mesh: Connects the processes that share the weights out; None where each has all.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, shard: bool = False) -> None:
+        self.count, self.shards = count, shard
+        self.mesh: DeviceMesh | None = None
         self._others: list[subprocess.Popen[bytes]] = []
         self._group: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -68,9 +85,10 @@ class Processes:
         path = Path(self._folder.name) / "store"
         store = FileStore(str(path), self.count)
         command = [sys.executable, "-m", "bora_fl.client.further_process", str(path)]
+        devices = len(self._devices)
         for rank in range(1, self.count):
             mine = {"CUDA_VISIBLE_DEVICES": self._devices[rank % len(self._devices)]} if self._devices else {}
-            arguments = [*command, str(rank), str(self.count)]
+            arguments = [*command, str(rank), str(self.count), *([str(devices)] if self.shards else [])]
             environment = os.environ | mine
             self._others.append(subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE))
         try:
@@ -80,35 +98,51 @@ class Processes:
                 time.sleep(_LOOK)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
             self._group = connect(store, 0, self.count)
+            if self.shards:
+                self.mesh = sharding.connect(path.with_name("shards"), 0, self.count, devices)
         except BaseException:
             self.close()
             raise
-        log.info("%d processes train each client together", self.count)
+        log.info(
+            "%d processes train each client together%s",
+            self.count,
+            ", with a part of the base model each" * self.shards,
+        )
 
     @contextmanager
     def at_work(
-        self, settings: Settings, content: RecordDict, who: ClientIdentity, memory: RecordDict
+        self,
+        settings: Settings,
+        content: RecordDict,
+        who: ClientIdentity,
+        memory: RecordDict,
+        job: Job = "share",
+        evaluates: bool = False,
     ) -> Iterator[Share]:
-        """Let the others train the same message, each its share; yields this process's.
+        """Let the others do the same job, each its share of the training; yields this process's.
 
         Args:
             settings: As the site grants them.
             content: The message's.
             who: The client.
             memory: What the client keeps, as it was when the message came.
+            job: ``share``, the training of a message that this process does, or all that is done with the message.
+            evaluates: Whether this process evaluates before it trains.
 
         Raises:
             Refused: If a process is lost. The others are ended, and the next job starts all anew.
         """
         self.start()
-        share = Share(0, self.count, self._group)
+        share = Share(0, self.count, self._group, self.shards)
+        told = {"job": job, "settings": settings.flat(), "who": asdict(who), "evaluates": evaluates}
         try:
             for other in self._others:
                 assert other.stdin is not None
-                _send(other.stdin, settings, content, who, memory)
+                _send(other.stdin, told, content, memory)
             yield share
         except BaseException as error:
-            if share.agreed or isinstance(error, FloatingPointError):  # the others have ended this job too
+            alike = isinstance(error, FloatingPointError) or (isinstance(error, Refused) and error.code in ALIKE)
+            if share.agreed or alike:  # the others have ended this job too
                 raise
             lost = self._lost(_TO_END) if isinstance(error, (RuntimeError, OSError)) else ""
             self.close()
@@ -126,6 +160,10 @@ class Processes:
                 assert other.stdin is not None
                 other.stdin.close()
         self._others, self._group = [], None
+        if self.mesh is not None:
+            sharding.disconnect()
+            self.mesh = None
+            forget()  # the others' parts of the weights are gone
         if self._folder:
             self._folder.cleanup()
             self._folder = None
@@ -156,11 +194,11 @@ def _take_first_device() -> list[str]:
     return devices
 
 
-def _send(stream: IO[bytes], settings: Settings, content: RecordDict, who: ClientIdentity, memory: RecordDict) -> None:
+def _send(stream: IO[bytes], told: dict[str, Any], content: RecordDict, memory: RecordDict) -> None:
     def frame(data: bytes) -> None:
         stream.write(_LENGTH.pack(len(data)) + data)
 
-    frame(json.dumps({"settings": settings.flat(), "who": asdict(who)}).encode())
+    frame(json.dumps(told).encode())
     for part, records in ((Chunk.CONTENT, content), (Chunk.MEMORY, memory)):
         for chunk in chunks(records, part):
             frame(chunk.SerializeToString())

@@ -24,6 +24,7 @@ from bora_fl.client.processes import Processes
 from bora_fl.client.share import Share
 from bora_fl.client.site import Site
 from bora_fl.client.training import TrainResult, train
+from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded
 from bora_fl.device import autocast, settle
 from bora_fl.evaluate import Metrics, evaluate
@@ -60,6 +61,7 @@ def train_round(
     on_step: OnStep | None = None,
     policy: SitePolicy | None = None,
     processes: Processes | None = None,
+    share: Share | None = None,
 ) -> RecordDict:
     """Receive, train, reply.
 
@@ -70,7 +72,8 @@ def train_round(
         memory: What the client keeps between rounds (factors that never leave it).
         on_step: Called between steps.
         policy: The site's.
-        processes: Others that train along; this one alone reads and writes what stays.
+        processes: Others that train along once they are told; this one alone reads and writes what stays.
+        share: This process's, where the others do the whole job along.
 
     Returns:
         The reply's content.
@@ -90,7 +93,7 @@ def train_round(
     by_mode: dict[str, Callable[[_Round], Release]] = {"record": _train_by_record, "local": _train_locally}
     train_by = by_mode.get(mode, _train_openly)
     told = (site, model, data, instruction, who, received, memory, on_step, policy)
-    release = train_by(_Round(*told, content=content, processes=processes))
+    release = train_by(_Round(*told, content=content, processes=processes, share=share))
     reply = leave(release, sent, received, instruction, site.settings, who, memory)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
@@ -133,6 +136,7 @@ class _Round:
     policy: SitePolicy | None = None
     content: RecordDict | None = None
     processes: Processes | None = None
+    share: Share | None = None
 
     @property
     def factors(self) -> list[float]:
@@ -141,8 +145,8 @@ class _Round:
 
     def train(self) -> TrainResult:
         """Train without noise, together with the other processes if there are any."""
-        if self.processes is None or self.content is None:
-            return self.train_share(None)
+        if self.processes is None or self.content is None or self.share is not None:
+            return self.train_share(self.share)
         with self.processes.at_work(self.site.settings, self.content, self.who, self.memory) as share:
             return self.train_share(share)
 
@@ -174,7 +178,7 @@ def _train_openly(round: _Round) -> PlainRelease | ClientRelease:
     mode = round.site.settings.privacy.mode
     allowed = released(round.policy, mode)
     measured: dict[str, float | int] = {}
-    if round.instruction.evaluate and len(round.data.evaluation) and allowed >= EVALUATION:
+    if round.instruction.evaluate and len(round.data.evaluation) and evaluates(round.site.settings, round.policy):
         found = _evaluate(round.site, round.model, round.data.evaluation, round.on_step)
         measured |= {"eval_loss": found.loss, "eval_accuracy": found.accuracy, "eval_examples": found.examples}
     started = time.perf_counter()
@@ -184,6 +188,12 @@ def _train_openly(round: _Round) -> PlainRelease | ClientRelease:
     leaves: dict[str, Any] = {name: v for name, v in measured.items() if name.replace("_", "-") in allowed}
     kind = PlainRelease if mode == "none" else ClientRelease
     return kind(state=round.model.read(), partition=round.who.partition, rank=round.model.rank, **leaves)
+
+
+def evaluates(settings: Settings, policy: SitePolicy | None) -> bool:
+    """Whether a client evaluates what it received before it trains, if it is asked to."""
+    mode = settings.privacy.mode
+    return mode not in ("record", "local") and released(policy, mode) >= EVALUATION
 
 
 def _train_by_record(round: _Round) -> RecordRelease:
@@ -234,6 +244,20 @@ def train_share(site: Site, content: RecordDict, who: ClientIdentity, memory: Re
     instruction, sent = understand(content, memory)
     model, received = _receive(site, content, instruction, sent, who, memory)
     _Round(site, model, _data(site, who), instruction, who, received, memory, on_step=None).train_share(share)
+
+
+def train_along(
+    site: Site, content: RecordDict, who: ClientIdentity, memory: RecordDict, share: Share, evaluates: bool
+) -> None:
+    """What a further process does of `train_round` where the base model's weights are shared out: every pass."""
+    instruction, sent = understand(content, memory)
+    model, received = _receive(site, content, instruction, sent, who, memory)
+    data = _data(site, who)
+    if evaluates and instruction.evaluate and len(data.evaluation):
+        _evaluate(site, model, data.evaluation, on_step=None)
+    _Round(site, model, data, instruction, who, received, memory, on_step=None).train_share(share)
+    if instruction.gram:
+        _input_grams(site, model, data, instruction, who, instruction.gram)
 
 
 def evaluate_round(

@@ -32,13 +32,14 @@ class Share:
         rank: Which process, from 0.
         size: Out of how many.
         group: Connects them.
+        in_step: Whether all must take the same passes through the model, since its weights are shared out.
 
     Attributes:
         agreed: Whether the training has ended in all processes, because one of them said so.
     """
 
-    def __init__(self, rank: int, size: int, group: Any) -> None:
-        self.rank, self.size, self.agreed = rank, size, False
+    def __init__(self, rank: int, size: int, group: Any, in_step: bool = False) -> None:
+        self.rank, self.size, self.in_step, self.agreed = rank, size, in_step, False
         self._group = group
 
     def rows(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:

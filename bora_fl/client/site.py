@@ -8,7 +8,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
+from bora_fl.client.sharding import shard_base
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded, Pairs, client_data, load_dataset
 from bora_fl.device import autocast, set_threads, settle
@@ -26,11 +28,11 @@ class Site:
 
     Args:
         settings: The run's settings.
+        mesh: The processes that share the base model's weights out; None to have all.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        global _loads
-        self.settings = settings
+    def __init__(self, settings: Settings, mesh: DeviceMesh | None = None) -> None:
+        self.settings, self._mesh = settings, mesh
         with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
             raw = load_dataset(settings.data)
         if raw.settings.format == "preference":
@@ -38,12 +40,17 @@ class Site:
                 require_preferences(settings)
         with refuse_as(Code.MODEL_UNAVAILABLE, Code.OUT_OF_MEMORY):
             self._tokenizer: Any = load_tokenizer(settings.model)
-            self._base: Any = load_base(settings.model, raw.label_names, settings.run.seed)
-        _loads += 1
+            self._label_names = raw.label_names
+            self._base: Any = self._load()
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
         self._references: References | None = None
         self._originals: dict[str, torch.Tensor | torch.nn.Module] = {}
+
+    def _load(self) -> Any:
+        global _loads
+        _loads += 1
+        return load_base(self.settings.model, self._label_names, self.settings.run.seed)
 
     def data(self, partition: int, num_partitions: int) -> ClientData:
         """A client's training and evaluation examples."""
@@ -84,15 +91,27 @@ class Site:
             adapter = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
         if self._model is None or self._model.rank != adapter.rank:
             if self._model is not None:
-                self._base, self._model = self._model.model.unload(), None
+                sharded, self._base = self._mesh is not None, self._model.model.unload()
+                self._model = None
+                if sharded:  # the weights are cut as they lie under one adapter
+                    self._base, self._folded, self._originals = None, ("", 0), {}
+                    self._base = self._load()
             self._model = FederatedModel(
                 self._base, adapter, self.settings.model, self.settings.run.seed, keep_head=self.settings.solves_head
             )
+            if self._mesh is not None:
+                shard_base(self._model, self._mesh)
             if self.settings.train.checkpointing:
                 self._model.checkpoint_activations()
             if self.settings.train.compile:
                 self._model.compile()
         return self._model
+
+    def warm_up(self, partition: tuple[int, int] | None) -> None:
+        """Load the model, and a partition's data if one is named, as its number and out of how many."""
+        self.model()
+        if partition:
+            self.data(*partition)
 
     def store_folds(self, run_id: str, folds: dict[str, torch.Tensor]) -> None:
         """Keep received folds on disk: in a deployment the next message meets a new process.
@@ -190,17 +209,29 @@ def base_loads() -> int:
     return _loads
 
 
-def site(settings: Settings) -> Site:
-    """This process's site for a run's settings: made at the first call, and anew when model, adapter or data change."""
+def forget() -> None:
+    """Let go of this process's site."""
+    global _current
+    with _lock:
+        _current = None
+
+
+def site(settings: Settings, mesh: DeviceMesh | None = None) -> Site:
+    """This process's site for a run's settings: made at the first call, and anew when model, adapter or data change.
+
+    Args:
+        settings: As the site grants them.
+        mesh: As for `Site`.
+    """
     global _current
     with refuse_as(Code.MODEL_UNAVAILABLE):
         settings = settled(settings)
     made_of = (settings.model, settings.adapter, settings.data, settings.run.seed)
-    key = (*made_of, settings.train.checkpointing, settings.train.compile, settings.solves_head)
+    key = (*made_of, settings.train.checkpointing, settings.train.compile, settings.solves_head, mesh)
     with _lock:
         set_threads(settings.run.threads)
         if _current is None or _current[0] != key:
             _current = None  # frees the old model before the new one is loaded
-            _current = (key, Site(settings))
+            _current = (key, Site(settings, mesh))
         _current[1].settings = settings
         return _current[1]

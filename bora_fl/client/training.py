@@ -38,11 +38,15 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Part:
-    """A batch, or this process's share of it; targets and examples of the whole batch."""
+    """A batch, or this process's share of it; targets and examples of the whole batch.
+
+    An idle part is another process's row, which is passed through the model and counts for nothing.
+    """
 
     batch: dict[str, Tensor]
     targets: int
     examples: int
+    idle: bool = False
 
 
 def train(
@@ -132,8 +136,10 @@ def train(
 def _parts(data: Encoded, drawn: Iterator[NDArray[np.int64]], share: Share | None) -> Iterator[_Part]:
     for indices in drawn:
         whole = data.batch(indices)
-        own = data.batch(share.rows(indices)) if share else whole
-        yield _Part(own, _num_targets(whole), len(whole["labels"]))
+        rows = share.rows(indices) if share else indices
+        idle = bool(share and share.in_step and not len(rows))
+        own = data.batch(indices[:1] if idle else rows) if share else whole
+        yield _Part(own, _num_targets(whole), len(whole["labels"]), idle)
 
 
 def _backward(
@@ -166,7 +172,7 @@ def _backward(
             losses = preference_losses(logits, labels, reference, settings.dpo_beta)[0]
         if before is not None:
             losses = losses + settings.not_true_distillation * not_true_divergence(logits, before, labels)
-        part_loss = losses.sum() / max(targets, 1)
+        part_loss = losses.sum() / max(targets, 1) * (not part.idle)
         scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
         loss += part_loss.item()
     return loss

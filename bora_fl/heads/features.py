@@ -40,7 +40,7 @@ def features(
             for start in range(0, len(order), batch_size):
                 batch = {k: v.to(device) for k, v in data.batch(order[start : start + batch_size]).items()}
                 labels = batch.pop("labels")
-                with torch.inference_mode(), autocast() if autocast else torch.autocast(device.type, enabled=False):
+                with torch.no_grad(), autocast() if autocast else torch.autocast(device.type, enabled=False):
                     logits = model(**batch).logits
                 yield _inputs_of(call, logits, batch["input_ids"], model).double().cpu(), labels.cpu()
                 call.clear()

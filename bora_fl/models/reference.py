@@ -114,7 +114,7 @@ def reference_log_probs(
     order = np.argsort(-pairs.lengths, kind="stable")
     net.eval()
     try:
-        with torch.inference_mode(), net.disable_adapter():
+        with torch.no_grad(), net.disable_adapter():
             for start in range(0, len(order), size):
                 chosen = order[start : start + size]
                 batch = {name: t.to(device) for name, t in replace(pairs, reference=None).batch(chosen).items()}
@@ -136,7 +136,8 @@ def _fingerprint(model: FederatedModel) -> bytes:
     digest = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         if not parameter.requires_grad:
-            flat = parameter.detach().flatten()
+            tensor = parameter.detach()
+            flat = getattr(tensor, "full_tensor", lambda whole=tensor: whole)().flatten()  # of which this may be a part
             values = flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu().numpy()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode() + values.tobytes())
     return digest.digest()

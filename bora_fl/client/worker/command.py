@@ -42,6 +42,9 @@ def worker(
     processes: Annotated[
         int, typer.Option(help="processes that train each client together, a GPU each where there are as many", min=1)
     ] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="with --processes: each process holds a part of the base model's weights")
+    ] = False,
     metrics_port: Annotated[
         int, typer.Option(help="show Prometheus metrics on this port of 127.0.0.1; 0 is off", min=0, max=65535)
     ] = 0,
@@ -66,6 +69,10 @@ def worker(
     chosen = overrides(run_config)
     which = _partition(partition)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
+    if shard and processes == 1:
+        raise ConfigError(
+            "--shard: one process has nobody to share the base model out with; give --processes 2 or more"
+        )
     if policy:
         from bora_fl.privacy.policy import read_policy
 
@@ -79,7 +86,7 @@ def worker(
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    site = SiteWorker(policy.absolute() if policy else None, processes)
+    site = SiteWorker(policy.absolute() if policy else None, processes, shard)
     with serving(metrics_port, site.numbers, "--metrics-port"):
         serve(settings, site, stop=stop, grace=grace, warm_up=run)
 

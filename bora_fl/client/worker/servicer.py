@@ -83,11 +83,12 @@ class SiteWorker:
     Args:
         policy_file: The site's policy, which wins over that of a message's node config.
         processes: Processes that train each client together, this one among them.
+        shard: Whether they share the base model's weights out.
     """
 
-    def __init__(self, policy_file: Path | None = None, processes: int = 1) -> None:
+    def __init__(self, policy_file: Path | None = None, processes: int = 1, shard: bool = False) -> None:
         self._policy_file = policy_file
-        self._count = processes
+        self._count, self._shard = processes, shard
         self._processes: Processes | None = None
         self._jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="job")
         self._lock = threading.Lock()
@@ -110,15 +111,12 @@ class SiteWorker:
         """
 
         def load() -> None:
-            from bora_fl.client.site import site
-            from bora_fl.privacy.policy import find_policy, grant
+            from bora_fl.client import job
+            from bora_fl.privacy.policy import find_policy
 
             started = time.perf_counter()
             try:
-                here = site(grant(find_policy({}, self._policy_file), settings, "train"))
-                here.model()
-                if partition:
-                    here.data(*partition)
+                job.warm_up(settings, partition, find_policy({}, self._policy_file), self._processes)
                 log.info("warm: %s loaded in %.1f s", settings.model.name, time.perf_counter() - started)
             except Exception:  # round 1 meets the same problem and tells the server
                 log.exception("the warm-up failed")
@@ -237,7 +235,7 @@ class SiteWorker:
         if self._count > 1:
             from bora_fl.client.processes import Processes
 
-            self._processes = Processes(self._count)
+            self._processes = Processes(self._count, self._shard)
             try:
                 self._processes.start()
             except Exception:  # the first message meets the same problem and tells the server
