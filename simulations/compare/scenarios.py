@@ -109,6 +109,7 @@ _ROWS = (
         num_clients=40,
     ),
     Scenario("iid", "examples dealt at random", {"data.partition": "iid"}),
+    Scenario("one-client", "one client with all examples: central training", {"data.partition": "iid"}, num_clients=1),
     Scenario(
         "newsgroups",
         "20 Newsgroups, Dirichlet(0.3), 20 clients, three of them each round, from a random head",

@@ -58,6 +58,24 @@ SUITES: dict[str, Suite] = {
         seeds=3,
         config={"run.num-rounds": 30, "run.evaluate-every": 10},
     ),
+    "methods": Suite(
+        "adapter methods of about equally many trained parameters, central, from a random head, eight seeds",
+        "bora/fedavg,lora/fedavg,dora/fedavg,gralora/fedavg,ravan/fedavg,full/fedavg",
+        "one-client",
+        seeds=8,
+        baselines=(),
+        config={
+            "head.init": "random",
+            "run.num-rounds": 1,
+            "run.evaluate-every": 1,
+            "run.keep-best": False,
+            "train.local-steps": 250,
+            "train.batch-size": 16,
+            "data.max-test-examples": 2000,
+        },
+        # In a square layer of width 384, r = b = 8 trains 6,656 numbers, LoRA of rank 9 6,912 and of rank 8 6,144.
+        methods={"lora": {"adapter.rank": 9, "adapter.alpha": 18.0}},
+    ),
     "language": Suite(
         "SmolLM2 on instructions: BoRA and LoRA of equally many trained parameters, averaged and refactorized",
         "bora/refactor,bora/fedavg,lora/fedavg,lora/refactor",

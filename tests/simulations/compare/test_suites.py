@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import torch
+from peft import inject_adapter_in_model
 from typer.testing import CliRunner
 
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError
+from bora_fl.models import peft_config
 from bora_fl.simulations import grid
 from bora_fl.simulations.compare import run, timing
 from bora_fl.simulations.compare.suites import SUITES, suite
@@ -26,6 +29,29 @@ def test_every_variant_of_a_suite_can_run_in_every_scenario(name, tmp_path):
     assert not found.skipped
     assert len(found.runs) == len(found.variants) * len(found.scenarios) * row.seeds
     assert len(found.variants) == len(row.strategies.split(","))
+
+
+def test_the_methods_that_are_compared_train_about_equally_many_numbers(tmp_path):
+    row = suite("methods")
+    plan = lay_out(
+        tmp_path,
+        dict(row.config),
+        strategies=row.strategies.split(","),
+        scenarios=["one-client"],
+        seeds=1,
+        by_method=row.methods,
+    )
+    trained = {}
+    for one in plan.runs:
+        if one.variant.method == "full":
+            continue
+        layer = torch.nn.ModuleDict({"query": torch.nn.Linear(384, 384), "value": torch.nn.Linear(384, 384)})
+        settings = one.settings
+        inject_adapter_in_model(peft_config(settings.adapter, settings.model), layer)
+        trained[one.variant.method] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    assert trained["bora"] == 2 * (384 * 8 * 2 + 8 * 8 * 8)
+    assert trained == pytest.approx(dict.fromkeys(trained, trained["bora"]), rel=0.08)
+    assert len(trained) == 5
 
 
 def test_an_unknown_suite_lists_near_misses():
