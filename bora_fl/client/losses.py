@@ -14,8 +14,14 @@ with p the shares over all clients. Where they are known, the best logits are th
 from such a model moves nothing that the client's shares alone would move. The floor φ leaves a gradient to classes
 that the client does not have, as FedRS does (Li, Zhan, KDD 2021): with φ = 0 and a single class there is none at all.
 
-**Forgetting of what the others know.** Not-true distillation (FedNTD; Lee, Jeong, Shin, Bae, Yun, NeurIPS 2022,
-arXiv:2106.03395) leaves an example's own class out and holds the others' odds where the received model has them:
+**Forgetting of what the others know.** A term holds the predictions where the received model has them (FedGKD with the
+last model alone for a teacher; Yao, Pan, Dai, Wan, Ding, Jin, Xu, Sun, 2021, arXiv:2107.00051):
+
+    loss = CE(logits) + β KL(p ‖ q),    p, q: softmax of the received model's logits and of this one's
+
+At a client of one class the least loss then has that class at (1 + β p) / (1 + β) instead of 1. Not-true distillation
+(FedNTD; Lee, Jeong, Shin, Bae, Yun, NeurIPS 2022, arXiv:2106.03395) leaves an example's own class out and holds the
+others' odds where the received model has them:
 
     loss = CE(logits) + β KL(p̃ ‖ q̃),    p̃, q̃: softmax over the classes but the label, of the received model and of this
 """
@@ -58,6 +64,20 @@ def prior_shift(
     return (strength * ratio.log()).float()
 
 
+def divergence(logits: Tensor, received: Tensor) -> Tensor:
+    """``KL(p ‖ q)`` from the received model's predictions to this one's, at temperature 1.
+
+    Args:
+        logits: ``[N, C]`` of the model that trains.
+        received: ``[N, C]`` of the model that the round started from.
+
+    Returns:
+        ``[N]`` float32.
+    """
+    q, p = (z.float().log_softmax(-1) for z in (logits, received))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def not_true_divergence(logits: Tensor, received: Tensor, labels: Tensor) -> Tensor:
     """``KL(p̃ ‖ q̃)`` of FedNTD at temperature 1.
 
@@ -71,8 +91,7 @@ def not_true_divergence(logits: Tensor, received: Tensor, labels: Tensor) -> Ten
     """
     own = torch.nn.functional.one_hot(labels, logits.shape[-1]).bool()
     others = (len(labels), logits.shape[-1] - 1)
-    q, p = (z.float()[~own].view(others).log_softmax(-1) for z in (logits, received))
-    return (p.exp() * (p - q)).sum(-1)
+    return divergence(*(z.float()[~own].view(others) for z in (logits, received)))
 
 
 def sample_losses(logits: Tensor, labels: Tensor) -> Tensor:

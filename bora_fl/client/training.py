@@ -1,19 +1,17 @@
 """One client's local training: AdamW or SGD on what the round trains, and nothing else."""
 
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from bora_fl.client.losses import not_true_divergence
+from bora_fl.client.losses import divergence, not_true_divergence
 from bora_fl.client.optimizers import make_optimizer, num_steps
 from bora_fl.client.share import Share
 from bora_fl.config import TrainSettings
@@ -58,6 +56,7 @@ def train(
     factors: Sequence[float] = (1.0,),
     seed: int,
     shift: Tensor | None = None,
+    hold: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
     share: Share | None = None,
 ) -> TrainResult:
@@ -71,6 +70,7 @@ def train(
         factors: Shares of the learning rate, from `learning_rate_factors`; unused if there is an optimizer.
         seed: Seeds the batches and dropout.
         shift: ``[C]``, added to the logits (`losses.prior_shift`).
+        hold: β of `losses.divergence` from the received model.
         on_step: Called with (step, steps) after each step; what it raises ends the training.
         share: This process's, where several train together.
 
@@ -83,32 +83,23 @@ def train(
     optimizer = optimizer or make_optimizer(model, settings, factors)
     anchors = [p.detach().clone() for p in parameters] if settings.proximal_mu else []
     steps = num_steps(settings, len(data))
-    drawn = draw_batches(
-        len(data),
-        settings.batch_size,
-        steps * settings.accumulation,
-        np.random.default_rng(seed),
-        data.lengths,
-        settings.length_bucket,
-    )
-    batches = _parts(data, drawn, share)
-    received: Iterator[Tensor] = iter(())
-    if settings.not_true_distillation:
-        kept = list(itertools.islice(batches, steps * settings.accumulation))
-        batches, received = iter(kept), iter(_logits(model, kept, settings))
+    count = steps * settings.accumulation
+    batches = _parts(data, settings, count, seed, share)
+    teaches = bool(settings.not_true_distillation or hold)
+    received = iter(_logits(model, _parts(data, settings, count, seed, share), settings) if teaches else ())
     torch.manual_seed(derive(seed, "process", share.rank) if share and share.rank else seed)
     model.model.train()
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     total, examples = 0.0, 0
     for step in range(1, steps + 1):
         parts = [next(batches) for _ in range(settings.accumulation)]
-        taught = [next(received) if settings.not_true_distillation else None for _ in parts]
+        taught = [next(received) if teaches else None for _ in parts]
         examples += sum(part.examples for part in parts)
         scale = math.inf
         while scaler.get_scale() < scale:  # gradients that overflowed are taken again with a loss of half the scale
             scale = scaler.get_scale()
             optimizer.zero_grad(set_to_none=True)
-            loss = _backward(model, parts, taught, settings, shift, scaler)
+            loss = _backward(model, parts, taught, settings, shift, hold, scaler)
             if share:
                 loss = share.add_up(parameters, loss)
             if not math.isfinite(loss) or scale < 1:
@@ -133,7 +124,16 @@ def train(
     return TrainResult(total / steps, steps, examples, time.perf_counter() - started)
 
 
-def _parts(data: Encoded, drawn: Iterator[NDArray[np.int64]], share: Share | None) -> Iterator[_Part]:
+def _parts(data: Encoded, settings: TrainSettings, count: int, seed: int, share: Share | None) -> Iterator[_Part]:
+    """The round's batches, the same for the same seed."""
+    drawn = draw_batches(
+        len(data),
+        settings.batch_size,
+        count,
+        np.random.default_rng(seed),
+        data.lengths,
+        settings.length_bucket,
+    )
     for indices in drawn:
         whole = data.batch(indices)
         rows = share.rows(indices) if share else indices
@@ -148,6 +148,7 @@ def _backward(
     taught: Sequence[Tensor | None],
     settings: TrainSettings,
     shift: Tensor | None,
+    hold: float,
     scaler: torch.amp.GradScaler,
 ) -> float:
     """The mean loss over all targets of the parts of a step, as far as they are this process's; its scaled gradient is
@@ -163,14 +164,15 @@ def _backward(
         labels, reference = batch.pop("labels"), batch.pop("reference", None)
         shared = nullcontext() if settings.checkpointing else model.quick_step()
         with autocast(device, settings.precision), shared:
-            logits = model.forward(**batch).logits
-        if shift is not None:
-            logits = logits + shift.to(logits.device)
+            own = model.forward(**batch).logits
+        logits = own if shift is None else own + shift.to(own.device)
         if reference is None:
             losses = example_losses(logits, labels)[0]
         else:
             losses = preference_losses(logits, labels, reference, settings.dpo_beta)[0]
-        if before is not None:
+        if before is not None and hold:
+            losses = losses + hold * divergence(own, before)
+        if before is not None and settings.not_true_distillation:
             losses = losses + settings.not_true_distillation * not_true_divergence(logits, before, labels)
         part_loss = losses.sum() / max(targets, 1) * (not part.idle)
         scaler.scale(part_loss).backward()  # type: ignore[no-untyped-call]
@@ -178,7 +180,7 @@ def _backward(
     return loss
 
 
-def _logits(model: FederatedModel, parts: Sequence[_Part], settings: TrainSettings) -> list[Tensor]:
+def _logits(model: FederatedModel, parts: Iterable[_Part], settings: TrainSettings) -> list[Tensor]:
     """The model's logits of each batch as it is now, without dropout."""
     device = settle(model.model)
     model.model.eval()

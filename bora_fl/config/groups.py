@@ -214,6 +214,9 @@ class TrainSettings(Group):
     label_prior_floor: Fraction = Field(
         0.1, description="share of all clients' class shares in a client's own, so that a missing class has a gradient"
     )
+    distillation: NonNegative = Field(
+        0.0, description="FedGKD's beta: holds predictions near the received model's (classification, solved head)"
+    )
     not_true_distillation: NonNegative = Field(
         0.0,
         description="FedNTD's beta: holds the odds among the classes that are not an example's own (classification)",

@@ -102,6 +102,12 @@ class Settings(Group):
                 f"train.label-prior = {self.train.label_prior:g} with privacy.mode = 'record': a client's class shares "
                 "would be in its loss without noise, so there is no label prior; set train.label-prior to 0"
             )
+        if self.train.distillation and not self.solves_head:
+            raise ValueError(
+                f"train.distillation = {self.train.distillation:g} without a solved head (model.task = "
+                f"{self.model.task!r}, head.init = {self.head.init!r}): there are no predictions worth holding before "
+                "training; set train.distillation to 0"
+            )
         if self.train.not_true_distillation and self.model.task != "classification":
             raise ValueError(
                 f"train.not-true-distillation = {self.train.not_true_distillation:g} with model.task = "
@@ -117,6 +123,7 @@ class Settings(Group):
         ignored = {
             "proximal-mu": (self.train.proximal_mu, {0.0}),
             "max-grad-norm": (self.train.max_grad_norm, {0.0, 1.0}),
+            "distillation": (self.train.distillation, {0.0}),
             "not-true-distillation": (self.train.not_true_distillation, {0.0}),
         }
         for key, (value, harmless) in ignored.items():

@@ -24,7 +24,8 @@ def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
     """The base model with a run's folds in its weights and the run's newest adapter, and the tokenizer.
 
     The weights are in full precision, whatever ``model.quantization`` was. Of a run that has not ended, or goes on,
-    the adapter is its newest checkpoint's.
+    the adapter is what it would end with now: that of least held-out loss so far, or without ``run.keep-best`` the
+    newest.
 
     Args:
         folder: The run's output folder, or a finished adapter's.
@@ -58,7 +59,7 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[Fe
     for fold in checkpoint.folds:
         model.add_to_base(unflatten_deltas(fold))
     adapter = settings.adapter  # a strategy's state may be of a lower rank
-    current = checkpoint.state.current
+    current = checkpoint.state.ending
     layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in current.layers.items()}
     model.write(AdapterState(layers, current.tensors))
     return model, load_tokenizer(named)

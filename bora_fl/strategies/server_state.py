@@ -51,6 +51,12 @@ class ServerState:
         """The state before round 1; it remembers the rank of every layer."""
         return cls(initial, {name: factors.rank for name, factors in initial.layers.items()})
 
+    @property
+    def ending(self) -> AdapterState:
+        """What the run would end with now: the best adapter, if it stands on the frozen weights as they are."""
+        best = self.best
+        return best.adapter if best and best.fold_version == self.fold_version else self.current
+
     def back_to(self, adapter: AdapterState) -> "ServerState":
         """An earlier round's adapter; what the server kept of the rounds since does not belong to it."""
         return replace(self, current=adapter, carried={}, velocity={}, optimizer=OptimizerState())

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bora_fl.client.losses import not_true_divergence, prior_shift, sample_losses
+from bora_fl.client.losses import divergence, not_true_divergence, prior_shift, sample_losses
 from bora_fl.client.per_sample import SampleGradients
 
 
@@ -55,6 +55,26 @@ def test_the_loss_of_the_model_itself_would_couple_them(llama):
         for y in (labels, masked)
     ]
     assert norms[1] > 1.5 * norms[0]
+
+
+def test_divergence_is_from_the_received_predictions():
+    torch.manual_seed(0)
+    logits, received = torch.randn(2, 5, 4, dtype=torch.float64)
+    p, q = received.softmax(-1), logits.softmax(-1)
+    assert torch.allclose(divergence(logits, received).double(), (p * (p / q).log()).sum(-1), atol=1e-5)
+    assert float(divergence(received + 3, received).abs().max()) < 1e-6
+
+
+def test_held_predictions_of_a_client_of_one_class_end_between_the_two():
+    """Where the gradient of `CE + β KL` is zero: (1 + β p) / (1 + β) of the class, β p / (1 + β) of the others."""
+    received, label = torch.tensor([[0.3, -1.0, 0.5]]), torch.tensor([1])
+    logits = torch.zeros(1, 3, requires_grad=True)
+    for _ in range(3000):
+        loss = torch.nn.functional.cross_entropy(logits, label) + 2.0 * divergence(logits, received).sum()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        logits = (logits - 0.3 * gradient).detach().requires_grad_(True)
+    own = torch.nn.functional.one_hot(label, 3)
+    assert torch.allclose(logits.softmax(-1), (own + 2 * received.softmax(-1)) / 3, atol=1e-4)
 
 
 def test_not_true_divergence_is_that_of_the_other_classes():

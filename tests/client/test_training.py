@@ -3,13 +3,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 
+from bora_fl.client.job import perform
 from bora_fl.client.losses import not_true_divergence
 from bora_fl.client.optimizers import make_optimizer
 from bora_fl.client.site import Site
+from bora_fl.client.site import site as site_of
 from bora_fl.client.training import train
 from bora_fl.config import ConfigError, TrainSettings, parse
 from bora_fl.state import flatten
+from bora_fl.wire.records import Instruction, to_arrays
+from bora_fl.wire.schema import INSTRUCTION, STATE
 
 ALL = frozenset({"A", "sigma", "B", "tensors"})
 
@@ -146,6 +151,55 @@ def test_distillation_holds_the_odds_of_the_other_classes(tiny_config):
             return float(not_true_divergence(model.model(**batch).logits, received, labels).mean())
 
     assert moved(20.0) < 0.5 * moved(0.0)
+
+
+def test_a_client_of_one_class_holds_the_received_predictions(site: Site):
+    """From one head: the mean prediction of its class rises less, and the more so the stronger it is held."""
+    data = site.data(0, 3).train
+    data = data.select(np.flatnonzero(data.classes == 0))
+    batch = data.batch(np.arange(len(data)))
+    batch.pop("labels")
+    start = site.model().read()
+
+    def risen(hold: float) -> float:
+        model = site.model()
+        model.write(start)
+        model.train_only(ALL)
+        settings = site.settings.train.model_copy(update={"local_steps": 20, "learning_rate": 0.02})
+        with torch.no_grad():
+            before = model.model.eval()(**batch).logits.softmax(-1)[:, 0].mean()
+        train(model, data, settings, seed=1, hold=hold)
+        with torch.no_grad():
+            return float(model.model.eval()(**batch).logits.softmax(-1)[:, 0].mean() - before)
+
+    free, held, tight = risen(0.0), risen(1.0), risen(20.0)
+    assert free > 0.3
+    assert tight < 0.5 * held < 0.5 * free
+
+
+@pytest.mark.parametrize("shares", [(), (0.25, 0.75)])
+def test_a_client_holds_predictions_only_where_the_head_was_solved(shares, tiny_config, monkeypatch):
+    """What tells a client so are the class shares, which the head's sums count."""
+    config = tiny_config | {"train.distillation": 0.5, "head.init": "closed-form"}
+    state, seen = site_of(parse(config)).model(parse(config).adapter.rank).read(), []
+
+    def spy(*arguments, **keywords):
+        seen.append(keywords["hold"])
+        return train(*arguments, **keywords)
+
+    monkeypatch.setattr("bora_fl.client.round.train", spy)
+    asked = Instruction(1, "run", ALL, ALL, False, class_shares=shares)
+    content = RecordDict({STATE: to_arrays(flatten(state)), INSTRUCTION: asked.record()})
+    perform("train", content, Context(1, 2, {"partition-id": 0, "num-partitions": 3}, RecordDict(), config))
+    assert seen == [0.5 if shares else 0.0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head.init": "random"}, {"privacy.mode": "record", "strategy.weighting": "uniform"}]
+)
+def test_holding_predictions_that_nobody_solved_is_refused(changes, tiny_config):
+    with pytest.raises(ConfigError, match=r"train\.distillation = 2 .*set train\.distillation to"):
+        parse(tiny_config | changes | {"train.distillation": 2.0})
 
 
 def test_training_lowers_the_loss(site: Site):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from bora_fl.evaluate import evaluate
 from bora_fl.exporting import export_lora, export_merged, export_sentence_transformers
 from bora_fl.models import load_base, load_tokenizer
 from bora_fl.report import training_rows
+from bora_fl.server.checkpoint import load_newest, save
 from bora_fl.simulations.engine import simulate
+from bora_fl.strategies.best import Best
 
 
 def central(model: torch.nn.Module, config) -> float:
@@ -137,6 +140,25 @@ def test_of_a_run_that_goes_on_the_newest_checkpoint_is_exported(tiny_config, tm
     )
     assert torch.equal(newest, second)
     assert not torch.equal(newest, first)
+
+
+@pytest.mark.parametrize("fold_version", [0, 1])
+def test_of_a_run_that_was_stopped_the_best_adapter_is_exported(fold_version: int, tiny_config, tmp_path: Path):
+    """Unless it stands on other frozen weights than the newest."""
+    from safetensors.torch import load_file
+
+    folder = simulate(tiny_config | {"run.num-rounds": 1}, 3)
+    config = json.loads((folder / "config.json").read_text())
+    found = load_newest(folder / "checkpoints", config)
+    assert found is not None
+    newest = found.state.current
+    better = replace(newest, tensors={name: tensor + 1 for name, tensor in newest.tensors.items()})
+    state = replace(found.state, best=Best(0, better, {0: (0.1, 1.0, 5)}, fold_version))
+    save(folder / "checkpoints", replace(found, round=2, state=state), config, {}, 2)
+    export_merged(folder, tmp_path / "merged")
+    exported = load_file(tmp_path / "merged" / "model.safetensors")["classifier.bias"]
+    wanted = newest if fold_version else better
+    assert torch.equal(exported, next(t for name, t in wanted.tensors.items() if name.endswith("classifier.bias")))
 
 
 @pytest.mark.parametrize(
