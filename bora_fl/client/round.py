@@ -159,10 +159,15 @@ class _Round:
         optimizer = make_optimizer(self.model, options, self.factors)
         goes_on = options.optimizer_state == "kept"
         with kept(self.memory, self.received, self.model, optimizer) if goes_on else nullcontext():
-            shift = self._shift()
-            hold = options.distillation if self.instruction.class_shares else 0.0  # the head was solved
-            common = {"seed": seed, "shift": shift, "hold": hold, "on_step": step, "share": share}
-            return train(self.model, data, options, optimizer=optimizer, **common)
+            return train(
+                *(self.model, data, options),
+                optimizer=optimizer,
+                seed=seed,
+                shift=self._shift(),
+                hold=options.distillation if self.instruction.class_shares else 0.0,  # the head was solved
+                on_step=step,
+                share=share,
+            )
 
     def _shift(self) -> Tensor | None:
         train, classes = self.site.settings.train, self.data.train.classes
