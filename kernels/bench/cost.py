@@ -1,14 +1,16 @@
 """A paper model of what each path costs on a GPU: bytes, flops and launches, read off the real launch plan.
 
 `bora-fl bench cost [--tokens 8192 --width 4096 …]`. A launch takes the longer of its memory traffic
-over the bandwidth and its arithmetic over the peak; every tensor is counted once per launch that touches it, and a
+over the bandwidth and its arithmetic over the peak, and with fewer programs than the GPU has processors (SMs), as much
+longer as processors are idle; every tensor is counted once per launch that touches it, and a
 slice of partial sums is written to memory once (its tile-by-tile updates stay in the cache). The floor reads x once
 forward and dY and x once backward. It is a model: nothing here was timed.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,21 +19,23 @@ from bora_fl.kernels.reference import Needs
 
 BANDWIDTH = 3.0e12  # bytes/s that an H100 SXM reaches of its 3.35e12
 PEAK = 800e12  # flop/s that its dense bf16 GEMMs reach of 989e12
+PROCESSORS = 132  # SMs of an H100
 LAUNCH_SECONDS = 2e-6  # gap between dependent kernels of a stream, shown beside the model and not part of it
 
 
 @dataclass(frozen=True)
 class Work:
-    """One launch's memory traffic in bytes and arithmetic in flops."""
+    """One launch's memory traffic in bytes, arithmetic in flops, and programs; the vendor's fill the GPU."""
 
     name: str
     bytes: float
     flops: float = 0.0
+    programs: int = PROCESSORS
 
     @property
     def seconds(self) -> float:
-        """Time at the roofline."""
-        return max(self.bytes / BANDWIDTH, self.flops / PEAK)
+        """Time at the roofline of the processors that have a program."""
+        return max(self.bytes / BANDWIDTH, self.flops / PEAK) * max(1.0, PROCESSORS / self.programs)
 
 
 def _sizes(shape: LayerShape) -> dict[str, float]:
@@ -51,6 +55,10 @@ def _sizes(shape: LayerShape) -> dict[str, float]:
 
 def launch_work(launch: Launch, shape: LayerShape) -> Work:
     """Count one launch of the plan."""
+    return replace(_traffic(launch, shape), programs=math.prod(launch.grid))
+
+
+def _traffic(launch: Launch, shape: LayerShape) -> Work:
     size, number = _sizes(shape), {name: int(v) for name, v in launch.constants.items() if not isinstance(v, str)}
     T, b, r, n, m = shape.tokens, shape.num_blocks, shape.rank, shape.in_features, shape.out_features
     rank = number.get("RP", 0)

@@ -23,6 +23,16 @@ def test_frozen_products_alone_cost_nothing_extra() -> None:
     assert cost.extra_share(([product], [product]), H100) == 0
 
 
+def test_a_launch_of_few_programs_takes_longer_and_one_that_fills_the_gpu_does_not() -> None:
+    few = LayerShape(1024, 4096, 4096, 4, 16, torch.bfloat16, torch.bfloat16, 4096)
+    (dy,) = (launch for launch in backward_plan(few, Needs()) if launch.kernel == "dy_kernel")
+    work = cost.launch_work(dy, few)
+    assert work.programs == 8 * 4  # tiles of 128 tokens, blocks
+    assert work.seconds == pytest.approx(132 / 32 * max(work.bytes / cost.BANDWIDTH, work.flops / cost.PEAK))
+    full = cost.launch_work(next(launch for launch in forward_plan(H100)), H100)
+    assert full.seconds == max(full.bytes / cost.BANDWIDTH, full.flops / cost.PEAK)
+
+
 def test_every_launch_of_every_subset_of_gradients_is_counted() -> None:
     for wanted in itertools.product([True, False], repeat=4):
         works = [cost.launch_work(launch, H100) for launch in backward_plan(H100, Needs(*wanted))]
