@@ -2,17 +2,20 @@
 
 import logging
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.superlink.grid import HttpGrid
 
-from bora_fl.strategies.arrivals import Arrivals
 from bora_fl.tracking import activity
 from bora_fl.wire.schema import INSTRUCTION, SCHEMA
+
+if TYPE_CHECKING:
+    from flwr.superlink.grid import HttpGrid
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ def arriving(
     """
     sent = list(messages)
     what = sent[0].metadata.message_type if sent else ""
-    if not isinstance(grid, HttpGrid):
+    if not _over_a_superlink(grid):
         activity.tell(_words(what), 0, len(sent))
         yield from grid.send_and_receive(sent, timeout=timeout)
         return
@@ -64,6 +67,8 @@ def arriving(
             yield _error(message, "the SuperLink did not take the message")
         else:
             waiting[message_id] = message
+    from bora_fl.strategies.arrivals import Arrivals
+
     asked: dict[str, str] = {}
     pull = Arrivals(grid).pull
     started = heard = time.monotonic()
@@ -96,6 +101,12 @@ def arriving(
             heard = time.monotonic()
         if waiting:
             time.sleep(poll)
+
+
+def _over_a_superlink(grid: Grid) -> TypeGuard["HttpGrid"]:
+    """Whether messages go over a SuperLink; its module, with SQLAlchemy below it, is not imported to find out."""
+    module = sys.modules.get("flwr.superlink.grid")
+    return module is not None and isinstance(grid, module.HttpGrid)
 
 
 def _words(message_type: str) -> str:

@@ -212,7 +212,7 @@ def test_a_reply_that_comes_bit_by_bit_is_whole_in_the_end():
 
 
 def test_a_reply_that_does_not_come_on_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bora_fl.strategies.exchange.Arrivals", functools.partial(Arrivals, stall=0.1))
+    monkeypatch.setattr("bora_fl.strategies.arrivals.Arrivals", functools.partial(Arrivals, stall=0.1))
     stuck = {2: lambda kind: "cut off" if kind == "train" else "at work", 3: prompt}
     assert run(stuck, timeout=60.0)[0] == {2: STALLED, 3: "answered"}
 

@@ -71,7 +71,7 @@ def answer(link: SuperLink, asked: Message, sender: int) -> bool:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> SuperLink:
     link = SuperLink()
-    monkeypatch.setattr("bora_fl.strategies.exchange.Arrivals.pull", lambda self, ids: [])
+    monkeypatch.setattr("bora_fl.strategies.arrivals.Arrivals.pull", lambda self, ids: [])
     content = RecordDict({"config": ConfigRecord({"round": 1})})
     messages = [Message(content, dst_node_id=site, message_type="train") for site in link.sites]
     moment = messages[0].metadata.created_at  # which a site can try out
