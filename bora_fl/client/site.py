@@ -15,6 +15,7 @@ from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded, Pairs, client_data, load_dataset
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.models import FederatedModel, load_base, load_tokenizer, settled
+from bora_fl.models.prefix import PrefixCache
 from bora_fl.models.reference import References, require_preferences
 from bora_fl.paths import cache_folder, path_part, write_atomically
 from bora_fl.state import unflatten_deltas
@@ -45,6 +46,12 @@ class Site:
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)
         self._references: References | None = None
+        budget, every = 1_000_000 * settings.train.prefix_cache_mb, settings.model.pooling == "layers"
+        if budget and mesh is not None:
+            log.info(
+                "train.prefix-cache-mb: nothing is kept, processes that share the base model run its layers together"
+            )
+        self._prefix = PrefixCache(budget, every) if budget and mesh is None else None
         self._originals: dict[str, torch.Tensor | torch.nn.Module] = {}
 
     def _load(self) -> Any:
@@ -91,6 +98,8 @@ class Site:
             adapter = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
         if self._model is None or self._model.rank != adapter.rank:
             if self._model is not None:
+                if self._prefix:
+                    self._prefix.detach()
                 sharded, self._base = self._mesh is not None, self._model.model.unload()
                 self._model = None
                 if sharded:  # the weights are cut as they lie under one adapter
@@ -105,6 +114,8 @@ class Site:
                 self._model.checkpoint_activations()
             if self.settings.train.compile:
                 self._model.compile()
+            if self._prefix:
+                self._prefix.attach(self._model.model, self._model.all_trained_parameters())
         return self._model
 
     def warm_up(self, partition: tuple[int, int] | None) -> None:
@@ -227,7 +238,8 @@ def site(settings: Settings, mesh: DeviceMesh | None = None) -> Site:
     with refuse_as(Code.MODEL_UNAVAILABLE):
         settings = settled(settings)
     made_of = (settings.model, settings.adapter, settings.data, settings.run.seed)
-    key = (*made_of, settings.train.checkpointing, settings.train.compile, settings.solves_head, mesh)
+    train = settings.train
+    key = (*made_of, train.checkpointing, train.compile, train.prefix_cache_mb, settings.solves_head, mesh)
     with _lock:
         set_threads(settings.run.threads)
         if _current is None or _current[0] != key:

@@ -225,6 +225,11 @@ class TrainSettings(Group):
     compile: bool = Field(
         False, description="train through torch.compile: minutes before the first step, and quicker ones after it"
     )
+    prefix_cache_mb: CountOrZero = Field(
+        0,
+        description="megabytes for what frozen layers below the adapted ones make of the examples, computed once, "
+        "without dropout; 0 is off",
+    )
     proximal_mu: NonNegative = Field(0.0, description="FedProx: mu/2 |trained - received|^2 is added to the loss")
     evaluation_batch_size: Count = Field(64, description="sequences per evaluation batch")
 

@@ -92,6 +92,11 @@ class Settings(Group):
                 f"adapter.dropout = {self.adapter.dropout} with privacy.mode = 'record': per-sample gradients are "
                 "taken without dropout; set adapter.dropout to 0"
             )
+        if self.train.prefix_cache_mb and self.train.compile:
+            raise ValueError(
+                f"train.prefix-cache-mb = {self.train.prefix_cache_mb} with train.compile = true: a compiled step runs "
+                "every layer; set train.prefix-cache-mb to 0, or train.compile to false"
+            )
         if self.privacy.mode == "record" and self.train.compile:
             raise ValueError(
                 "train.compile = true with privacy.mode = 'record': gradients of single examples are taken by hooks, "

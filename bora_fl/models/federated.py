@@ -254,6 +254,11 @@ class FederatedModel:
         body = [p for name, p in self._tensors.items() if name not in self._head]
         return [p for p in [*body, *self._scales.values()] if p.requires_grad]
 
+    def all_trained_parameters(self) -> list[nn.Parameter]:
+        """All that trains in any round."""
+        factors = [p for parts in self._factors.values() for p in parts.values()]
+        return [*factors, *self._tensors.values(), *self._scales.values()]
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The head's parameters that train now."""
         return [p for name, p in self._tensors.items() if p.requires_grad and name in self._head]

@@ -1,4 +1,4 @@
-"""A training step of BoRA against one of PEFT's LoRA, and of several clients at once: `bora-fl bench step`.
+"""A training step of BoRA against one of PEFT's LoRA, several clients at once, a kept prefix: `bora-fl bench step`.
 
 A frozen encoder of 12 layers, 384 wide, with random weights; query and value are adapted at r = 8, b = 8. Repeats are
 interleaved, and CPU time on one thread counts, so that a busy machine meets all alike; the table holds medians, and the
@@ -19,25 +19,26 @@ from torch.nn import functional
 from bora_fl.adapters import BoraConfig
 from bora_fl.adapters.layer import BoraAdapter
 from bora_fl.adapters.sigma_batch import sigmas_at_once
+from bora_fl.models.prefix import PrefixCache
 
 TARGETS, CLASSES, VOCABULARY = ["query", "value"], 4, 1000
 AGREE = 1e-4  # relative, of every gradient in float32
 
 
-def encoder() -> Any:
+def encoder(layers: int = 12) -> Any:
     """The frozen encoder, with a head."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536}
+    shape = {"hidden_size": 384, "num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 1536}
     return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=CLASSES, **shape))
 
 
-def adapted(config: Any, names: Sequence[str] = ("default",)) -> Any:
+def adapted(config: Any, names: Sequence[str] = ("default",), layers: int = 12) -> Any:
     """The encoder with adapters."""
     from peft import get_peft_model
 
-    model = get_peft_model(encoder(), config, adapter_name=names[0])
+    model = get_peft_model(encoder(layers), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     return model.eval()
@@ -45,7 +46,7 @@ def adapted(config: Any, names: Sequence[str] = ("default",)) -> Any:
 
 def bora(**options: Any) -> BoraConfig:
     """The adapter's config."""
-    return BoraConfig(r=8, num_blocks=8, target_modules=TARGETS, task_type="SEQ_CLS", **options)
+    return BoraConfig(r=8, num_blocks=8, task_type="SEQ_CLS", **{"target_modules": TARGETS, **options})
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -112,6 +113,35 @@ def one_client(rows: int, tokens: int, repeats: int) -> None:
     table(f"{rows} rows of {tokens} tokens", interleaved(ways, repeats), "PEFT LoRA, r = 8")
 
 
+def kept_prefix(layers: int, rows: int, tokens: int, repeats: int) -> None:
+    """A step with adapters in the last two layers, and the same with the frozen ones' outputs kept."""
+    targets = [f"layer.{k}.attention.self.{name}" for k in (layers - 2, layers - 1) for name in TARGETS]
+    plain, kept = (adapted(bora(target_modules=targets), layers=layers) for _ in range(2))
+    ids, labels = torch.randint(0, VOCABULARY, (rows, tokens)), torch.randint(0, CLASSES, (rows,))
+    cache = PrefixCache(10**9)
+    cache.attach(kept, [p for p in kept.parameters() if p.requires_grad])
+
+    def step(model: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        functional.cross_entropy(model(input_ids=ids).logits, labels).backward()  # type: ignore[no-untyped-call]
+
+    def first() -> None:
+        cache.rows.clear()
+        step(kept)
+
+    step(plain)
+    wanted = gradients(plain)
+    step(kept)
+    assert all(torch.equal(wanted[name], gradient) for name, gradient in gradients(kept).items())
+    ways: dict[str, Callable[[], None]] = {
+        "every layer": lambda: step(plain),
+        "rows kept, the first time": first,
+        "rows kept, later": lambda: step(kept),
+    }
+    title = f"adapters in the last 2 of {layers} layers, {rows} rows of {tokens} tokens, equal bits"
+    table(title, interleaved(ways, repeats), "every layer")
+
+
 def many_clients(clients: int, rows: int, tokens: int, repeats: int) -> None:
     """Steps of several clients in turn, and in one pass of the base model, each row with its client's adapter."""
     names = [f"client-{k}" for k in range(clients)]
@@ -156,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one_client(1, 8, 2 * chosen.repeats)
     one_client(16, 32, chosen.repeats)
     many_clients(8, 4, 32, chosen.repeats)
+    for layers in (6, 12):
+        kept_prefix(layers, 16, 32, chosen.repeats)
 
 
 if __name__ == "__main__":

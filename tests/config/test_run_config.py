@@ -36,6 +36,10 @@ def test_flat_settings_parse_back_to_themselves():
             ["train.proximal-mu = 0.1", "set train.proximal-mu to 0"],
         ),
         ({"train.max-grad-norm": 5.0, "privacy.mode": "record"}, ["train.max-grad-norm = 5", "privacy.clip-norm"]),
+        (
+            {"train.compile": True, "train.prefix-cache-mb": 8},
+            ["train.prefix-cache-mb = 8", "set train.prefix-cache-mb to 0"],
+        ),
         ({"train.compile": True, "privacy.mode": "record"}, ["train.compile = true", "set train.compile to false"]),
         ({"train.precision": "fp16", "privacy.mode": "record"}, ["train.precision = 'fp16'", "to bf16 or fp32"]),
         ({"train.precision": "fp16", "model.dtype": "float16"}, ["model.dtype = 'float16'", "model.dtype to float32"]),
