@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bora_fl.blocks.factors import BlockFactors
+from bora_fl.blocks.left_fit import fit_left
 from bora_fl.blocks.merging import factor_mean, merge
 from bora_fl.blocks.planted import drifting_clients, from_dense, planted
 from bora_fl.blocks.refactorization import Refactorization, refactorize
@@ -66,6 +67,11 @@ def _merge_and_refactorize(clients: list[BlockFactors]) -> Refactorization:
     return refactorize(merge(clients, weights), RANK, start=factor_mean(clients, weights))
 
 
+def _fit_left(clients: list[BlockFactors]) -> BlockFactors | None:
+    weights = [1 / len(clients)] * len(clients)
+    return fit_left(clients, weights, factor_mean(clients, weights), "identity")
+
+
 def bench_planted(seeds: int) -> Iterator[str]:
     """Recovered planted problems, of each kind `seeds`."""
     yield f"{'b':>3} {'r':>3}  recovered to 1e-6   within 5 % of the truth's error at 1 % noise   s/problem"
@@ -97,6 +103,8 @@ def bench_layer() -> Iterator[str]:
     wall, cpu = timed(lambda: _merge_and_refactorize(clients), 5)
     yield f"relative error {fit.relative_error:.4f}, of the factor mean {fit.start_error:.4f}"
     yield f"merge + refactorize        {wall:8.3f} s wall {cpu:8.3f} s CPU"
+    left_wall, left_cpu = timed(lambda: _fit_left(clients), 5)
+    yield f"merge, B alone (default)   {left_wall:8.3f} s wall {left_cpu:8.3f} s CPU"
     rivals: list[tuple[str, Callable[[], object], int]] = [
         ("dense mean", dense_mean, 3),
         ("dense mean + svd_lowrank", lambda: torch.svd_lowrank(dense_mean(), RANK), 3),
@@ -104,7 +112,7 @@ def bench_layer() -> Iterator[str]:
     ]
     for name, work, repeats in rivals:
         other_wall, other_cpu = timed(work, repeats)
-        ratios = f"{other_wall / wall:6.1f} times ours, CPU {other_cpu / cpu:6.1f} times"
+        ratios = f"CPU {other_cpu / cpu:6.1f} times refactorize, {other_cpu / left_cpu:6.1f} times B alone"
         yield f"{name:<26} {other_wall:8.3f} s wall {other_cpu:8.3f} s CPU {ratios}"
     with LargestTensor() as largest:
         _merge_and_refactorize(clients)
