@@ -1,12 +1,21 @@
 """Where a process computes: its device, its share of a GPU, its threads, and whether bf16 pays there."""
 
+import contextlib
+import json
 import logging
+import platform
+import statistics
+import time
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from bora_fl.granted import granted
+from bora_fl.paths import cache_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +58,51 @@ def _bf16_pays(device_type: str) -> bool:
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without tile or dot-product instructions, bf16 on a CPU is emulated and slower than float32.
-    return device_type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    supported = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device_type == "cpu" and supported and _measured(cache_folder() / "bf16-on-cpu.json", _bf16_share)
+
+
+def _measured(path: Path, measure: Callable[[], float]) -> bool:
+    """Whether bf16 took less time than float32 when this machine's processes first asked; kept, so that all agree."""
+    machine = f"{_processor()}, torch {torch.__version__}"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            kept: dict[str, float] = {}
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                kept = json.loads(path.read_text())
+            if machine not in kept:
+                kept[machine] = round(measure(), 3)
+                write_atomically(path, json.dumps(kept, indent=1) + "\n")
+            return kept[machine] < 1
+    return measure() < 1  # nothing can be kept here
+
+
+def _bf16_share(repeats: int = 15) -> float:
+    """CPU time of a small encoder's product, forward and backward, under autocast to bf16, over that in float32."""
+    x = torch.ones(512, 384, requires_grad=True)
+    layer = nn.Linear(384, 1536)
+    layer.requires_grad_(False)
+    shares = []
+    with torch.inference_mode(False), torch.enable_grad():
+        for repeat in range(repeats + 1):
+            seconds = []
+            for enabled in (True, False):
+                began = time.process_time()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                    layer(x).sum().backward()
+                seconds.append(time.process_time() - began)
+            if repeat:
+                shares.append(seconds[0] / max(seconds[1], 1e-9))
+    return statistics.median(shares)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0].partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -57,7 +110,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
     Args:
         device: Where it runs.
-        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where the hardware has instructions for it.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 where it is fast, see `_bf16_pays`.
     """
     if precision == "fp16":
         return torch.autocast(device.type, dtype=torch.float16)
