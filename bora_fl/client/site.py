@@ -15,6 +15,7 @@ from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded, Pairs, client_data, load_dataset
 from bora_fl.device import autocast, set_threads, settle
 from bora_fl.models import FederatedModel, load_base, load_tokenizer, settled
+from bora_fl.models.base import without_dropout
 from bora_fl.models.prefix import PrefixCache
 from bora_fl.models.reference import References, require_preferences
 from bora_fl.paths import cache_folder, path_part, write_atomically
@@ -57,7 +58,10 @@ class Site:
     def _load(self) -> Any:
         global _loads
         _loads += 1
-        return load_base(self.settings.model, self._label_names, self.settings.run.seed)
+        base = load_base(self.settings.model, self._label_names, self.settings.run.seed)
+        if not self.settings.train.base_dropout:
+            without_dropout(base)
+        return base
 
     def data(self, partition: int, num_partitions: int) -> ClientData:
         """A client's training and evaluation examples."""
@@ -239,7 +243,8 @@ def site(settings: Settings, mesh: DeviceMesh | None = None) -> Site:
         settings = settled(settings)
     made_of = (settings.model, settings.adapter, settings.data, settings.run.seed)
     train = settings.train
-    key = (*made_of, train.checkpointing, train.compile, train.prefix_cache_mb, settings.solves_head, mesh)
+    how = (train.base_dropout, train.checkpointing, train.compile, train.prefix_cache_mb)
+    key = (*made_of, *how, settings.solves_head, mesh)
     with _lock:
         set_threads(settings.run.threads)
         if _current is None or _current[0] != key:

@@ -221,6 +221,7 @@ class TrainSettings(Group):
         0.0,
         description="FedNTD's beta: holds the odds among the classes that are not an example's own (classification)",
     )
+    base_dropout: bool = Field(True, description="dropout in the base model's body, as its config has it")
     checkpointing: bool = Field(False, description="gradient checkpointing")
     compile: bool = Field(
         False, description="train through torch.compile: minutes before the first step, and quicker ones after it"

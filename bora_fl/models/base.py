@@ -148,6 +148,15 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
     return model
 
 
+def without_dropout(model: Any) -> None:
+    """Turn dropout off in a model's body, for good; its head keeps what it has."""
+    for module in getattr(model, model.base_model_prefix, model).modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # decoders have a number in its place
+            module.attention_dropout = 0.0
+
+
 def _quantization(settings: ModelSettings) -> Any:
     """transformers' config of bitsandbytes for ``model.quantization``.
 

@@ -1,5 +1,6 @@
 """Frozen lower layers whose outputs are kept: the same bits as without, and the work done once."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 from transformers.modeling_outputs import ModelOutput
 
-from bora_fl.config import AdapterSettings, ModelSettings
+from bora_fl.client.site import Site
+from bora_fl.config import AdapterSettings, ModelSettings, parse
 from bora_fl.models import FederatedModel
 from bora_fl.models.prefix import PrefixCache, frozen_blocks
 from bora_fl.simulations.engine import simulate
@@ -162,3 +164,17 @@ def test_a_language_model_s_lower_layers(tiny_causal: Path):
         again = model.model(**rows, use_cache=True)  # a cache of keys and values needs every layer's
         assert torch.equal(again.logits, plain)
         assert again.past_key_values.get_seq_length(0) == 12
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_the_base_models_dropout_is_a_setting(dropout: bool, tiny_config, tiny_model: Path, tmp_path: Path):
+    base = BertForSequenceClassification.from_pretrained(tiny_model, num_labels=2, hidden_dropout_prob=0.5)
+    base.save_pretrained(tmp_path / "model")
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        if (tiny_model / name).exists():
+            shutil.copy(tiny_model / name, tmp_path / "model")
+    own = {"model.name": str(tmp_path / "model"), "train.base-dropout": dropout}
+    model = Site(parse(tiny_config | own)).model().model.train()
+    passes = [model.base_model.model.bert(**batch([0, 3]))[0] for _ in range(2)]
+    assert torch.equal(*passes) is not dropout
+    assert model.base_model.model.dropout.p == 0.5  # the head's
