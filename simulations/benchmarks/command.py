@@ -35,6 +35,8 @@ BENCHMARKS = {
     "language-step": ("bora_fl.simulations.benchmarks.language_step", "a step of a language model against LoRA's"),
     "server": ("bora_fl.simulations.benchmarks.server", "what a round costs the server, by the number of clients"),
     "wire": ("bora_fl.simulations.benchmarks.wire", "bytes a client and round by strategy, and codecs"),
+    "codecs": ("bora_fl.simulations.benchmarks.codecs", "what codecs cost in accuracy, seed by seed; half an hour"),
+    "simulation": ("bora_fl.simulations.benchmarks.simulation", "a simulation against a bare loop of its steps"),
     "worker": ("bora_fl.simulations.benchmarks.worker", "rounds over loopback with and without warm workers"),
     "closed-form-head": ("bora_fl.simulations.benchmarks.closed_form_head", "the solved head, no training"),
     "private-step": ("bora_fl.simulations.benchmarks.private_step", "a DP-SGD step against a plain one and Opacus"),
