@@ -78,7 +78,8 @@ def bare(place: Site, settings: Settings, clients: int) -> int:
 def federation(config: dict[str, Scalar], clients: int, folder: Path) -> dict[str, Tensor]:
     """A whole run; the adapter's tensors."""
     done = simulate(config | {"run.output-dir": str(folder)}, clients)
-    return load_file(done / "adapter" / "adapter_model.safetensors")
+    tensors: dict[str, Tensor] = load_file(done / "adapter" / "adapter_model.safetensors")
+    return tensors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,7 @@ def test_a_table_pairs_the_seeds_and_a_file_is_gone_on_with(tmp_path: Path, monk
 def test_a_run_reports_what_the_codec_sends(tiny_config, tmp_path: Path, monkeypatch) -> None:
     given = ["--data", str(tiny_config["data.name"]), "--clients", "2", "--rounds", "1", "--steps", "1", "--seeds", "3"]
     simulate = codecs.simulate
-    own = {"model.name": tiny_config["model.name"], "adapter.rank": 2, "adapter.num-blocks": 4}
+    own = {"model.name": tiny_config["model.name"], "adapter.rank": 16, "adapter.num-blocks": 4}
     monkeypatch.setattr(codecs, "simulate", lambda config, clients: simulate(config | own, clients))
     codecs.main([*given, "--codecs", "float32", "int8", "--rows", str(tmp_path / "rows.csv")])
     whole, few = codecs.read(tmp_path / "rows.csv")
