@@ -36,6 +36,8 @@ def test_without_the_instructions_nothing_is_measured(monkeypatch: pytest.Monkey
 
 
 def test_the_measurement_leaves_no_trace() -> None:
+    state = torch.get_rng_state()
     with torch.inference_mode():
         assert 0 < device._bf16_share(1) < 100
         assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
