@@ -88,7 +88,7 @@ def _bf16_share(repeats: int = 15) -> float:
             for enabled in (True, False):
                 began = time.process_time()
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                    nn.functional.linear(x, weight).sum().backward()
+                    nn.functional.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
                 seconds.append(time.process_time() - began)
             if repeat:
                 shares.append(seconds[0] / max(seconds[1], 1e-9))
