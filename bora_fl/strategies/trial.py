@@ -97,6 +97,11 @@ def _checked(rule: Callable[..., LayerMerge]) -> Callable[..., LayerMerge]:
                 f"it returned factors of a weight {now.shape} in {now.num_blocks} blocks a side, where clients were "
                 f"sent {sent.shape} in {sent.num_blocks}"
             )
+        if now.scaling != sent.scaling:
+            raise ValueError(
+                f"it returned factors with scaling {now.scaling:g}, where clients were sent {sent.scaling:g}; "
+                "keep it with dataclasses.replace(layer.current, B=..., sigma=..., A=...)"
+            )
         if not all(bool(part.isfinite().all()) for part in (now.B, now.sigma, now.A)):
             raise ValueError("it returned factors that are not finite")
         return found

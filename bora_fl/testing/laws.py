@@ -161,11 +161,9 @@ def the_adapter_keeps_its_form(case: Case) -> None:
         after = case.aggregator.prepare(after, round + 1)
         for layer, f in after.current.layers.items():
             before, parts = state.current.layers[layer], (f.B, f.sigma, f.A)
-            _require(
-                (f.shape, f.num_blocks, f.scaling, f.rank)
-                == (before.shape, before.num_blocks, before.scaling, before.rank),
-                f"shape, blocks, scaling or rank changed: {before} to {f}",
-            )
+            for name in ("shape", "num_blocks", "scaling", "rank"):
+                was, now = getattr(before, name), getattr(f, name)
+                _require(now == was, f"{name} of layer {layer} is {now} and was {was}")
             _require({t.dtype for t in parts} == {torch.float64}, f"dtypes are {[t.dtype for t in parts]}")
             _require(all(bool(t.isfinite().all()) for t in parts), "a factor is not finite")
             to_raw(f.sigma, case.aggregator.adapter.transform)  # raises where the transform cannot reach Sigma

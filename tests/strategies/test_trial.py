@@ -39,6 +39,12 @@ def transposed(layer: LayerRound) -> LayerMerge:
     return LayerMerge(BlockFactors(f.A.T.contiguous(), f.sigma, f.B.T.contiguous(), f.scaling))
 
 
+def unscaled(layer: LayerRound) -> LayerMerge:
+    """Forget the scaling."""
+    f = layer.current
+    return LayerMerge(BlockFactors(f.B, f.sigma, f.A))
+
+
 def infinite(layer: LayerRound) -> LayerMerge:
     """Divide by the norm of B, which is zero at the start."""
     f = layer.current
@@ -69,6 +75,12 @@ def line_of(text: str, after: str = "") -> int:
         ("in_a_library", line_of('weights=["a"]'), "in_a_library", "Error"),
         ("nothing", line_of("def nothing"), "nothing", "TypeError: it returned a NoneType, and not a LayerMerge"),
         ("transposed", line_of("def transposed"), "transposed", "ValueError: it returned factors of a weight"),
+        (
+            "unscaled",
+            line_of("def unscaled"),
+            "unscaled",
+            "ValueError: it returned factors with scaling 1, where clients",
+        ),
         ("infinite", line_of("def infinite"), "infinite", "ValueError: it returned factors that are not finite"),
         ("whole", line_of("raise LookupError"), "preparing", "LookupError: no such thing"),
     ],
