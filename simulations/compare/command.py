@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bora_fl.config import ConfigError, Scalar, extras, overrides
+from bora_fl.config import FEDERATION_FILE, ConfigError, Federation, Scalar, extras, overrides, read_federation
 from bora_fl.simulations.compare.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ PRIVATE_STRATEGIES = "fedavg,ffa,fedsvd,cyclic,refactor"
 QUICK_STRATEGIES = "fedavg,ffa,flora,flexlora,fedex,rolora,cyclic,refactor"
 QUICK_SCENARIOS = "dirichlet-0.1,dirichlet-1,dirichlet-100"
 QUICK_CLIENTS, CLIENTS = 3, 8
+OF_THE_FOLDER = ("model.", "adapter.", "data.", "train.", "run.num-rounds")
+"""What a comparison takes of a folder's federation.toml; strategies and partitions are its own."""
 
 console = Console()
 
@@ -85,7 +87,10 @@ def compare(
     seeds: Annotated[int, typer.Option(help="number of seeds; 0 is the suite's, else 3")] = 0,
     first_seed: Annotated[int, typer.Option(help="the first of them; choose on others than are reported")] = 0,
     clients: Annotated[
-        int, typer.Option(help="clients where the scenario has no number of its own; 0 is 8, quick 3")
+        int,
+        typer.Option(
+            help="clients where the scenario has no number of its own; 0 is federation.toml's, else 8, quick 3"
+        ),
     ] = 0,
     baseline: Annotated[
         str, typer.Option(help="strategy, or method/strategy, that differences are from; the first if not given")
@@ -117,7 +122,8 @@ def compare(
     """Compare strategies, and adapter methods, across non-IID scenarios and seeds.
 
     Writes results.csv, results.json, table.md, report.html and PNGs. A run that is finished is not run again; a crash
-    loses one run and stands in the report with its reason.
+    loses one run and stands in the report with its reason. In a folder with a federation.toml, its model, adapter, data
+    and training are compared, unless --suite, --quick or --privacy says what to compare.
     """
     if list_scenarios:
         _show_scenarios()
@@ -130,11 +136,15 @@ def compare(
     from bora_fl.simulations.compare.suites import suite as named_suite
     from bora_fl.simulations.compare.timing import in_words
 
-    chosen, base, named = overrides(run_config), QUICK if quick else BASE, named_suite(suite) if suite else None
+    chosen, base, named = overrides(run_config), {**(QUICK if quick else BASE)}, named_suite(suite) if suite else None
     if named:
         strategies, scenarios = strategies or named.strategies, scenarios or named.scenarios
         seeds, tune, baselines = seeds or named.seeds, tune or named.tune, baselines or ",".join(named.baselines)
         base = {**base, **named.config}
+    federation = Federation() if named or quick or privacy else read_federation(Path.cwd())
+    if federation.run_config:
+        console.print(f"model, adapter, data and training are those of {FEDERATION_FILE}", highlight=False)
+        base |= {key: value for key, value in federation.run_config.items() if key.startswith(OF_THE_FOLDER)}
     factors = tuning.factors_of(rates)
     if not 0 <= target <= 1:
         raise ConfigError(f"--target {target:g}: an accuracy is between 0 and 1; 0 takes the baseline's own")
@@ -148,7 +158,10 @@ def compare(
         scenarios=_scenario_names(scenarios or all_scenarios),
         methods=_names("--methods", methods),
         seeds=range(first_seed, first_seed + (seeds or 3)),
-        clients=clients or (named.clients if named else 0) or (QUICK_CLIENTS if quick else CLIENTS),
+        clients=clients
+        or (named.clients if named else 0)
+        or federation.simulate
+        or (QUICK_CLIENTS if quick else CLIENTS),
         root=output.expanduser().resolve(),
         threads=threads,
         privacy=_names("--privacy", privacy) if privacy else (),

@@ -1,0 +1,58 @@
+"""What the command hands to the plan."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bora_fl.cli import cli
+from bora_fl.config import Federation, federation_text
+from bora_fl.simulations.compare import plan
+
+SETTINGS = {
+    "model.name": "somewhere",
+    "data.name": "reviews.csv",
+    "train.local-steps": 7,
+    "strategy.name": "mine:rule",
+    "run.num-rounds": 5,
+    "run.output-dir": "runs/reviews",
+}
+
+
+class PlannedError(Exception):
+    pass
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """The arguments of the plan, in a folder with a federation.toml."""
+    found: dict[str, Any] = {}
+
+    def planning(base: dict[str, Any], **more: Any) -> None:
+        found.update(more, base=base)
+        raise PlannedError
+
+    monkeypatch.setattr(plan, "plan", planning)
+    monkeypatch.chdir(tmp_path)
+    Path("federation.toml").write_text(federation_text(Federation(3, "", SETTINGS)))
+    return found
+
+
+def test_a_comparison_is_of_what_the_folder_s_file_says(planned: dict[str, Any]):
+    done = CliRunner().invoke(cli, ["compare", "--strategies", "fedavg", "-c", "train.local-steps=9"])
+    assert isinstance(done.exception, PlannedError)
+    assert "federation.toml" in done.output
+    taken = {key: planned["base"].get(key) for key in SETTINGS}
+    assert taken == SETTINGS | {"strategy.name": None, "run.output-dir": None}
+    assert planned["chosen"] == {"train.local-steps": 9}
+    assert planned["clients"] == 3
+    assert planned["base"]["data.max-test-examples"] == 2000
+
+
+@pytest.mark.parametrize("option", [["--quick"], ["--suite", "standard"], ["--privacy", "none"]])
+def test_a_comparison_by_name_is_its_own(planned: dict[str, Any], option: list[str]):
+    done = CliRunner().invoke(cli, ["compare", *option])
+    assert isinstance(done.exception, PlannedError)
+    assert planned["base"].get("model.name") != "somewhere"
+    assert planned["clients"] != 3 or option == ["--quick"]
