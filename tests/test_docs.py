@@ -2,16 +2,14 @@
 
 A mark is a comment before the block: ``<!-- not run: why -->``. Python blocks are executed, page by page, with what
 `PRELUDES` gives them. Of commands, every ``bora-fl`` is parsed by its own options. `tests/deployment/page.py` executes
-those of docs/deployment.md, and `test_tutorials` the notebooks that are made of the tutorials.
+those of docs/deployment.md, and `tests/test_tutorials.py` the notebooks that are made of the tutorials.
 """
 
 import importlib.util
 import itertools
 import json
-import os
 import re
 import shlex
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?:<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 TUTORIALS = [path for path in PAGES if path.parent.name == "tutorials" or path.name == "start.md"]
-MODELS = {"google-bert/bert-base-uncased": "tiny_model", "HuggingFaceTB/SmolLM2-135M-Instruct": "tiny_causal"}
 CAUSAL = "from transformers import AutoModelForCausalLM as C\nmodel = C.from_pretrained('causal')\n"
-SHORT = "-c run.num-rounds=2 -c train.local-steps=2 -c train.precision=fp32 "
 PRELUDES = {
     "README.md": CAUSAL,
     "adapter.md": CAUSAL + "import torch\nbase_model = C.from_pretrained('causal')\n",
@@ -142,25 +138,3 @@ def test_a_tutorial_s_notebook_has_the_page_s_blocks(page: Path):
     assert [source.removeprefix("%%bash -e\n") for source in shown] == [block.code.rstrip("\n") for block in runs]
     prose = "".join(cell["source"] for cell in made["cells"] if cell["cell_type"] == "markdown")
     assert not re.search(r"\]\((?!https?:)", prose)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_tutorials(page: Path, tmp_path: Path, request: pytest.FixtureRequest):
-    """Each notebook, by Jupyter, from an empty folder: tiny models for those that would be fetched, short rounds."""
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not here")
-    made = notebook(page.read_text())
-    for cell in made["cells"]:
-        cell["source"] = re.sub(r"-c run\.num-rounds=\d+", SHORT, cell["source"])
-        for name, fixture in MODELS.items():
-            cell["source"] = cell["source"].replace(name, str(request.getfixturevalue(fixture)))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "bora-fl").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m bora_fl.cli "$@"\n')
-    (tmp_path / "bin" / "bora-fl").chmod(0o755)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    work = tmp_path / "work"
-    work.mkdir()
-    book = pytest.importorskip("nbformat").from_dict(made)
-    client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(work)}})
-    client.execute(env=environment)  # raises at the first cell that fails, with what it printed
