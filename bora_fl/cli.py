@@ -48,7 +48,7 @@ COMMANDS = {
         "bora_fl.evaluating",
         "Evaluate a finished run's language model on tasks of lm-evaluation-harness.",
     ),
-    "export": ("bora_fl.exporting", "Write a finished run as a merged model or as a LoRA adapter."),
+    "export": ("bora_fl.exporting", "Write a finished run as a merged model, as a GGUF file or as a LoRA adapter."),
     "push": ("bora_fl.hub", "Upload a finished run's adapter, or an exported folder, to the Hugging Face Hub."),
     "ui": (
         "bora_fl.page",
