@@ -56,11 +56,11 @@ def plan(
     if measure:
         from bora_fl.planning.measuring import measure_step
 
-        seconds, peak = measure_step(settings)
-        steps = settings.train.local_steps
+        found_here, steps = measure_step(settings), settings.train.local_steps
+        kept = "" if found_here.kept == found_here.held else f", {found_here.kept / 1e9:.3f} GB with what malloc keeps"
         console.print(
-            f"measured here: {seconds:.2f} s a step, {seconds * steps:.0f} s for {steps} steps of a round; at its peak "
-            f"{peak / 1e9:.2f} GB beside the process's libraries",
+            f"measured here: {found_here.seconds:.2f} s a step, {found_here.seconds * steps:.0f} s for {steps} steps "
+            f"of a round; at its peak {found_here.held / 1e9:.3f} GB of tensors{kept}, beside the process's libraries",
             highlight=False,
             soft_wrap=True,
         )

@@ -27,6 +27,7 @@ from bora_fl.config import Settings
 from bora_fl.device import autocast
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel
+from bora_fl.planning.quantized import QuantizedLinear, stand_in
 
 _SMALL_VOCABULARY = 64
 # Bytes of a value: 4 bits with a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales; or a byte.
@@ -87,35 +88,31 @@ def estimate(settings: Settings, config: Any, label_names: list[str] | None = No
     step = {(n, b): _step(settings, config, n, b, label_names) for n in (2, 3) for b in (1, 2)}
     per_layer = {b: step[3, b] - step[2, b] for b in (1, 2)}
     one, two = (step[2, b] + (layers - 2) * per_layer[b] for b in (1, 2))
-    sequence, logits = two - one, 0.0
+    each, logits = max(two - one, 0.0), 0.0
     if settings.model.task == "causal-lm":
         small = deepcopy(config)
         small.vocab_size = _SMALL_VOCABULARY
-        logits = (step[2, 2] - _step(settings, small, 2, 2, label_names)) / 2
-    body, largest = _linear_values(whole)
+        logits = min((step[2, 2] - _step(settings, small, 2, 2, label_names)) / 2, each)
     value = torch.empty((), dtype=getattr(torch, settings.model.dtype)).element_size()
-    base, unpacked = float(parameters * value), 0.0
+    base = float(parameters * value)
     if settings.model.quantization != "none":
-        base += body * (_QUANTIZED[settings.model.quantization] - value)
-        unpacked = float(largest * value)
+        base += _linear_values(whole) * (_QUANTIZED[settings.model.quantization] - value)
     return Estimate(
         parameters=parameters,
         trained=trained,
         base=base,
         adapter=4.0 * trained,
         optimizer=(4.0 + _STATE[settings.train.optimizer]) * trained,
-        fixed=max(one - sequence, 0.0) + unpacked,
-        sequence=sequence - logits,
+        fixed=max(one - each, 0.0),
+        sequence=each - logits,
         logits=logits,
         batch=settings.train.batch_size * (2 if settings.data.format == "preference" else 1),
     )
 
 
-def _linear_values(model: FederatedModel) -> tuple[int, int]:
-    """Values of the frozen linear layers that are quantized, and of the largest of them."""
-    head = model.model.get_output_embeddings() if hasattr(model.model, "get_output_embeddings") else None
-    found = [m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear) and m is not head]
-    return sum(found), max(found, default=0)
+def _linear_values(model: FederatedModel) -> int:
+    """Values of the frozen linear layers that are quantized."""
+    return sum(m.weight.numel() for m in model.model.modules() if isinstance(m, QuantizedLinear))
 
 
 def _on_meta(settings: Settings, config: Any, layers: int, label_names: list[str] | None) -> FederatedModel:
@@ -132,6 +129,9 @@ def _on_meta(settings: Settings, config: Any, layers: int, label_names: list[str
     options = {} if settings.model.attention == "auto" else {"attn_implementation": settings.model.attention}
     with torch.device("meta"):
         base = kind.from_config(config, dtype=getattr(torch, settings.model.dtype), **options)
+        if settings.model.quantization != "none":
+            head = base.get_output_embeddings() if causal else None
+            stand_in(base, settings.model.quantization, head)
         return FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
 
 

@@ -227,7 +227,7 @@ def test_space(free: float, level: str):
     assert machine.judge_space("results", free, 1e9).level == level
 
 
-@pytest.mark.parametrize(("free", "level"), [(1.3e9, "pass"), (1.2e9, "warn"), (0.9e9, "warn"), (0.7e9, "fail")])
+@pytest.mark.parametrize(("free", "level"), [(1.4e9, "pass"), (1.3e9, "warn"), (0.9e9, "warn"), (0.7e9, "fail")])
 def test_memory(free: float, level: str):
     assert machine.judge_memory("cpu", free, 1e9).level == level
 
