@@ -21,6 +21,24 @@ _CHARACTERS_A_TOKEN = 4
 _LOOKED_AT = 10_000  # rows for the length of an example
 
 
+def guess_task(name: str) -> str:
+    """``causal-lm`` for local data of messages, of preference pairs, or of prompts with responses and no label.
+
+    Args:
+        name: As for ``data.name``; what a hub data set holds is not looked up.
+    """
+    path = Path(name).expanduser()
+    files = data_files(path) if looks_local(name) and path.exists() else []
+    if not files:
+        return "classification"
+    columns = {field.name: field.type for field in read_tables(files[:1]).schema}
+    kind = resolved(DataSettings(name=name, label_column=""), columns).format
+    labelled = usual(LABELS[:3], list(columns))
+    return (
+        "causal-lm" if kind in ("messages", "preference") or (kind == "prompt" and not labelled) else "classification"
+    )
+
+
 def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, str]) -> dict[str, Scalar]:
     """Settings of the group ``data``, and ``model.max-length``, for a data set.
 

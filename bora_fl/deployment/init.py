@@ -30,7 +30,7 @@ SHOWN = (
 @init.callback(invoke_without_command=True)
 def federation(
     context: typer.Context,
-    task: Annotated[str, typer.Option(help="classification or causal-lm")] = "",
+    task: Annotated[str, typer.Option(help="classification or causal-lm; by the data if it is not given")] = "",
     model: Annotated[str, typer.Option(help="hub id, local folder, or embedded:minilm | embedded:smollm2")] = "",
     data: Annotated[str, typer.Option(help="hub id, local file or folder, or embedded:sentiment4 | ...")] = "",
     clients: Annotated[int, typer.Option(help="clients to simulate on this machine", min=0)] = 0,
@@ -50,19 +50,22 @@ def federation(
     if context.invoked_subcommand is not None:
         return
     from bora_fl.config import FEDERATION_FILE, ConfigError, Federation, extras, federation_text, parse
+    from bora_fl.data.guessing import guess_task
 
     if clients and connection:
         raise ConfigError(f"--clients {clients} with --connection {connection}: give one of them")
     path = Path(FEDERATION_FILE)
     if path.exists():
         raise ConfigError(f"{FEDERATION_FILE}: it exists here; it is never overwritten")
-    task = task or _ask("task (classification, causal-lm)", "classification")
+    if task and task not in MODELS:
+        raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
+    data = data or _ask("data (file, folder or hub id)", DATA[task or "classification"])
+    task = task or _ask("task (classification, causal-lm)", guess_task(data))
     if task not in MODELS:
         raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
     model = model or _ask("model (hub id or folder)", MODELS[task])
     if model.startswith("embedded:"):
         extras.require_model(model)
-    data = data or _ask("data (file, folder or hub id)", DATA[task])
     if not connection:
         clients = clients or int(_ask("clients to simulate", "4"))
     strategy = strategy or _ask("strategy", "refactor")

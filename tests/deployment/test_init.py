@@ -73,6 +73,22 @@ def test_instruction_data_trains_a_language_model(here: Path, tiny_model: Path):
     assert (settings["model.task"], settings["data.partition"]) == ("causal-lm", "iid")
 
 
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "causal-lm"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm"),
+        ({"question": "a", "answer": "b", "topic": "c"}, "causal-lm"),
+        ({"question": "a", "answer": "b", "label": 1}, "classification"),
+        ({"text": "a", "stars": 1}, "classification"),
+    ],
+)
+def test_the_data_tells_the_task(row: dict, task: str, here: Path, tiny_causal: Path, tiny_model: Path):
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(6)))
+    model = {"causal-lm": tiny_causal, "classification": tiny_model}[task]
+    assert init("--data", "rows.jsonl", "--model", str(model)).run_config["model.task"] == task
+
+
 def test_messages_are_found(here: Path, tiny_causal: Path):
     turns = [{"role": "user", "content": "the book " * 20}, {"role": "assistant", "content": "it is good " * 40}]
     Path("chats.jsonl").write_text("\n".join(json.dumps({"id": i, "messages": turns}) for i in range(5)))
@@ -123,7 +139,7 @@ def test_a_file_is_never_overwritten(here: Path):
 def test_in_a_terminal_what_is_not_given_is_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch):
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr("bora_fl.deployment.init.sys", SimpleNamespace(stdin=terminal))
-    answers = "\n".join(["", "embedded:minilm", "", "7", "fedavg"]) + "\n"
+    answers = "\n".join(["", "", "embedded:minilm", "7", "fedavg"]) + "\n"
     result = CliRunner().invoke(cli, ["init"], input=answers)
     assert result.exit_code == 0, result.output
     federation = read_federation(here)
