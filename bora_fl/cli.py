@@ -2,7 +2,10 @@
 
 import contextlib
 import importlib
+import json
 import logging
+import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -344,6 +347,19 @@ def _simulate(app: Path, run_config: "dict[str, Scalar]", simulation: "Simulatio
     for name in ("adapter", "checkpoints", "metrics.jsonl", "config.json", *pictures, "run.log"):
         if outcome.folder and (outcome.folder / name).exists():
             console.print(f"  {outcome.folder}/{name}", highlight=False, soft_wrap=True)
+    for command, what in _next_commands(outcome.folder).items():
+        console.print(f"{what}: {command}", highlight=False, soft_wrap=True)
+
+
+def _next_commands(folder: Path | None) -> dict[str, str]:
+    """What may be done with a finished run, by command."""
+    if not folder or not (folder / "config.json").is_file() or not (folder / "adapter").is_dir():
+        return {}
+    name = shlex.quote(os.path.relpath(folder))
+    found = {f"bora-fl predict {name} FILE": "answers for a file", f"bora-fl ui {name}": "its page"}
+    if json.loads((folder / "config.json").read_text()).get("model.task") == "causal-lm":
+        found = {f"bora-fl chat {name}": "talk to it"} | found
+    return found
 
 
 def _stops(show: "Watcher", connection: str, on_interrupt: str, run_id: str) -> bool:

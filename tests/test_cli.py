@@ -210,3 +210,23 @@ def test_json_lines_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (code, last) == (1, {"event": "failed", "message": "the run ended with code 9", "exit_code": 1})
     code, text = call(*command, "-c", "run.num-rounds=-1")
     assert (code, json.loads(text)["exit_code"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "first"), [("causal-lm", "bora-fl chat 'my run'"), ("classification", "bora-fl predict 'my run' FILE")]
+)
+def test_a_finished_run_names_what_may_be_done_with_it(
+    task: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from bora_fl.simulations import launch
+
+    folder = tmp_path / "my run"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model.task": task}))
+    monkeypatch.setattr(launch, "run", lambda *_, **__: SimpleNamespace(rows=[], folder=folder, log=folder / "run.log"))
+    monkeypatch.chdir(tmp_path)
+    code, text = call("run", "--simulate", "2", "-c", f"run.output-dir={folder}")
+    commands = [line.partition(": ")[2] for line in text.splitlines() if "bora-fl" in line]
+    assert code == 0
+    assert commands[0] == first
+    assert commands[-1] == "bora-fl ui 'my run'"
