@@ -113,20 +113,22 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A picture of accuracy by bytes: a dot a seed, a line through the means."""
+    """A picture of the points from float32 by bytes: a dot a seed, a line through their mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
+    plain = {r.seed: r.accuracy for r in rows if r.codec == "float32"}
     for codec in sorted({r.codec for r in rows}, key=_place):
-        found = [r for r in rows if r.codec == codec]
-        mean = sum(r.accuracy for r in found) / len(found)
-        axes.plot([r.kilobytes for r in found], [r.accuracy for r in found], "o", ms=4, alpha=0.4, color="tab:blue")
-        axes.plot(found[0].kilobytes, mean, "_", ms=18, color="black")
-        axes.annotate(codec, (found[0].kilobytes, mean), xytext=(8, 6), textcoords="offset points", fontsize=8)
-    axes.axhline(sum(r.start for r in rows) / len(rows), color="gray", ls=":", label="before round 1")
-    axes.set(xscale="log", xlabel="kB a client and round", ylabel="accuracy after the last round")
-    axes.legend(frameon=False)
+        found = [r for r in rows if r.codec == codec and r.seed in plain]
+        points = [100 * (r.accuracy - plain[r.seed]) for r in found]
+        axes.plot([r.kilobytes for r in found], points, "o", ms=4, alpha=0.4, color="tab:blue")
+        if found:
+            at = (found[0].kilobytes, sum(points) / len(points))
+            axes.plot(*at, "_", ms=18, color="black")
+            axes.annotate(codec, at, xytext=(0, 8), textcoords="offset points", fontsize=8, ha="center")
+    axes.set(xscale="log", xlabel="kB a client and round", ylabel="points of accuracy from float32")
+    axes.margins(x=0.1, y=0.2)
     figure.savefig(path, dpi=110)
 
 
