@@ -235,8 +235,11 @@ def test_a_real_step_of_smollm2_holds_what_is_planned(changes: dict[str, str | b
     settings = parse(chosen)
     planned = estimate(settings, AutoConfig.from_pretrained(resolve(settings.model.name))).total
     code = (
-        "import json, sys; from bora_fl.config import parse; from bora_fl.planning.measuring import measure_step;"
-        "print(measure_step(parse(json.loads(sys.argv[1]))).held)"
+        "import json, sys; from transformers import AutoConfig; from bora_fl.config import parse;"
+        "from bora_fl.models import resolve; from bora_fl.planning.measuring import measure_step;"
+        "from bora_fl.planning.memory import estimate; settings = parse(json.loads(sys.argv[1]));"
+        "estimate(settings, AutoConfig.from_pretrained(resolve(settings.model.name)));"  # loads libraries
+        "print(measure_step(settings).held)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
