@@ -21,18 +21,19 @@ TINY = {
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_a_tutorial_runs_from_an_empty_folder(page: Path, tiny_model: Path, tiny_causal: Path, tmp_path: Path):
+def test_a_tutorial_runs_from_an_empty_folder(page: Path, tiny_model: Path, tiny_causal: Path, tmp_path_factory):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not here")
+    folder = tmp_path_factory.mktemp("t")  # short: a worker's socket lies below it
     made = notebook(page.read_text())
     for cell in made["cells"]:
         for said, done in TINY.items():
             cell["source"] = re.sub(said, done.format(tiny_model=tiny_model, tiny_causal=tiny_causal), cell["source"])
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "bora-fl").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m bora_fl.cli "$@"\n')
-    (tmp_path / "bin" / "bora-fl").chmod(0o755)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    (folder / "bin").mkdir()
+    (folder / "bin" / "bora-fl").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m bora_fl.cli "$@"\n')
+    (folder / "bin" / "bora-fl").chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    work = tmp_path / "work"
+    work = folder / "work"
     work.mkdir()
     book = pytest.importorskip("nbformat").from_dict(made)
     client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(work)}})
