@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -331,16 +332,12 @@ class Rounds:
                 message.content.update(records)
             return messages
 
-        def answers(sent: list[Message]) -> Iterable[Message]:
-            return arriving(grid, sent, self.settings.strategy.timeout)
-
         def order(node: int) -> int:
             return self.nodes.partition(node) or 0
 
-        def secure(sent: list[Message]) -> SecureMean:
-            return self._secure_mean(grid, sent, server_round, 1)
-
+        secure = partial(self._secure_mean, grid, round=server_round, max_weight=1)
         masked = secure if self.settings.privacy.secure_aggregation else None
+        answers = partial(arriving, grid, timeout=self.settings.strategy.timeout)
         solved = solve(self.head, self.state, self.settings, server_round, ask, answers, order, masked)
         self._warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)

@@ -76,16 +76,31 @@ def test_two_processes_train_what_one_does(tiny_config, tiny_causal: Path, tmp_p
     assert "2 processes train each client together" in (tmp_path / "worker.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "refused", "why"),
+    [
+        ([], {"privacy.mode": "record", "strategy.weighting": "uniform"}, "start the worker with --processes 1"),
+        (["--shard"], {"train.compile": True}, "train.compile = true with a sharded base"),
+    ],
+    ids=["whole", "shared-out"],
+)
 def test_a_killed_process_costs_the_round_and_the_next_starts_it_anew(
-    tiny_config, tmp_path: Path, site: WorkerSettings
+    options: list[str],
+    refused: dict[str, Any],
+    why: str,
+    tiny_config,
+    tiny_causal: Path,
+    tmp_path: Path,
+    site: WorkerSettings,
 ):
-    config = tiny_config | {"run.num-rounds": 1}
+    """A base model that was shared out is loaded anew too."""
+    config = tiny_config | (causal(tiny_causal, tmp_path) if options else {}) | {"run.num-rounds": 1}
 
     def run(name: str, **more: Any) -> dict[str, Any]:
         chosen = config | {"run.output-dir": str(tmp_path / name)} | more
         return training_rows(simulate(chosen, 3, node_configs=nodes(site)) / "metrics.jsonl")[-1]
 
-    with worker(site, "--processes", "2") as process:
+    with worker(site, "--processes", "2", *options) as process:
         assert eventually(lambda: answers(site), STARTUP)
 
         def kill_another() -> None:
@@ -103,5 +118,5 @@ def test_a_killed_process_costs_the_round_and_the_next_starts_it_anew(
         assert "process 1 of this worker's 2 ended with code -9 while it trained" in log
         assert run("after")["rejected"] == 0
         with pytest.raises(RunFailedError, match="run-config-invalid"):
-            run("private", **{"privacy.mode": "record", "strategy.weighting": "uniform"})
-        assert "start the worker with --processes 1" in (tmp_path / "worker.log").read_text()
+            run("refused", **refused)
+        assert why in (tmp_path / "worker.log").read_text()

@@ -1,21 +1,16 @@
-"""A site's worker whose two processes share the base model out: as one process, and one of them killed."""
+"""A site's worker whose two processes share the base model out: as one process does."""
 
 import json
 import re
-import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from bora_fl.client.worker.address import Address, WorkerSettings
-from bora_fl.client.worker.stub import status
 from bora_fl.report import training_rows
 from bora_fl.simulations.engine import simulate
-from bora_fl.strategies.observer import RunFailedError
-from tests.client.worker.in_process import eventually
-from tests.client.worker.test_process import STARTUP, adapter, answers, nodes, worker
+from tests.client.worker.test_process import STARTUP, adapter, nodes, worker
 from tests.client.worker.test_processes import TOLERANCE, causal
 from tests.conftest import BAD, GOOD
 
@@ -75,32 +70,3 @@ def test_two_processes_with_half_of_the_base_each_train_what_one_does(
     held = HOLDS.findall((tmp_path / "worker.log").read_text())
     assert {process for process, _, _ in held} == {"", "process 1: "}
     assert all(0.45 < float(here) / float(whole) < 0.55 for _, here, whole in held)
-
-
-def test_a_killed_process_costs_the_round_and_the_next_loads_the_base_anew(
-    tiny_config, tiny_causal: Path, tmp_path: Path, site: WorkerSettings
-):
-    config = tiny_config | causal(tiny_causal, tmp_path) | {"run.num-rounds": 1}
-
-    def run(name: str, **more) -> dict:
-        chosen = config | {"run.output-dir": str(tmp_path / name)} | more
-        return training_rows(simulate(chosen, 3, node_configs=nodes(site)) / "metrics.jsonl")[-1]
-
-    with worker(site, "--processes", "2", "--shard") as process:
-        assert eventually(lambda: answers(site), STARTUP)
-
-        def kill_another() -> None:
-            if eventually(lambda: ": train " in status(site).current, STARTUP):
-                psutil.Process(process.pid).children()[0].kill()
-
-        killer = threading.Thread(target=kill_another)
-        killer.start()
-        with pytest.raises(RunFailedError, match="worker-unavailable"):
-            run("broken", **{"train.local-steps": 100_000, "strategy.timeout": 30.0})
-        killer.join()
-        log = (tmp_path / "worker.log").read_text()
-        assert "process 1 of this worker's 2 ended with code -9 while it trained" in log
-        assert run("after")["rejected"] == 0
-        with pytest.raises(RunFailedError, match="run-config-invalid"):
-            run("compiled", **{"train.compile": True})
-        assert "train.compile = true with a sharded base" in (tmp_path / "worker.log").read_text()
