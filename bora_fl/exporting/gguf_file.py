@@ -79,6 +79,10 @@ def _architecture(model: Any) -> str:
         ConfigError: If it is none of those, or its settings are.
     """
     kind, config = type(model).__name__, model.config
+    if kind.endswith("ForSequenceClassification"):
+        raise ConfigError(
+            f"--as gguf: the model is a {kind}, and llama.cpp runs language models; export it with --as merged"
+        )
     if kind not in ARCHITECTURES:
         raise _unknown(f"the model is a {kind}, and only {', '.join(ARCHITECTURES)} are")
     rope = config.rope_parameters["rope_type"]

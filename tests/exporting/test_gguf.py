@@ -214,11 +214,14 @@ def test_rows_without_a_token_are_marked_as_unused():
 
 
 def test_what_is_not_converted_is_named_with_the_remedy(tiny_config, tiny_causal: Path, tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = simulate(tiny_config | {"run.num-rounds": 1}, 3)
-    with pytest.raises(ConfigError, match=r"BertForSequenceClassification.*--as merged.*convert_hf_to_gguf\.py"):
+    with pytest.raises(ConfigError, match=r"BertForSequenceClassification.*language models.*--as merged$"):
         export_gguf(folder, tmp_path / "model.gguf")
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel.*--as merged.*convert_hf_to_gguf\.py"):
+        write_gguf(other, None, tmp_path / "model.gguf", "tiny")
     model, words = AutoModelForCausalLM.from_pretrained(tiny_causal), AutoTokenizer.from_pretrained(tiny_causal)
     with pytest.raises(ConfigError, match=r"tokenizer is WordLevel.*--as merged"):
         write_gguf(model, words, tmp_path / "model.gguf", "tiny")
