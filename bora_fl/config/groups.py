@@ -264,8 +264,8 @@ class StrategySettings(Group):
     sweeps: Count = Field(20, description="least-squares sweeps of a refactorization")
     residual: Literal["drop", "carry", "fold"] = Field("drop", description="what becomes of what the rank cannot hold")
     residual_rank: CountOrZero = Field(8, description="rank budget of carry, fold and the product's momentum")
-    product_step: Fraction = Field(
-        1.0, description="share of the way from the last product to the mean product; below 1 is a moving average"
+    product_step: Annotated[float, Field(gt=0, le=10)] = Field(
+        1.0, description="step from the last product to the mean product; below 1 a moving average, above 1 beyond it"
     )
     product_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Nesterov's momentum of the product, kept at rank residual-rank"

@@ -240,7 +240,7 @@ class Aggregator:
         if row.fits:
             rank = "" if settings.residual == "drop" else f", at most rank {settings.residual_rank}"
             lines.append(f"  residual: {settings.residual}{rank}")
-            if settings.product_step < 1 or settings.product_momentum:
+            if settings.product_step != 1 or settings.product_momentum:
                 lines.append(f"  product: step {settings.product_step:g}, momentum {settings.product_momentum:g}")
         if settings.robust != "none":
             lines.append(f"  robust rule: {settings.robust}, {settings.byzantine} clients assumed bad")
@@ -329,7 +329,7 @@ def build(settings: Settings) -> Aggregator:
             "it leaves no residual to keep; set strategy.residual to drop, or strategy.name to refactor",
         ),
         (
-            not row.fits and (strategy.product_step < 1 or strategy.product_momentum > 0),
+            not row.fits and (strategy.product_step != 1 or strategy.product_momentum > 0),
             f"strategy.product-step = {strategy.product_step:g}, product-momentum = {strategy.product_momentum:g}",
             "it makes no product of the adapter's rank; set them to 1 and 0, or strategy.name to refactor",
         ),

@@ -414,7 +414,7 @@ def test_a_folded_residual_completes_the_merge(fleet, fleets):
 
 
 @ALL_FLEETS
-@pytest.mark.parametrize(("step", "momentum"), [(0.5, 0.0), (1.0, 0.6), (0.7, 0.9)])
+@pytest.mark.parametrize(("step", "momentum"), [(0.5, 0.0), (1.0, 0.6), (0.7, 0.9), (2.5, 0.3)])
 def test_steps_of_the_product_follow_nesterov(fleet, step, momentum, fleets):
     """Three rounds; what the rank cannot hold is carried, so that the recursion is that of dense matrices."""
     fed = fleets[fleet]
