@@ -39,10 +39,11 @@ BENCHMARKS = {
     "simulation": ("bora_fl.simulations.benchmarks.simulation", "a simulation against a bare loop of its steps"),
     "worker": ("bora_fl.simulations.benchmarks.worker", "rounds over loopback with and without warm workers"),
     "closed-form-head": ("bora_fl.simulations.benchmarks.closed_form_head", "the solved head, no training"),
+    "compression": ("bora_fl.simulations.benchmarks.compression", "what trained adapters lose as a LoRA of lower rank"),
     "private-step": ("bora_fl.simulations.benchmarks.private_step", "a DP-SGD step against a plain one and Opacus"),
 }
 
-NEEDS_GPU = "gpu-check"
+APART = ("gpu-check", "compression")  # they need a GPU, or runs: `all` leaves them out
 
 console = Console()
 
@@ -61,7 +62,7 @@ def bench(
         console.print(table)
         return
     if name == "all":
-        raise typer.Exit(run_all((row for row in BENCHMARKS if row != NEEDS_GPU), output.expanduser()))
+        raise typer.Exit(run_all((row for row in BENCHMARKS if row not in APART), output.expanduser()))
     if name not in BENCHMARKS:
         raise ConfigError(f"bench {name}: no such benchmark; use one of {', '.join(BENCHMARKS)}")
     code = importlib.import_module(BENCHMARKS[name][0]).main(context.args)
