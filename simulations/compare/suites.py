@@ -59,9 +59,9 @@ SUITES: dict[str, Suite] = {
         config={"run.num-rounds": 30, "run.evaluate-every": 10},
     ),
     "merging": Suite(
-        "rules for the clients' factors where they may differ: skew, mixed ranks, long rounds, many clients; random head",
-        "bora/fedavg,bora/refactor,bora/regmean,bora/hetlora",
-        "dirichlet-0.1,mixed-ranks,many-steps,many-clients",
+        "rules for the clients' factors where they may differ: label skew, long rounds, many clients; from a random head",
+        "bora/fedavg,bora/refactor,bora/regmean,bora/fedex",
+        "dirichlet-0.1,many-steps,many-clients",
         seeds=3,
         tune=False,
         baselines=(),
