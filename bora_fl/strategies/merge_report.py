@@ -7,7 +7,7 @@ from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
 from bora_fl.strategies.products import cheap_sizes
 
 _NORMS = ("update_norm", "fold_norm", "carried_norm")
-_MOST_LAYERS = 32
+_MOST_LAYERS = 24
 
 
 def measured(layers: Sequence[str]) -> list[str]:
