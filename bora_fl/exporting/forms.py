@@ -20,7 +20,7 @@ from bora_fl.server.checkpoint import load_newest
 from bora_fl.state import AdapterState, unflatten_deltas
 
 
-def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
+def load_run(folder: Path, base: str = "", *, folded: bool = True) -> tuple[FederatedModel, Any]:
     """The base model with a run's folds in its weights and the run's newest adapter, and the tokenizer.
 
     The weights are in full precision, whatever ``model.quantization`` was. Of a run that has not ended, or goes on,
@@ -30,20 +30,30 @@ def load_run(folder: Path, base: str = "") -> tuple[FederatedModel, Any]:
     Args:
         folder: The run's output folder, or a finished adapter's.
         base: Another place of the same base model, as for ``model.name``.
+        folded: Whether part of the result may be in the frozen weights.
 
     Raises:
-        ConfigError: If it holds no run with an adapter or a checkpoint.
+        ConfigError: If it holds no run with an adapter or a checkpoint, or one with folds against `folded`.
     """
     from transformers import AutoTokenizer
 
     result = read_result(folder)
     newest = max((int(path.name[6:]) for path in (folder / "checkpoints").glob("round-*")), default=0)
     if result is not None and result.round >= newest:
+        if not folded and (result.folder / "folds.safetensors").is_file():
+            raise _folded(folder)
         return load_result(result, base, quantized=False), AutoTokenizer.from_pretrained(result.folder)
-    return _from_checkpoint(folder, result, base)
+    return _from_checkpoint(folder, result, base, folded)
 
 
-def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[FederatedModel, Any]:
+def _folded(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"run.output-dir = '{folder}': part of its result was folded into the frozen weights, which a LoRA adapter "
+        "cannot carry; export the merged model instead"
+    )
+
+
+def _from_checkpoint(folder: Path, result: Result | None, base: str, folded: bool) -> tuple[FederatedModel, Any]:
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"run.output-dir = '{folder}': there is no config.json; name the folder of a run")
@@ -52,6 +62,8 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str) -> tuple[Fe
     checkpoint = load_newest(folder / "checkpoints", flat)
     if checkpoint is None:
         raise ConfigError(f"run.output-dir = '{folder}': there is no whole checkpoint; run at least one round")
+    if checkpoint.folds and not folded:
+        raise _folded(folder)
     named = settings.model.model_copy(update={"name": base or settings.model.name, "quantization": "none"})
     names = result.label_names if result else load_dataset(settings.data).label_names
     weights = load_base(named, names, settings.run.seed)
@@ -160,13 +172,7 @@ def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = N
 
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: a LoRA adapter has rank 1 or more")
-    result = read_result(folder)
-    if ((result.folder if result else folder / "adapter") / "folds.safetensors").is_file():
-        raise ConfigError(
-            f"run.output-dir = '{folder}': part of its result was folded into the frozen weights, which a LoRA adapter "
-            "cannot carry; export the merged model instead"
-        )
-    model, tokenizer = load_run(folder, base)
+    model, tokenizer = load_run(folder, base, folded=False)
     if model.adapter.method != "bora":
         raise ConfigError(f"adapter.method = '{model.adapter.method}': only BoRA adapters are converted; PEFT opens it")
     save_as_lora(model.model, target, rank=rank, dtype=getattr(torch, dtype) if dtype else None)

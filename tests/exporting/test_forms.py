@@ -176,8 +176,11 @@ def test_a_wrong_option_is_named(options: list[str], message: str, tmp_path: Pat
     assert message in str(result.exception)
 
 
-def test_what_was_folded_into_the_weights_cannot_be_a_lora(tiny_config, tmp_path: Path):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_was_folded_into_the_weights_cannot_be_a_lora(stopped: bool, tiny_config, tmp_path: Path):
     folder = simulate(tiny_config | {"strategy.name": "fedex"}, 3)
+    if stopped:
+        shutil.rmtree(folder / "adapter")
     with pytest.raises(ConfigError, match="merged model"):
         export_lora(folder, tmp_path / "lora")
 
