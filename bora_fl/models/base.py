@@ -153,8 +153,9 @@ def without_dropout(model: Any) -> None:
     for module in getattr(model, model.base_model_prefix, model).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # decoders have a number in its place
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # decoders have numbers in its place, such as attention_dropout
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _quantization(settings: ModelSettings) -> Any:

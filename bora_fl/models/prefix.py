@@ -19,6 +19,10 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
+class _UnknownOutputError(Exception):
+    """A block gives more than a hidden state."""
+
+
 def frozen_blocks(model: nn.Module, trained: Sequence[Tensor]) -> tuple[list[nn.Module], str]:
     """A model's blocks from the lowest on that are frozen, with nothing adapted below them, and all that follow.
 
@@ -65,6 +69,7 @@ class PrefixCache:
     _hooks: list[Any] = field(default_factory=list)
     _replayed: list[Tensor] | None = None
     _recorded: list[Tensor] | None = None
+    _form: int = 0  # of a block's output: a hidden state, or a tuple of it and so many less one that are None
 
     def attach(self, model: Any, trained: Sequence[Tensor]) -> str:
         """Serve a model's forward passes; one that is attached is detached first.
@@ -99,14 +104,22 @@ class PrefixCache:
         """A block's forward pass: as it is, from memory, or, of an upper block while rows are computed, none."""
         if self._recorded is not None:
             if place >= frozen:
-                return hidden
+                return self._formed(hidden)
             output = forward(hidden, *given, **named)
+            self._form = len(output) if isinstance(output, tuple) else 0
+            first, *others = output if self._form else (output,)
+            if not isinstance(first, Tensor) or any(other is not None for other in others):
+                raise _UnknownOutputError
             if self.every or place == frozen - 1:
-                self._recorded.append(output)
+                self._recorded.append(first)
             return output
         if self._replayed is None or place >= frozen:
             return forward(hidden, *given, **named)
-        return self._replayed[place if self.every else 0] if self.every or place == frozen - 1 else hidden
+        kept = self._replayed[place if self.every else 0] if self.every or place == frozen - 1 else hidden
+        return self._formed(kept)
+
+    def _formed(self, hidden: Tensor) -> Any:
+        return (hidden, *[None] * (self._form - 1)) if self._form else hidden
 
     def _before(self, frozen: int, model: Any, args: Any, named: Mapping[str, Any]) -> None:
         if self._recorded is not None or args or named.get("past_key_values") is not None or named.get("use_cache"):
@@ -117,7 +130,14 @@ class PrefixCache:
             return
         keys = _keys(inputs)
         missing = [k for k, key in enumerate(keys) if key not in self.rows]
-        computed = self._compute(inputs, missing) if missing else {}
+        try:
+            computed = self._compute(inputs, missing) if missing else {}
+        except _UnknownOutputError:
+            log.info(
+                "train.prefix-cache-mb: nothing is kept, a layer of %s gives more than its state", type(model).__name__
+            )
+            self.detach()
+            return
         found = [computed[k] if k in computed else self.rows[key] for k, key in enumerate(keys)]
         for k in missing:
             size = sum(t.numel() * t.element_size() for t in computed[k])

@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from bora_fl.client.site import Site
 from bora_fl.config import AdapterSettings, ModelSettings, parse
 from bora_fl.models import FederatedModel
+from bora_fl.models.base import without_dropout
 from bora_fl.models.prefix import PrefixCache, frozen_blocks
 from bora_fl.simulations.engine import simulate
 
@@ -164,6 +172,40 @@ def test_a_language_model_s_lower_layers(tiny_causal: Path):
         again = model.model(**rows, use_cache=True)  # a cache of keys and values needs every layer's
         assert torch.equal(again.logits, plain)
         assert again.past_key_values.get_seq_length(0) == 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("mpnet", 3), ("deberta-v2", 3), ("gpt_neo", 0)]
+)  # the last gives its attention's weights too
+@pytest.mark.parametrize("every", [False, True])
+def test_layers_that_give_a_tuple(kind: str, kept: int, every: bool):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50, "pad_token_id": 0}
+    own = {"num_layers": 3, "num_heads": 2, "attention_types": [[["global", "local", "global"], 1]], "bos_token_id": 1}
+    layers = own if kind == "gpt_neo" else {"num_hidden_layers": 3}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **(shape | layers))).eval()
+    (blocks,) = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    options = {"use_cache": False} if kind == "gpt_neo" else {}
+    wanted = model(**batch([0, 3, 5]), **options).logits
+    cache = PrefixCache(10**6, every)
+    assert cache.attach(model, list(blocks[2].parameters())) == ""
+    for _ in range(2):
+        assert torch.equal(model(**batch([0, 3, 5]), **options).logits, wanted)
+    assert len(cache.rows) == kept
+
+
+@pytest.mark.parametrize("kind", ["opt", "starcoder2", "xglm", "gpt_bigcode", "deberta-v2"])
+def test_no_dropout_is_left_in_a_body_that_has_numbers_for_it(kind: str):
+    config = AutoConfig.for_model(kind)
+    shape = {"num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
+    config.update({name: 0.5 for name in vars(config) if "drop" in name and isinstance(getattr(config, name), float)})
+    config.update(shape | {"hidden_size": 16, "intermediate_size": 32, "ffn_dim": 32, "num_key_value_heads": 2})
+    config.update({"word_embed_proj_dim": 16} if kind == "opt" else {})
+    body = AutoModel.from_config(config).train()
+    rows = batch([0, 3])
+    assert not torch.equal(*(body(**rows)[0] for _ in range(2)))
+    without_dropout(body)
+    assert torch.equal(*(body(**rows)[0] for _ in range(2)))
 
 
 @pytest.mark.parametrize("dropout", [True, False])
