@@ -52,12 +52,14 @@ def unpacked(values: Tensor, num_blocks: int, columns: int, kind: Kind) -> Tenso
         kind: What was asked for.
 
     Raises:
-        ValueError: If the shape is another, a value is not finite, or an input has a negative square.
+        ValueError: If shape or dtype are others, a value is not finite, or an input has a negative square.
     """
     size = columns // num_blocks
     wanted = (num_blocks, size if kind == "diagonal" else size * (size + 1) // 2)
     if values.shape != wanted:
         raise ValueError(f"a Gram matrix has shape {tuple(values.shape)}, expected {wanted}")
+    if values.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"a Gram matrix is {values.dtype}, expected torch.float32 or torch.float64")
     if not bool(values.isfinite().all()):
         raise ValueError("a Gram matrix holds values that are not finite")
     gram = values.double()

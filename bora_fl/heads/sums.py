@@ -78,12 +78,14 @@ class ClassSums:
         """The inverse of `to_tensors`, up to rounding to its dtype.
 
         Raises:
-            ValueError: If names or shapes are not those of `num_classes` and `dim`, or a value is not finite.
+            ValueError: If names, shapes or dtypes are not those of `to_tensors`, or a value is not finite.
         """
         shapes = {"counts": (num_classes,), "sums": (num_classes, dim), "gram": (dim * (dim + 1) // 2,)}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes:
             raise ValueError(f"the head's sums have shapes {found}; they must be {shapes}")
+        if odd := [tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float32, torch.float64)]:
+            raise ValueError(f"the head's sums are {odd[0]}; they must be torch.float32 or torch.float64")
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ValueError("the head's sums hold values that are not finite")
         gram = torch.zeros(dim, dim, dtype=torch.float64)

@@ -203,3 +203,9 @@ def test_no_privacy_mode_takes_gram_matrices(mode):
     )
     with pytest.raises(ValueError, match=rf"privacy.mode = '{mode}'.*Gram matrices.*use refactor"):
         build(settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64])
+def test_a_gram_matrix_of_another_dtype_is_refused(dtype: torch.dtype):
+    with pytest.raises(ValueError, match="expected torch"):
+        unpacked(torch.ones(2, 3).to(dtype), 2, 6, "diagonal")
