@@ -81,9 +81,10 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="comma-separated: bora, ravan, dense-core, lora, dora, gralora, vera, full or another of PEFT"
+            help="comma-separated: bora, ravan, dense-core, lora, dora, gralora, vera, full or another of PEFT; if not "
+            "given, federation.toml's, else bora"
         ),
-    ] = "bora",
+    ] = "",
     seeds: Annotated[int, typer.Option(help="number of seeds; 0 is the suite's, else 3")] = 0,
     first_seed: Annotated[int, typer.Option(help="the first of them; choose on others than are reported")] = 0,
     clients: Annotated[
@@ -131,7 +132,7 @@ def compare(
     extras.require("report", "compare")
     # The rest needs torch, which the command's help does not.
     from bora_fl.simulations.compare import tuning
-    from bora_fl.simulations.compare.plan import plan
+    from bora_fl.simulations.compare.plan import AXES, plan
     from bora_fl.simulations.compare.run import Comparison, baseline_of
     from bora_fl.simulations.compare.suites import suite as named_suite
     from bora_fl.simulations.compare.timing import in_words
@@ -144,7 +145,10 @@ def compare(
     federation = Federation() if named or quick or privacy else read_federation(Path.cwd())
     if federation.run_config:
         console.print(f"model, adapter, data and training are those of {FEDERATION_FILE}", highlight=False)
-        base |= {key: value for key, value in federation.run_config.items() if key.startswith(OF_THE_FOLDER)}
+    own = {key: value for key, value in federation.run_config.items() if key.startswith(OF_THE_FOLDER)}
+    method = str(own.get("adapter.method", "bora"))
+    own = {key: value for key, value in own.items() if key not in AXES}
+    base |= own
     factors = tuning.factors_of(rates)
     if not 0 <= target <= 1:
         raise ConfigError(f"--target {target:g}: an accuracy is between 0 and 1; 0 takes the baseline's own")
@@ -156,7 +160,7 @@ def compare(
         base | (PRIVATE if privacy else {}),
         strategies=_names("--strategies", strategies or all_strategies),
         scenarios=_scenario_names(scenarios or all_scenarios),
-        methods=_names("--methods", methods),
+        methods=_names("--methods", methods or method),
         seeds=range(first_seed, first_seed + (seeds or 3)),
         clients=clients
         or (named.clients if named else 0)
@@ -166,7 +170,7 @@ def compare(
         threads=threads,
         privacy=_names("--privacy", privacy) if privacy else (),
         chosen=chosen,
-        by_method=named.methods if named else None,
+        by_method=named.methods if named else {method: own},
     )
     against = baseline_of(baseline, laid_out.variants)
     for reason in laid_out.reasons():

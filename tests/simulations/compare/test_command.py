@@ -11,6 +11,9 @@ from bora_fl.config import Federation, federation_text
 from bora_fl.simulations.compare import plan
 
 SETTINGS = {
+    "adapter.method": "ravan",
+    "adapter.rank": 12,
+    "data.num-partitions": 20,
     "model.name": "somewhere",
     "data.name": "reviews.csv",
     "train.local-steps": 7,
@@ -44,7 +47,10 @@ def test_a_comparison_is_of_what_the_folder_s_file_says(planned: dict[str, Any])
     assert isinstance(done.exception, PlannedError)
     assert "federation.toml" in done.output
     taken = {key: planned["base"].get(key) for key in SETTINGS}
-    assert taken == SETTINGS | {"strategy.name": None, "run.output-dir": None}
+    left = ("strategy.name", "run.output-dir", "adapter.method", "data.num-partitions")
+    assert taken == SETTINGS | dict.fromkeys(left)
+    assert planned["methods"] == ["ravan"]
+    assert planned["by_method"]["ravan"]["adapter.rank"] == 12  # and not what RAVAN needs from the defaults
     assert planned["chosen"] == {"train.local-steps": 9}
     assert planned["clients"] == 3
     assert planned["base"]["data.max-test-examples"] == 2000
@@ -55,4 +61,5 @@ def test_a_comparison_by_name_is_its_own(planned: dict[str, Any], option: list[s
     done = CliRunner().invoke(cli, ["compare", *option])
     assert isinstance(done.exception, PlannedError)
     assert planned["base"].get("model.name") != "somewhere"
+    assert planned["methods"] == ["bora"]
     assert planned["clients"] != 3 or option == ["--quick"]
