@@ -65,17 +65,28 @@ def _bf16_pays(device_type: str) -> bool:
 def _measured(path: Path, measure: Callable[[], float]) -> bool:
     """Whether bf16 took less time than float32 when this machine's processes first asked; kept, so that all agree."""
     machine = f"{_processor()}, torch {torch.__version__}"
+    share = _kept(path).get(machine)  # before anything is written: the folder may be another user's
+    if isinstance(share, float):
+        return share < 1
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            kept: dict[str, float] = {}
-            with contextlib.suppress(ValueError, FileNotFoundError):
-                kept = json.loads(path.read_text())
-            if machine not in kept:
-                kept[machine] = round(measure(), 3)
+            kept = _kept(path)
+            share = kept.get(machine)
+            if not isinstance(share, float):
+                kept[machine] = share = round(float(measure()), 3)
                 write_atomically(path, json.dumps(kept, indent=1) + "\n")
-            return kept[machine] < 1
+            return share < 1
     return measure() < 1  # nothing can be kept here
+
+
+def _kept(path: Path) -> dict[str, object]:
+    """What is in the file; nothing if it is no JSON object, or cannot be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _bf16_share(repeats: int = 15) -> float:

@@ -21,11 +21,26 @@ def test_bf16_is_measured_once_a_machine_and_kept(tmp_path: Path) -> None:
     assert torch.__version__ in machine
     path.write_text(json.dumps({"another machine": 0.5}))
     assert not device._measured(path, lambda: measure(1.4))
-    path.write_text("no JSON")
-    assert device._measured(path, lambda: measure(0.7))
+    for text in ("no JSON", "[]", "null", json.dumps({machine: "0.5"}), "\N{LATIN SMALL LETTER Y WITH DIAERESIS}"):
+        path.write_text(text, encoding="latin1")
+        assert device._measured(path, lambda: measure(0.7))
+        assert json.loads(path.read_text()) == {machine: 0.7}
     locked = tmp_path / "file"
     locked.touch()
     assert not device._measured(locked / "bf16.json", lambda: measure(1.2))
+
+
+def test_what_another_user_has_measured_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bf16.json"
+    assert device._measured(path, lambda: 0.6)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(device, "FileLock", refuse)
+    assert device._measured(path, lambda: 1.4)
 
 
 def test_without_the_instructions_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
