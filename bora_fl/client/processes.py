@@ -187,8 +187,8 @@ def loopback() -> str:
 
 def _take_first_device() -> list[str]:
     """The CUDA devices there are; this process keeps the first, before it has used any."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = [name for name in named.split(",") if name] or [str(i) for i in range(torch.cuda.device_count())]
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    devices = [name for name in named.split(",") if name][:count] or [str(i) for i in range(count)]
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[0]
     return devices

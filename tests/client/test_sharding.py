@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.fsdp
 
-from bora_fl.client import sharding
+from bora_fl.client import processes, sharding
 from bora_fl.config import parse
 from bora_fl.wire.refusals import Refused
 
@@ -42,6 +43,15 @@ def test_what_a_shared_out_base_does_not_train_with_is_refused(changes: dict, te
     with pytest.raises(Refused, match=text + ", or start the worker without --shard"):
         sharding.require_sharding(settings)
     sharding.require_sharding(parse({"model.task": "causal-lm", "train.checkpointing": True}))
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "devices"), [("-1", 0, []), ("0,1", 0, []), ("3,-1", 1, ["3"]), ("", 2, ["0", "1"])]
+)
+def test_a_name_of_no_gpu_is_none(named: str, count: int, devices: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert processes._take_first_device() == devices
 
 
 def test_fewer_gpus_than_processes_and_an_old_torch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
