@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bora_fl.blocks import BlockFactors
+from bora_fl.blocks.gram import Kind, gram_of, packed
 from bora_fl.config import Scalar, Settings, parse
 from bora_fl.simulations.engine import identify
 from bora_fl.state import AdapterState, flatten, unflatten
@@ -35,6 +36,7 @@ from bora_fl.wire.records import (
     size,
     to_arrays,
 )
+from bora_fl.wire.release import GramRelease
 from bora_fl.wire.schema import roll_call
 from bora_fl.wire.sparsity import sparsify
 from bora_fl.wire.updates import Coding
@@ -91,7 +93,16 @@ class Clients:
 
         shared = instruction.shares & instruction.trains
         how = changes if instruction.sparsity < 1 else pack if coding.codec.stages else plain
-        return reply_content(trained, unflatten(flat), shared, instruction.round, {"num-examples": 10}, how)
+        reply = reply_content(trained, unflatten(flat), shared, instruction.round, {"num-examples": 10}, how)
+        if instruction.gram:
+            reply.update(GramRelease(_grams(trained, instruction.gram, g)).content())
+        return reply
+
+
+def _grams(state: AdapterState, kind: Kind, generator: torch.Generator) -> dict[str, Tensor]:
+    """Gram matrices of inputs that were drawn."""
+    inputs = {name: torch.randn(64, f.shape[1], generator=generator) for name, f in state.layers.items()}
+    return {name: (packed(gram_of(inputs[name], f.num_blocks, kind)) / 64).float() for name, f in state.layers.items()}
 
 
 def _moved(name: str, tensor: Tensor, generator: torch.Generator, parts: frozenset[str]) -> Tensor:
@@ -124,6 +135,7 @@ def measure(changed: Mapping[str, Scalar], clients: int, rounds: int) -> list[tu
             "adapter.num-blocks": BLOCKS,
             "run.num-rounds": rounds,
             "head.init": "random",
+            "strategy.evaluate-in-train": False,
             **changed,
         }
     )
