@@ -99,7 +99,9 @@ def compare(
     tune: Annotated[
         bool, typer.Option("--tune", help="search each variant's learning rate, on seeds of its own")
     ] = False,
-    rates: Annotated[str, typer.Option(help="multiples of each variant's learning rate that --tune tries")] = "0.3,1,3",
+    rates: Annotated[
+        str, typer.Option(help="multiples of its learning rate that --tune tries; 1: none is searched")
+    ] = "0.3,1,3",
     tune_seeds: Annotated[int, typer.Option(help="number of seeds for --tune, from 1000")] = 2,
     baselines: Annotated[
         str, typer.Option(help="also local, central, iid (retention), comma-separated; all; none, if no suite has any")
@@ -176,7 +178,14 @@ def compare(
     for reason in laid_out.reasons():
         console.print(f"skipped: {reason}", highlight=False, markup=False)
     comparison = Comparison(
-        laid_out, against, factors if tune else (), tune_seeds, _baselines(baselines), workers, threads, console
+        laid_out,
+        against,
+        factors if tune and factors != [1] else (),
+        tune_seeds,
+        _baselines(baselines),
+        workers,
+        threads,
+        console,
     )
     console.print(comparison.describe(), highlight=False, soft_wrap=True)
     if dry_run:  # not before a run: without a finished one it trains a round, which may take minutes

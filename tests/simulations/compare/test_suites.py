@@ -94,7 +94,8 @@ def test_durations_in_words(seconds, words):
     assert in_words(seconds) == words
 
 
-def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("rates", "tuning"), [("0.3,1,3", 108), ("1", 0)])
+def test_a_dry_run_says_what_would_run(rates, tuning, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "_one_round", lambda _: (0.0, 1.0))
     monkeypatch.setattr(run, "fetch", lambda name: None)
     arguments = [
@@ -104,6 +105,8 @@ def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
         "--dry-run",
         "--seeds",
         "1",
+        "--rates",
+        rates,
         "--workers",
         "2",
         "--output",
@@ -111,7 +114,7 @@ def test_a_dry_run_says_what_would_run(tmp_path, monkeypatch):
     ]
     ended = CliRunner().invoke(cli, arguments)
     assert ended.exit_code == 0, ended.output
-    assert "18 runs, 108 to tune them and" in ended.output
+    assert f"18 runs, {tuning} to tune them and" in ended.output
     assert "left on this machine" in ended.output
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
