@@ -97,7 +97,7 @@ class Rounds:
             RunFailedError: If nodes are missing for longer than ``strategy.wait-seconds``, or no client has ever been
                 of use.
         """
-        self.state, self.folds = state, folds
+        self.state, self.folds = state if self._keeps_best else replace(state, best=None), folds
         self.summary()
         try:
             self.nodes.gather(grid)
@@ -177,9 +177,10 @@ class Rounds:
         # 5. Evaluate the result, and go back to an earlier one that did better.
         evaluations = self._evaluate_on_clients(grid, number, last)
         measured, rejected = evaluations.metrics, evaluations.rejected
-        if last and (best := self._note(number, measured)[0]) and best.round < number:
+        best = self._note(number, measured)[0] if last else None
+        if best and best.round < number and best.fold_version == self.state.fold_version:
             log.info("the adapter of round %d has the least held-out loss, and is kept", best.round)
-            self._advance(replace(self.state, current=best.adapter))
+            self._advance(self.state.back_to(best.adapter))
             measured, kept = best.metrics(), best.round
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.

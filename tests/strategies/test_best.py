@@ -1,5 +1,6 @@
 """A run ends with the round of least held-out loss, by losses over the same examples."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from bora_fl.config import ConfigError, parse
 from bora_fl.report import ClientMetrics, read_rows, training_rows
+from bora_fl.server.checkpoint import load_newest, load_round
 from bora_fl.simulations.engine import round_of, simulate
 from bora_fl.state import AdapterState
 from bora_fl.strategies.best import Best
@@ -74,6 +76,32 @@ def test_a_last_round_that_makes_things_worse_is_not_what_a_run_ends_with(tiny_c
     assert last["kept"] < 3
     assert last["loss"] == pytest.approx(kept["loss"], abs=1e-6)
     assert last["client_loss"] == min(row["client_loss"] for row in rows)
+
+
+def test_an_adapter_of_other_frozen_weights_does_not_come_back(tiny_config):
+    """Each round of fedex changes them, and after the last one nobody evaluates."""
+    given = {"strategy.name": "fedex", "run.keep-best": True}
+    folder = simulate(tiny_config | given, 3, tamper=lambda reply, _: reply if round_of(reply) else None)
+    assert [row["kept"] for row in read_rows(folder / "metrics.jsonl")] == [None] * 4
+
+
+def test_what_the_server_kept_since_the_best_round_goes_with_the_rounds(tiny_config):
+    given = {"run.keep-best": True, "strategy.name": "refactor", "strategy.residual": "carry"}
+    given |= {"strategy.residual-rank": 2}
+    folder = simulate(tiny_config | given, 3, tamper=ruin_round(3))
+    rows = read_rows(folder / "metrics.jsonl")
+    assert rows[-1]["kept"] is not None
+    checkpoint = load_newest(folder / "checkpoints", json.loads((folder / "config.json").read_text()))
+    assert checkpoint is not None
+    assert checkpoint.state.carried == {}
+
+
+def test_a_run_that_no_longer_keeps_the_best_forgets_it(tiny_config):
+    simulate(tiny_config | {"run.num-rounds": 1, "run.keep-best": True}, 3)
+    given = {"run.num-rounds": 2, "run.keep-best": False, "run.resume": True}
+    folder = simulate(tiny_config | given, 3)
+    for number, known in {1: True, 2: False}.items():
+        assert (load_round(folder / "checkpoints", number).state.best is not None) is known
 
 
 def ruin_round(number: int):
