@@ -42,7 +42,7 @@ Job = Kind | Literal["share", "warm-up"]
 
 log = logging.getLogger(__name__)
 
-ALIKE = frozenset((Code.MESSAGE_INVALID, Code.FOLDS_MISSING))
+ALIKE = frozenset((Code.MESSAGE_INVALID, Code.FOLDS_MISSING, Code.STATE_MISSING))
 """What every process refuses that is given the whole job, before it takes a pass through the model."""
 
 _LENGTH = struct.Struct("<Q")
@@ -141,7 +141,8 @@ class Processes:
                 _send(other.stdin, told, content, memory)
             yield share
         except BaseException as error:
-            alike = isinstance(error, FloatingPointError) or (isinstance(error, Refused) and error.code in ALIKE)
+            alike = isinstance(error, Refused) and error.code in ALIKE and self.shards
+            alike = alike or isinstance(error, FloatingPointError)
             if share.agreed or alike:  # the others have ended this job too
                 raise
             lost = self._lost(_TO_END) if isinstance(error, (RuntimeError, OSError)) else ""
