@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from bora_fl.config import ConfigError
-from bora_fl.data.mapped import csv_options, mapped, read_json, simple
+from bora_fl.data.mapped import csv_options, in_utf8, mapped, read_json, simple
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +21,11 @@ LARGE = 256 << 20  # bytes of files above which their rows stay on the disk
 def looks_local(name: str) -> bool:
     """Whether a data set's name is meant as a path rather than as a hub id."""
     return name.startswith((".", "/", "~")) or Path(name).suffix.lower() in SUFFIXES or Path(name).exists()
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` has saved a folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
 
 
 def data_files(path: Path) -> list[Path]:
@@ -51,7 +56,7 @@ def read_local(
     path = Path(name).expanduser()
     if not path.exists():
         raise ConfigError(f"data.name = {name!r}: {path.absolute()} does not exist; give an existing file or folder")
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+    if is_saved(path):
         return _read_saved(name, path, train_split, test_split, may_lack_splits)
     files = data_files(path)
     if not files or files[0].suffix.lower() not in SUFFIXES:
@@ -153,9 +158,12 @@ def _read_one(path: Path) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         from pyarrow import csv
 
-        return csv.read_csv(path, **csv_options(suffix))
+        return in_utf8(csv.read_csv(path, **csv_options(suffix)))
     if _is_array(path):
-        return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf8")))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        if odd := [row for row in rows if not isinstance(row, dict)]:
+            raise ValueError(f"it is a list with {str(odd[0])[:40]!r} in the place of a row, which is an object")
+        return pa.Table.from_pylist(rows)
     return read_json(path)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 from bora_fl.config import ConfigError, DataSettings, Scalar
 from bora_fl.data.columns import IDS, TEXTS, is_text, resolved, usual
 from bora_fl.data.embedded import PREFIX
-from bora_fl.data.files import data_files, looks_local, read_tables
+from bora_fl.data.files import data_files, is_saved, looks_local, read_tables
 
 LABELS = ("label", "labels", "class", "category", "sentiment", "topic", "target", "rating", "stars")
 _EMBEDDED_IDS = 4  # natural ids that each embedded data set has at least
@@ -27,11 +28,10 @@ def guess_task(name: str) -> str:
     Args:
         name: As for ``data.name``; what a hub data set holds is not looked up.
     """
-    path = Path(name).expanduser()
-    files = data_files(path) if looks_local(name) and path.exists() else []
-    if not files:
+    found = _look(name) if looks_local(name) else None
+    if found is None:
         return "classification"
-    columns = {field.name: field.type for field in read_tables(files[:1]).schema}
+    columns = {field.name: field.type for field in found.table.schema}
     kind = resolved(DataSettings(name=name, label_column=""), columns).format
     labelled = usual(LABELS[:3], list(columns))
     return (
@@ -55,7 +55,7 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
         ConfigError: If local data cannot be read, or has no column that is the text or the label.
     """
     found: dict[str, Scalar] = {"data.name": name, **{f"data.{key}": value for key, value in given.items()}}
-    defaults, dealt = DataSettings(), {"data.partition": "iid"} if causal else _dirichlet()
+    dealt = {"data.partition": "iid"} if causal else _dirichlet()
     if name.startswith(PREFIX):
         if causal:
             found = {"data.text-column": "instruction", "data.response-column": "response", **found}
@@ -63,30 +63,28 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
         return found | (_natural() if num_clients <= _EMBEDDED_IDS else dealt)
     if not looks_local(name):
         return found | dealt
-    path = Path(name).expanduser()
-    files = data_files(path) if path.exists() else []
-    if not files:
-        raise ConfigError(f"data.name = {name!r}: {path.absolute()} holds no data; give an existing file or folder")
-    train = next((file for file in files if defaults.train_split in file.stem), files[0])
-    table = read_tables([train])
+    rows = _look(name)
+    if rows is None:
+        path = Path(name).expanduser().absolute()
+        raise ConfigError(f"data.name = {name!r}: {path} holds no data; give an existing file or folder")
+    table = rows.table
     if causal:
         named = {key.replace("-", "_"): _named(table, key, value) for key, value in given.items()}
         columns = {field.name: field.type for field in table.schema}
-        rows = resolved(DataSettings(name=name, label_column="", **named), columns)
-        if rows.format != "preference" or rows.text_column:
-            _named(table, "text-column", rows.text_column)
-        found |= {"data.format": rows.format, "data.text-column": rows.text_column}
-        found |= {"data.label-column": "", "data.response-column": rows.response_column}
-        if rows.rejected_column:
-            found["data.rejected-column"] = rows.rejected_column
-        texts = [name for name in (rows.text_column, rows.response_column) if name]
+        kind = resolved(DataSettings(name=name, label_column="", **named), columns)
+        if kind.format != "preference" or kind.text_column:
+            _named(table, "text-column", kind.text_column)
+        found |= {"data.format": kind.format, "data.text-column": kind.text_column}
+        found |= {"data.label-column": "", "data.response-column": kind.response_column}
+        if kind.rejected_column:
+            found["data.rejected-column"] = kind.rejected_column
+        texts = [name for name in (kind.text_column, kind.response_column) if name]
         found["model.max-length"] = _max_length(table, texts, _CAUSAL_LENGTHS)
     else:
         text = _column(table, "text-column", TEXTS, given, texts=True)
         found |= {"data.text-column": text, "data.label-column": _column(table, "label-column", LABELS, given)}
         found["model.max-length"] = _max_length(table, [text], _LENGTHS)
-    whole = num_clients > 0 and (len(files) == 1 or defaults.train_split not in train.stem)  # a part can be held out
-    if not whole and not _has_test_split(table, files, defaults.test_split):
+    if not (rows.whole and num_clients > 0) and not rows.has_test:
         found["data.test-split"] = ""
     fitting = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     used = {value for key, value in found.items() if key.endswith("-column")}
@@ -122,10 +120,37 @@ def _column(table: pa.Table, key: str, names: Sequence[str], given: dict[str, st
     return found
 
 
-def _has_test_split(table: pa.Table, files: Sequence[Path], split: str) -> bool:
+class _Rows(NamedTuple):
+    """The training rows of local data, whether a part of them can be held out, and whether there is a test split."""
+
+    table: pa.Table
+    whole: bool
+    has_test: bool
+
+
+def _look(name: str) -> _Rows | None:
+    """What a path holds; None for nothing."""
+    path, splits = Path(name).expanduser(), DataSettings()
+    if is_saved(path):
+        from datasets import DatasetDict, load_from_disk
+
+        saved = load_from_disk(str(path))
+        parts = saved if isinstance(saved, DatasetDict) else {}
+        train = parts.get(splits.train_split, next(iter(parts.values()))) if parts else saved
+        return _Rows(train.data.table, not parts, splits.test_split in parts)
+    files = data_files(path) if path.exists() else []
+    if not files:
+        return None
+    first = next((file for file in files if splits.train_split in file.stem), files[0])
+    table = read_tables([first])
+    whole = len(files) == 1 or splits.train_split not in first.stem
     if "split" in table.column_names:
-        return split in pc.unique(table["split"].cast(pa.string())).to_pylist()
-    return len(files) > 1 and any(split in file.stem or split in file.parts for file in files)
+        has_test = splits.test_split in pc.unique(table["split"].cast(pa.string())).to_pylist()
+    else:
+        has_test = len(files) > 1 and any(
+            splits.test_split in file.stem or splits.test_split in file.parts for file in files
+        )
+    return _Rows(table, whole, has_test)
 
 
 def _max_length(table: pa.Table, columns: Sequence[str], bounds: tuple[int, int]) -> int:

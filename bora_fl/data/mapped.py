@@ -68,7 +68,7 @@ def _pieces(path: Path) -> Iterator[pa.Table]:
         from pyarrow import csv
 
         with csv.open_csv(path, **csv_options(suffix)) as reader:
-            yield from (simple(pa.Table.from_batches([batch])) for batch in reader)
+            yield from (simple(in_utf8(pa.Table.from_batches([batch]))) for batch in reader)
     else:
         with path.open("rb") as file:
             while lines := file.read(PIECE_BYTES):
@@ -81,7 +81,22 @@ def read_json(source: "Path | pa.BufferReader", size: int = 0) -> pa.Table:
     """JSON objects, one after the other; none may be longer than `size` bytes, `PIECE_BYTES` by default."""
     from pyarrow import json
 
-    return json.read_json(source, read_options=json.ReadOptions(block_size=size or PIECE_BYTES))
+    return in_utf8(json.read_json(source, read_options=json.ReadOptions(block_size=size or PIECE_BYTES)))
+
+
+def in_utf8(table: pa.Table) -> pa.Table:
+    """The table of a text file.
+
+    Raises:
+        pa.ArrowException: If the file has another encoding, of which pyarrow makes columns of bytes, or text as it is.
+    """
+    for field in table.schema:
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            raise pa.ArrowInvalid(
+                f"column {field.name} is not UTF-8; convert the file, as with iconv -f latin1 -t utf8"
+            )
+    table.validate(full=True)
+    return table
 
 
 def csv_options(suffix: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data import load_dataset
+from bora_fl.data import files, load_dataset
 
 ROWS: dict[str, list[Any]] = {
     "text": ["one, two", 'say "hi"\nto all', "NA", "snow", "null", "ünïcode"],
@@ -238,6 +238,34 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no data found; give a file or a folder of files \.parquet"):
         load_dataset(DataSettings(name=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.csv", "text,label\ncaf\u00e9,x\ntea,y\n".encode("latin1"), "column text is not UTF-8; convert the file"),
+        ("d.jsonl", '{"text": "caf\u00e9", "label": "x"}\n'.encode("latin1"), "cannot be read as jsonl .*UTF8"),
+        ("d.json", '[{"text": "caf\u00e9", "label": "x"}]'.encode("latin1"), "cannot be read as json"),
+        ("d.json", b"[1, 2]", "in the place of a row"),
+    ],
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_another_encoding_than_utf_8_is_named(
+    name: str, content: bytes, words: str, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BORA_FL_CACHE", str(tmp_path / "cache"))
+    if large:
+        monkeypatch.setattr(files, "LARGE", 0)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words if not large or name == "d.json" else "UTF-?8"):
+        load_dataset(DataSettings(name=str(tmp_path / name), test_split=""))
+
+
+@pytest.mark.parametrize("name", ["d.csv", "list.json", "d.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_data(name: str, tmp_path: Path) -> None:
+    path = FORMATS[name](tmp_path / name)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_dataset(DataSettings(name=str(path))).train["text"][:] == ROWS["text"][:4]
 
 
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 from bora_fl.cli import cli
-from bora_fl.config import ConfigError, Federation, extras, read_federation
+from bora_fl.config import ConfigError, Federation, extras, parse, read_federation
+from bora_fl.data import load_dataset
 
 
 @pytest.fixture
@@ -87,6 +89,16 @@ def test_the_data_tells_the_task(row: dict, task: str, here: Path, tiny_causal: 
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(6)))
     model = {"causal-lm": tiny_causal, "classification": tiny_model}[task]
     assert init("--data", "rows.jsonl", "--model", str(model)).run_config["model.task"] == task
+
+
+@pytest.mark.parametrize("splits", [(), ("train",), ("train", "test")])
+def test_a_folder_that_datasets_saved(splits: tuple[str, ...], here: Path, tiny_model: Path):
+    rows = datasets.Dataset.from_dict({"review": ["good", "bad"] * 5, "stars": [1, 5] * 5})
+    (datasets.DatasetDict(dict.fromkeys(splits, rows)) if splits else rows).save_to_disk("saved")
+    settings = init("--data", "./saved", "--model", str(tiny_model)).run_config
+    assert (settings["data.text-column"], settings["data.label-column"]) == ("review", "stars")
+    assert settings.get("data.test-split") == ("" if splits == ("train",) else None)
+    assert load_dataset(parse(settings).data).test is not None or splits == ("train",)
 
 
 def test_messages_are_found(here: Path, tiny_causal: Path):
