@@ -101,7 +101,7 @@ def check_release(sums: ClassSums, noise_multiplier: float) -> None:
     reach = (math.sqrt(2 * dim) + _FAR) * gram_std
     most = float(sums.counts.sum()) + _FAR * math.sqrt(classes) * counts_std + reach
     eigenvalues = torch.linalg.eigvalsh(sums.gram)
-    if float(eigenvalues[0]) < -reach or float(eigenvalues[-1]) > most:
+    if not (float(eigenvalues[0]) >= -reach and float(eigenvalues[-1]) <= most):  # nor NaN
         raise ValueError("the head's noised Gram matrix is that of no such examples")
 
 

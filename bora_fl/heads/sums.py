@@ -91,8 +91,11 @@ class ClassSums:
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         rows, columns = torch.triu_indices(dim, dim)
         gram[rows, columns] = gram[columns, rows] = tensors["gram"].double()
-        found_sums = cls(tensors["counts"].double(), tensors["sums"].double(), gram)
-        return replace(found_sums, gram=gram + found_sums._mean_gram())
+        centered = cls(tensors["counts"].double(), tensors["sums"].double(), gram)
+        found_sums = replace(centered, gram=gram + centered._mean_gram())
+        if not bool(found_sums.gram.isfinite().all()):
+            raise ValueError("the head's sums are of features that are too large")
+        return found_sums
 
     def to_vector(self) -> Tensor:
         """Counts, sums and the upper triangle of G, one after the other; vectors add up as sums do."""

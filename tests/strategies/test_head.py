@@ -67,6 +67,24 @@ def test_a_heavy_client_counts_for_ten_medians_at_most_or_not_at_all():
     assert float(sums.gram[0, 0]) == pytest.approx(14 * 1000, rel=2e-2)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize(("feature", "gram"), [(1e154, 0.0), (0.0, 1e308)])
+def test_numbers_at_the_end_of_the_range_take_no_part(feature: float, gram: float, noise: float):
+    """Their squares are infinite, and so would the total be."""
+    sums = torch.zeros(2, 8, dtype=torch.float64)
+    sums[:, 0] = feature
+    lie = ClassSums(torch.full((2,), 1e200, dtype=torch.float64), sums, torch.zeros(8, 8, dtype=torch.float64))
+    tensors = lie.to_tensors(torch.float64) | {"gram": torch.full((36,), gram, dtype=torch.float64)}
+    message = reply(7, lie)
+    message.content[HEADS] = to_arrays(tensors)
+    honest = ClassSums.of(torch.eye(8), torch.arange(8) % 2, 2)
+    others = [reply(k, release(honest, noise, SeededRandomness(k)) if noise else honest) for k in range(3)]
+    total_sums, clients, rejected = total([message, *others], (2, 8), 0, noise_multiplier=noise)
+    assert total_sums is not None
+    assert bool(total_sums.gram.isfinite().all())
+    assert (clients, list(rejected)) == (3, ["7"])
+
+
 def test_memory_does_not_grow_with_the_clients():
     alive: list[int] = []
 
