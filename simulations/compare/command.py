@@ -23,7 +23,7 @@ BASE: dict[str, Scalar] = {
     "run.num-rounds": 8,
     "data.max-test-examples": 2000,
 }
-# Made to fit 72 runs of eight strategies into ten minutes on two cores and yet to learn something in 28 steps, with
+# Made to fit 72 runs of eight strategies into twenty minutes on two cores and yet to learn something in 28 steps, with
 # clients that drift apart: short texts, few clients, high and constant learning rates.
 QUICK: dict[str, Scalar] = BASE | {
     "model.max-length": 24,
@@ -115,7 +115,7 @@ def compare(
     target: Annotated[float, typer.Option(help="accuracy for bytes to target; 0 is the baseline's own")] = 0.0,
     workers: Annotated[int, typer.Option(help="runs at once; 0 is cores divided by --threads")] = 0,
     threads: Annotated[int, typer.Option(help="torch threads per run")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="a reduced comparison, ten minutes on two cores")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a reduced comparison, twenty minutes on two cores")] = False,
     list_scenarios: Annotated[bool, typer.Option("--list", help="list the scenarios and stop")] = False,
     run_config: Annotated[
         list[str] | None,
