@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,17 @@ class Site:
         if not isinstance(examples, Pairs):
             return examples
         model, (run, version) = self._model or self.model(), self._folded
-        known = self._references.find(examples) if self._references else None
+        train, device = self.settings.train, settle(model.model)
+        precision = partial(autocast, device, train.precision)
+        known = self._references.find(examples, precision) if self._references else None
         if known is not None:
             return known
         if version:
             self._restore(model)  # the reference is the base model of the run's start
         if self._references is None:
             self._references = References(model)
-        train, device = self.settings.train, settle(model.model)
-        found = self._references.find(examples) or self._references.compute(
-            model, examples, train.evaluation_batch_size, lambda: autocast(device, train.precision)
+        found = self._references.find(examples, precision) or self._references.compute(
+            model, examples, train.evaluation_batch_size, precision
         )
         self.fold_to(model, run, version)
         return found

@@ -8,7 +8,9 @@ kept in the cache folder.
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +20,12 @@ from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, Settings
 from bora_fl.data import Pairs
-from bora_fl.device import settle
+from bora_fl.device import pick_device, settle
 from bora_fl.evaluate import example_losses
 from bora_fl.models.federated import FederatedModel
 from bora_fl.paths import cache_folder, write_atomically
+
+log = logging.getLogger(__name__)
 
 Autocast = Callable[[], torch.autocast]
 _SAMPLED = 64  # values of each frozen tensor by which a base model is known
@@ -69,13 +73,14 @@ class References:
         self._base = _fingerprint(model)
         self._known: dict[str, NDArray[np.float32]] = {}
 
-    def find(self, pairs: Pairs) -> Pairs | None:
-        """Pairs with their reference, if it is known here or in the cache folder."""
-        key = self._key(pairs)
-        if key not in self._known and (path := _path(key)).is_file():
-            found = np.load(io.BytesIO(path.read_bytes()))
-            if found.shape == (len(pairs), 2) and np.isfinite(found).all():
-                self._known[key] = found
+    def find(self, pairs: Pairs, autocast: Autocast) -> Pairs | None:
+        """Pairs with their reference at this precision, if it is known here or, undamaged, in the cache folder."""
+        key = self._key(pairs, autocast)
+        if key not in self._known:
+            with suppress(OSError, ValueError, EOFError, TypeError):
+                found = np.load(io.BytesIO(_path(key).read_bytes()))
+                if found.shape == (len(pairs), 2) and np.isfinite(found).all():
+                    self._known[key] = found
         return replace(pairs, reference=self._known[key]) if key in self._known else None
 
     def compute(self, model: FederatedModel, pairs: Pairs, batch_size: int, autocast: Autocast) -> Pairs:
@@ -88,14 +93,20 @@ class References:
             autocast: Makes the autocast context to run under, the same as in training.
         """
         found = reference_log_probs(model, pairs, batch_size, autocast)
-        key = self._key(pairs)
+        key = self._key(pairs, autocast)
         self._known[key], content = found, io.BytesIO()
         np.save(content, found)
-        write_atomically(_path(key), content.getvalue(), mode=0o600)
+        try:
+            write_atomically(_path(key), content.getvalue(), mode=0o600)
+        except OSError as error:
+            log.warning("the reference of the pairs is not kept beyond this process: %s", error)
         return replace(pairs, reference=found)
 
-    def _key(self, pairs: Pairs) -> str:
+    def _key(self, pairs: Pairs, autocast: Autocast) -> str:
         digest = hashlib.sha256(self._base)
+        with autocast():
+            kind = pick_device().type
+            digest.update(f"{torch.is_autocast_enabled(kind)} {torch.get_autocast_dtype(kind)}".encode())
         rows = pairs.rows()
         for array in (rows.lengths, rows.prompts):
             digest.update(array.tobytes())

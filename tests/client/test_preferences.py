@@ -328,6 +328,31 @@ def test_the_reference_is_the_base_models_and_computed_once(config: dict[str, An
     np.testing.assert_array_equal(again.train.reference, fresh.train.reference)  # type: ignore[arg-type]
 
 
+def test_a_reference_of_another_precision_or_of_a_damaged_file_is_computed_anew(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BORA_FL_CACHE", str(tmp_path / "cache"))
+    found = Site(parse(config | {"train.precision": "fp32"})).data(0, 3)
+    half = Site(parse(config | {"train.precision": "bf16"})).data(0, 3)
+    assert isinstance(found.train, Pairs)
+    assert isinstance(half.train, Pairs)
+    assert found.train.reference is not None
+    assert half.train.reference is not None
+    assert not np.array_equal(found.train.reference, half.train.reference)
+    files = sorted((tmp_path / "cache" / "references").iterdir())
+    assert len(files) == 4
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-5])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(reference, "write_atomically", full)  # and where nothing can be written, it is not kept
+    again = Site(parse(config | {"train.precision": "fp32"})).data(0, 3)
+    assert isinstance(again.train, Pairs)
+    np.testing.assert_array_equal(again.train.reference, found.train.reference)  # type: ignore[arg-type]
+
+
 def test_a_federation_learns_what_is_preferred(config: dict[str, Any]) -> None:
     folder = simulate(config | {"run.generate-every": 2, "run.num-rounds": 2, "train.local-steps": 8}, 3)
     found = read_rows(folder / "metrics.jsonl")
