@@ -123,8 +123,8 @@ class Held:
             return self._stored(update)
         except OSError as error:
             raise RunFailedError(
-                f"a reply cannot wait in {tempfile.gettempdir()}: {error}; free space there, name another folder in "
-                f"TMPDIR{self._remedy}"
+                f"a reply cannot wait in {tempfile.tempdir or 'a file'}: {error}; free space there, name another "
+                f"folder in TMPDIR{self._remedy}"
             ) from error
 
     def _stored(self, update: ClientUpdate) -> ClientUpdate:

@@ -87,6 +87,17 @@ def test_updates_stay_in_memory_while_there_is_room_and_what_was_sent_takes_none
     assert rest[0].state.layers["q"].A is sent.layers["q"].A
 
 
+def test_without_a_temporary_folder_the_run_ends_in_words(monkeypatch: pytest.MonkeyPatch):
+    def none(**_: object) -> str:
+        raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", none)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(RunFailedError, match=r"No usable temporary directory.*another folder in TMPDIR"):
+        Held(0, AdapterState()).hold(ClientUpdate(0, 1.0, AdapterState({}, {"head": torch.ones(2)})))
+
+
 def test_a_full_disk_ends_the_run_in_words(monkeypatch: pytest.MonkeyPatch):
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
