@@ -5,6 +5,7 @@ half of a head with its second half, llama.cpp each even row with the odd one af
 and keys are put in that order. Qwen2's stay, as llama.cpp rotates them in halves too.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def _add_shape(writer: Any, model: Any) -> None:
     config = model.config
     head = _head_size(config)
     writer.add_vocab_size(model.get_input_embeddings().num_embeddings)
-    writer.add_context_length(config.max_position_embeddings)
+    # llama.cpp has no window in these architectures: up to its length there is no difference.
+    writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

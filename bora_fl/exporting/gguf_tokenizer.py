@@ -72,6 +72,7 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     kinds = [_kind(token, index, names, tokenizer, pieces) for index, token in enumerate(tokens)]
     if not pieces:
         return Vocabulary("gpt2", _cut(said), tokens, kinds, merges, [], False)
+    _require_plain_pieces(said)
     scores = {token: -len(merges) - 1.0 for token in tokens}
     for rank, pair in reversed(list(enumerate(merges))):
         scores[pair.replace(" ", "")] = float(-rank)
@@ -87,6 +88,18 @@ def _kind(token: str, index: int, names: dict[int, str], tokenizer: Any, pieces:
     if added := tokenizer.added_tokens_decoder.get(index):
         return CONTROL if added.special else USER_DEFINED
     return BYTE if pieces and token.startswith("<0x") and token.endswith(">") and len(token) == 6 else NORMAL
+
+
+def _require_plain_pieces(said: dict[str, Any]) -> None:
+    """Refuse what llama.cpp does not do to text before it merges pieces: it only writes spaces as `▁`."""
+    normal, first = said.get("normalizer") or {}, said.get("pre_tokenizer") or {}
+    for step in normal.get("normalizers", [normal] if normal else []):
+        spaces = step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, "▁")
+        if not spaces and (step["type"], step.get("prepend")) != ("Prepend", "▁"):
+            raise _unknown(f"a BPE of pieces with the normalizer {step['type']}")
+    for step in first.get("pretokenizers", [first] if first else []):
+        if step["type"] != "Metaspace" or step.get("split") is not False:
+            raise _unknown(f"a BPE of pieces with the pre-tokenizer {step['type']}")
 
 
 def _cut(said: dict[str, Any]) -> str:

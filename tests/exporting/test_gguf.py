@@ -181,6 +181,13 @@ def test_each_architecture_is_read_as_it_was(kind: str, more: dict[str, Any], tm
     same_tokens(tokenizer, words)
 
 
+@pytest.mark.parametrize(("window", "context"), [(16, 16), (None, 64), (4096, 64)])
+def test_the_context_is_no_longer_than_a_window_that_llama_cpp_leaves_out(window: Any, context: int, tmp_path: Path):
+    tokenizer = byte_level()
+    write_gguf(llama(tokenizer, kind="Mistral", sliding_window=window), tokenizer, tmp_path / "model.gguf", "tiny")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["llama.context_length"].contents() == context
+
+
 def test_scaled_positions_are_written_as_factors_of_the_frequencies(tmp_path: Path):
     tokenizer = byte_level("llama-bpe")
     model = llama(tokenizer, rope_parameters=SCALED)
@@ -202,6 +209,22 @@ def test_a_tokenizer_of_pieces_is_read_as_it_was(tmp_path: Path):
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents()
     kinds = vocabulary(tokenizer, len(tokenizer)).kinds
     assert [kinds[tokenizer.convert_tokens_to_ids(token)] for token in ("<unk>", "</s>", "<0x0A>", "▁")] == [2, 3, 6, 1]
+
+
+def test_pieces_of_text_that_llama_cpp_would_not_change_so_are_refused():
+    from tokenizers import normalizers, pre_tokenizers
+
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer = pieces()
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer, core.normalizer = None, normalizers.Sequence(spaces)  # as older files have it
+    assert vocabulary(tokenizer, len(tokenizer)).model == "llama"
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *spaces])
+    with pytest.raises(ConfigError, match=r"normalizer Lowercase.*convert_hf_to_gguf\.py"):
+        vocabulary(tokenizer, len(tokenizer))
+    core.normalizer, core.pre_tokenizer = None, pre_tokenizers.Digits(individual_digits=True)
+    with pytest.raises(ConfigError, match="pre-tokenizer Digits"):
+        vocabulary(tokenizer, len(tokenizer))
 
 
 def test_rows_without_a_token_are_marked_as_unused():
