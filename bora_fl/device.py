@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 OWN_CHOICE = torch.get_num_threads()
 """Torch's threads before anybody sets them."""
+_LOCK_SECONDS = 20.0  # for all processes of a machine to wait for the one that measures
 
 
 @cache
@@ -68,9 +69,9 @@ def _measured(path: Path, measure: Callable[[], float]) -> bool:
     share = _kept(path).get(machine)  # before anything is written: the folder may be another user's
     if isinstance(share, float):
         return share < 1
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, NotImplementedError):  # a file system may have no locks, or never grant one
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
             kept = _kept(path)
             share = kept.get(machine)
             if not isinstance(share, float):

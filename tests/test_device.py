@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from bora_fl import device
 
@@ -41,6 +42,20 @@ def test_what_another_user_has_measured_is_read_where_nothing_can_be_written(
 
     monkeypatch.setattr(device, "FileLock", refuse)
     assert device._measured(path, lambda: 1.4)
+
+
+def test_without_a_lock_each_process_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bf16.json"
+    monkeypatch.setattr(device, "_LOCK_SECONDS", 0.1)
+    with FileLock(f"{path}.lock"):
+        assert device._measured(path, lambda: 0.6)
+    assert not path.exists()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(device, "FileLock", refuse)
+    assert not device._measured(path, lambda: 1.4)
 
 
 def test_without_the_instructions_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
