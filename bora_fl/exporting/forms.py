@@ -16,6 +16,7 @@ from bora_fl.models import FederatedModel, Result, load_base, load_result, load_
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.models.result import write_labels
 from bora_fl.models.saving import save_pooled, save_sentence_transformers
+from bora_fl.predicting.opening import rounds_of
 from bora_fl.server.checkpoint import load_newest
 from bora_fl.state import AdapterState, unflatten_deltas
 
@@ -38,7 +39,7 @@ def load_run(folder: Path, base: str = "", *, folded: bool = True) -> tuple[Fede
     from transformers import AutoTokenizer
 
     result = read_result(folder)
-    newest = max((int(path.name[6:]) for path in (folder / "checkpoints").glob("round-*")), default=0)
+    newest = max(rounds_of(folder), default=0)
     if result is not None and result.round >= newest:
         if not folded and (result.folder / "folds.safetensors").is_file():
             raise _folded(folder)

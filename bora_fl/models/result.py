@@ -105,16 +105,16 @@ def load_result(
     model = settings.model.model_copy(update={"name": base} if base else {})
     if not quantized:
         model = model.model_copy(update={"quantization": "none"})
-    loaded = FederatedModel(
-        load_base(model, result.label_names, settings.run.seed), settings.adapter, model, settings.run.seed
-    )
+    weights, seed = load_base(model, result.label_names, settings.run.seed), settings.run.seed
+    loaded = FederatedModel(weights, settings.adapter, model, seed, keep_head=at is not None)
     if at is not None:
         state, earlier = at
         for fold in earlier:
             loaded.add_to_base(unflatten_deltas(fold))
         adapter = settings.adapter  # a strategy's state may be of a lower rank
         layers = {name: at_rank(f, adapter.rank, adapter.transform) for name, f in state.layers.items()}
-        loaded.write(AdapterState(layers, state.tensors))
+        own = loaded.read().tensors  # a head that does not train is in the state only where it was solved
+        loaded.write(AdapterState(layers, {**own, **state.tensors}))
         return loaded
     folds = result.folder / "folds.safetensors"
     if folds.is_file():

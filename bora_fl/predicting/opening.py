@@ -23,7 +23,8 @@ def require_result(run: Path) -> Result:
 
 def rounds_of(run: Path) -> list[int]:
     """The rounds that have a checkpoint in a run's folder, in order."""
-    return sorted(int(path.name.removeprefix("round-")) for path in (run / "checkpoints").glob("round-[0-9]*"))
+    numbers = (path.name.removeprefix("round-") for path in (run / "checkpoints").glob("round-*"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def open_run(run: Path, base: str, round: int | None) -> tuple[Any, Any]:

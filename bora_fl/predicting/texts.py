@@ -28,8 +28,13 @@ def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
     if not path.is_file():
         raise ConfigError(f"FILE {source}: there is no such file; give a file of texts, or - for standard input")
     if path.suffix.lower() not in SUFFIXES:
-        with path.open(encoding="utf8") as file:
-            return _lines(file, source, column, dialogs)
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                return _lines(file, source, column, dialogs)
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"FILE {source}: it is not UTF-8 ({error}); convert it, as with iconv -f latin1 -t utf8"
+            ) from None
     table = read_table(path)
     if column not in table.column_names:
         raise _missing(source, column, table.column_names)

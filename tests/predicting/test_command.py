@@ -9,6 +9,7 @@ import bora_fl
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError
 from bora_fl.data.prompts import prompt_ids
+from bora_fl.exporting import export_merged
 from bora_fl.models.generating import complete
 from bora_fl.predicting.prediction import classify
 from bora_fl.simulations.engine import simulate
@@ -56,6 +57,16 @@ def test_a_language_model_writes_the_same_alone_and_beside_others(response: str,
     prompts = prompt_ids(tokenizer, TEXTS, dialog=bool(response))
     alone = [next(complete(model, tokenizer, [ids], max_new_tokens=5)) for ids in prompts]
     assert [row["response"] for row in rows] == alone
+
+
+@pytest.mark.parametrize("init", ["auto", "random"])
+def test_a_round_of_a_run_whose_head_does_not_train(init: str, tiny_config):
+    """A solved head is in the checkpoint's state, another is not; a copy beside the checkpoints is none."""
+    run = simulate(tiny_config | {"adapter.train-head": False, "head.init": init, "run.keep-best": False}, 3)
+    (run / "checkpoints" / "round-00003-copy").mkdir()
+    by_round, end = (predict(str(run), "-", *options, given="\n".join(TEXTS)) for options in (["--round", "3"], []))
+    assert by_round == end
+    assert export_merged(run, run / "merged").is_dir()
 
 
 def test_a_folder_without_a_result_is_named(tmp_path: Path):

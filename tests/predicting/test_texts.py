@@ -46,6 +46,15 @@ def test_a_line_that_is_no_text_is_named(line: str, message: str, tmp_path: Path
         read_texts(str(tmp_path / "texts"), "text")
 
 
+def test_lines_in_windows_encodings(tmp_path: Path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a film"}\r\nsad\r\n')
+    assert read_texts(str(path), "text") == ["a film", "sad"]
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"texts\.txt: it is not UTF-8 .*iconv"):
+        read_texts(str(path), "text")
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing\.csv: there is no such file"):
         read_texts(str(tmp_path / "nothing.csv"), "text")
