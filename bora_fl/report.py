@@ -102,7 +102,8 @@ class RoundReport:
     or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
     ``perplexity`` is that of a language model's loss. Of preference pairs, ``loss`` is DPO's, ``accuracy`` the share
     whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``general_loss`` is
-    the loss on ``data.general-text``. ``generation``
+    the loss on ``data.general-text``. ``effective_rank`` is the mean over layers of how many directions the adapter's
+    update uses, in rounds with central evaluation. ``generation``
     holds the means of ``exact_match``, ``rouge_l`` and ``valid`` over ``examples`` held-out prompts. ``head`` names the
     classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the solved one with its
     logits scaled) or ``mean x0.5`` (of this and the trained one). ``kept`` is set in the last round where
@@ -128,6 +129,7 @@ class RoundReport:
     reasons: Mapping[str, str] = field(default_factory=dict)
     epsilon: EpsilonSummary | None = None
     strategy: Mapping[str, float] = field(default_factory=dict)
+    effective_rank: float | None = None
     perplexity: float | None = None
     margin: float | None = None
     general_loss: float | None = None

@@ -32,8 +32,7 @@ def leading_svd(target: Target, rank: int) -> Fit:
     row = target.row(0)
     height, width = b * row.shape[1], b * row.shape[2]
     if b == 1 or max(height, width) <= _EXACT_SIDE:
-        whole = torch.cat([target.row(i).permute(1, 0, 2).reshape(-1, width) for i in range(b)])
-        u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+        u, s, vh = torch.linalg.svd(_whole(target), full_matrices=False)
     else:
         u, s, vh = _iterated(target, min(rank + _OVERSAMPLING, height, width), height, width, row)
     kept = min(rank, s.shape[0])
@@ -41,6 +40,17 @@ def leading_svd(target: Target, rank: int) -> Fit:
     sigma = row.new_zeros(rank)
     left[:, :kept], sigma[:kept], right[:, :kept] = u[:, :kept], s[:kept], vh[:kept].mT
     return Fit(left.reshape(b, -1, rank), sigma.expand(b, b, rank).contiguous(), right.reshape(b, -1, rank))
+
+
+def singular_values(target: Target) -> Tensor:
+    """All singular values of the whole block matrix, the largest first."""
+    values: Tensor = torch.linalg.svdvals(_whole(target))
+    return values
+
+
+def _whole(target: Target) -> Tensor:
+    rows = [target.row(i).permute(1, 0, 2) for i in range(target.num_blocks)]
+    return torch.cat([row.reshape(row.shape[0], -1) for row in rows])
 
 
 def _iterated(target: Target, width: int, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,7 @@ from bora_fl.server.versions import versions
 from bora_fl.state import AdapterState, unflatten_deltas
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.head import HeadLayout
+from bora_fl.strategies.merge_report import mean_effective_rank
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.strategies.trial import tried
@@ -257,7 +258,9 @@ class Server(Observer):
         log.info("%s", round_line(row, self.settings.run.num_rounds))
 
     def _measured(self, report: RoundReport, state: ServerState, folds: list[dict[str, Tensor]]) -> RoundReport:
-        """The report with a language model's perplexity and, in the rounds for that, how what it writes compares."""
+        """The report with the effective rank, and a language model's perplexity and how what it writes compares."""
+        if self.settings.run.evaluates(report.round):
+            report = replace(report, effective_rank=mean_effective_rank(state.current))
         if self.settings.model.task != "causal-lm":
             return report
         if self._data.format == "preference":

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from bora_fl.blocks import effective_rank
+from bora_fl.state import AdapterState
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
 from bora_fl.strategies.products import cheap_sizes
 
@@ -51,3 +53,9 @@ def report(layers: Sequence[dict[str, float]], ranks: Sequence[int]) -> dict[str
     if ranks:
         found["rank"] = sum(ranks) / len(ranks)
     return found
+
+
+def mean_effective_rank(state: AdapterState) -> float | None:
+    """Mean `effective_rank` over the layers that are measured; None without factors, or if all updates vanish."""
+    ranks = [effective_rank(state.layers[name]) for name in measured(list(state.layers))]
+    return sum(ranks) / len(ranks) if any(ranks) else None

@@ -28,6 +28,7 @@ _COLUMNS = (
     "spread over clients",
     "merge error %",
     "rank",
+    "effective rank",
     "MB",
     "MB to target",
     "seconds",
@@ -55,6 +56,8 @@ _NOTES = (
     "last merge.",
     "Merge error is ‖adapter + folds - mean of the clients' products‖ / ‖that mean‖, mean over rounds. Bytes are the "
     "arrays of training rounds. Seconds are wall clock, of runs that shared the machine: compare them loosely.",
+    "Effective rank: the exponential of the entropy of the update's singular values, mean over layers, after the last "
+    "round: how many directions it uses.",
     "Epsilon is what each client's ledger holds it to, over all seeds, and whose presence it hides. "
     "Accuracies on held-out examples are computed without noise.",
     "Of central's fall in loss: how far the test loss fell since round 0, as a share of how far it fell in the central "
@@ -144,6 +147,7 @@ def _details(summary: Summary, results: Results) -> list[str]:
         interval(summary.client_accuracy_sd, 100),
         interval(summary.merge_error, 100, 2),
         interval(summary.rank),
+        interval(summary.effective_rank),
         interval(summary.megabytes, digits=2),
         to_target,
         interval(summary.seconds),

@@ -46,6 +46,7 @@ class Summary:
         perplexity: After the last round, on the central test set.
         exact_match: Of responses generated after the last round.
         rouge_l: Likewise.
+        effective_rank: Of the adapter's update after the last round.
     """
 
     scenario: str
@@ -75,6 +76,7 @@ class Summary:
     perplexity: Estimate | None = None
     exact_match: Estimate | None = None
     rouge_l: Estimate | None = None
+    effective_rank: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def _summarize(
         perplexity=last("perplexity"),
         exact_match=last("exact_match"),
         rouge_l=last("rouge_l"),
+        effective_rank=last("effective_rank"),
     )
 
 

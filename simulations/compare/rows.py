@@ -38,6 +38,7 @@ class Row:
         perplexity: Of a language model, where `loss` is measured.
         exact_match: Share of the generated responses that are the reference, word by word.
         rouge_l: Of the generated responses, mean.
+        effective_rank: How many directions the adapter's update uses, mean over layers, in rounds with evaluation.
     """
 
     scenario: str
@@ -65,6 +66,7 @@ class Row:
     perplexity: float | None = None
     exact_match: float | None = None
     rouge_l: float | None = None
+    effective_rank: float | None = None
 
 
 def rows_of(run: CompareRun) -> list[Row]:
@@ -106,6 +108,7 @@ def rows_of(run: CompareRun) -> list[Row]:
                 perplexity=found.get("perplexity") if central else None,
                 exact_match=written.get("exact_match"),
                 rouge_l=written.get("rouge_l"),
+                effective_rank=found.get("effective_rank"),
             )
         )
     return rows

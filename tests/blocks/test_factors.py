@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from bora_fl.blocks import BlockFactors, distance, factor_mean, merge, padded, truncate
+from bora_fl.blocks import BlockFactors, distance, effective_rank, factor_mean, merge, padded, truncate
 from bora_fl.blocks.planted import random_factors
 
 
@@ -119,3 +120,20 @@ def test_merging_different_layers_or_bad_weights_is_refused() -> None:
         merge([f, random_factors(9, b=2)], [1.0, 1.0])
     with pytest.raises(ValueError, match="non-negative"):
         factor_mean([f], [-1.0])
+
+
+@pytest.mark.parametrize("b", [1, 2, 4, 8])
+def test_effective_rank_is_the_entropy_of_the_dense_updates_singular_values(b: int) -> None:
+    f = random_factors(6, b=b)
+    values = np.linalg.svd(by_definition(f).numpy(), compute_uv=False)
+    shares = values / values.sum()
+    wanted = np.exp(-sum(share * np.log(share) for share in shares if share > 1e-12))
+    assert effective_rank(f) == pytest.approx(wanted, rel=1e-6)
+    assert 1 <= effective_rank(f) <= 3 * b
+
+
+def test_effective_rank_of_equal_directions_is_their_number_and_of_nothing_zero() -> None:
+    Q = torch.linalg.qr(torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    f = BlockFactors(Q, torch.ones(1, 1, 3, dtype=torch.float64), Q.T.contiguous(), 2.0)
+    assert effective_rank(f) == pytest.approx(3)
+    assert effective_rank(BlockFactors(0 * f.B, f.sigma, f.A, 2.0)) == 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bora_fl import models
 from bora_fl.config import ConfigError
-from bora_fl.report import training_rows
+from bora_fl.report import read_rows, training_rows
 from bora_fl.server.checkpoint import CheckpointError
 from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, ClientUpdate
@@ -64,6 +64,13 @@ def test_the_adapter_opens_in_peft_and_predicts_as_the_run_did(tiny_config):
     test = test_data(settings.data, settings.model, models.load_tokenizer(settings.model))
     metrics, last = evaluate(model, test, 64), training_rows(folder / "metrics.jsonl")[-1]
     assert (metrics.loss, metrics.accuracy) == (pytest.approx(last["loss"], abs=1e-5), pytest.approx(last["accuracy"]))
+    ranks = []
+    for layer in (module for module in model.modules() if hasattr(module, "get_delta_weight")):
+        shares = torch.linalg.svdvals(layer.get_delta_weight("default").double())
+        shares = shares / shares.sum()
+        ranks.append(float(torch.distributions.Categorical(shares).entropy().exp()))
+    assert last["effective_rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-3)
+    assert read_rows(folder / "metrics.jsonl")[0]["effective_rank"] is None  # B is zero before round 1
 
 
 class Killed(BaseException):
