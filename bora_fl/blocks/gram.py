@@ -52,7 +52,8 @@ def unpacked(values: Tensor, num_blocks: int, columns: int, kind: Kind) -> Tenso
         kind: What was asked for.
 
     Raises:
-        ValueError: If shape or dtype are others, a value is not finite, or an input has a negative square.
+        ValueError: If shape or dtype are others, a value is not finite, or no inputs have such a matrix, by more than
+            `shrunk` makes up for.
     """
     size = columns // num_blocks
     wanted = (num_blocks, size if kind == "diagonal" else size * (size + 1) // 2)
@@ -72,6 +73,8 @@ def unpacked(values: Tensor, num_blocks: int, columns: int, kind: Kind) -> Tenso
         raise ValueError("a Gram matrix has a negative diagonal")
     if kind == "blocks" and bool((gram.square() > 1.001 * diagonal[:, :, None] * diagonal[:, None, :] + 1e-30).any()):
         raise ValueError("a Gram matrix has an entry beyond what its diagonal allows")
+    if kind == "blocks" and bool(torch.linalg.cholesky_ex(shrunk(gram)).info.any()):
+        raise ValueError("a Gram matrix is that of no inputs: it has a negative side")
     return gram
 
 

@@ -209,3 +209,15 @@ def test_no_privacy_mode_takes_gram_matrices(mode):
 def test_a_gram_matrix_of_another_dtype_is_refused(dtype: torch.dtype):
     with pytest.raises(ValueError, match="expected torch"):
         unpacked(torch.ones(2, 3).to(dtype), 2, 6, "diagonal")
+
+
+def test_a_gram_matrix_of_no_inputs_is_refused():
+    """Each pair of its inputs could be, all three together not; the mean with others' would have no Cholesky factor."""
+    lie = torch.eye(3).double()
+    lie[0, 1] = lie[1, 0] = lie[0, 2] = lie[2, 0] = 1.0
+    lie[1, 2] = lie[2, 1] = -1.0
+    with pytest.raises(ValueError, match="negative side"):
+        unpacked(packed(lie[None]), 1, 3, "blocks")
+    one = torch.tensor([1.0, -2.0, 0.5])
+    for inputs in (one[None], torch.zeros(4, 3)):  # of one example, and of a layer that sees nothing
+        unpacked(packed(gram_of(inputs, 1, "blocks")).float(), 1, 3, "blocks")
