@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from flwr.app import Message
 
 from bora_fl.config import Settings
 from bora_fl.privacy.accounting import EpsilonSummary
 from bora_fl.report import ClientMetrics
-from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.state import AdapterState, ClientUpdate, flatten
 from bora_fl.strategies.holding import Held
 from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.screening import screen
@@ -88,6 +89,21 @@ class Merged:
     epsilon: EpsilonSummary | None = None
     seconds: float = 0.0
     reason: str = ""
+
+    @classmethod
+    def by(cls, aggregate: Callable[[], tuple[ServerState, dict[str, float]]], before: ServerState) -> "Merged":
+        """What a merge yields; where numbers overflow in it, the state before it, with the reason.
+
+        An update may hold numbers near the end of float32's range: each is finite, and their products are not.
+        """
+        try:
+            state, report = aggregate()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return cls(before, reason="numbers overflow in the merge; the adapter stays as it was")
+        if not all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values()):
+            reason = "the merged adapter is not finite; the adapter stays as it was"
+            return cls(before, report=report, reason=reason)
+        return cls(state, True, report)
 
 
 @dataclass(frozen=True)

@@ -264,14 +264,11 @@ class Rounds:
             parts = self.aggregator.trains(server_round) & self.aggregator.shares()
             booked, updates, spent = self._privacy.protect(booked, updates, parts, cohort)
             epsilon = summarize({"run": spent}, "client")
-        state, report = self.aggregator.aggregate(booked, updates, server_round)
-        seconds = time.perf_counter() - started
-        if not all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values()):
-            reason = "the merged adapter is not finite; the adapter stays as it was"
-            log.error("round %d: %s", server_round, reason)
-            # What the round has spent stays spent.
-            return Merged(booked, report=report, epsilon=epsilon, seconds=seconds, reason=reason)
-        return Merged(state, True, report, epsilon, seconds)
+        # What the round has spent stays spent, whatever becomes of the merge.
+        merged = Merged.by(partial(self.aggregator.aggregate, booked, updates, server_round), booked)
+        if merged.reason:
+            log.error("round %d: %s", server_round, merged.reason)
+        return replace(merged, epsilon=epsilon, seconds=time.perf_counter() - started)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from bora_fl.config import parse
 from bora_fl.report import RoundReport
 from bora_fl.state import flatten
+from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import from_arrays, to_arrays
+from bora_fl.wire.schema import STATE
 from tests.strategies.four_nodes import CONFIG, SICK, Grid, adapter
 
 
@@ -114,6 +116,27 @@ def test_too_few_replies_change_nothing():
     state = strategy.run(Grid(), ServerState.start(adapter(0)), [], 1)
     start = flatten(adapter(0))
     assert all(torch.equal(tensor, start[name]) for name, tensor in flatten(state.current).items())
+
+
+@pytest.mark.parametrize("size", [1e18, 1e20, 3e38])
+@pytest.mark.parametrize("name", ["refactor", "florist"])
+def test_numbers_that_overflow_in_the_merge_do_not_end_the_run(name: str, size: float):
+    def huge(content: RecordDict) -> RecordDict:
+        if STATE not in content.array_records:  # an evaluation
+            return content
+        flat = from_arrays(content.array_records[STATE])
+        for entry, tensor in flat.items():
+            if not entry.endswith("/scaling"):
+                tensor.view(-1)[0] = size
+        content[STATE] = to_arrays(flat)
+        return content
+
+    options, watch, start = settings(strategy__name=name, strategy__server_optimizer="none"), Watch(), adapter(0)
+    state = FederatedStrategy(options, build(options), "run", watch).run(Grid(huge), ServerState.start(start), [], 1)
+    assert len(watch.reports) == 2
+    for report in watch.reports:
+        assert "merge" not in report.reasons or report.reasons["merge"].endswith("the adapter stays as it was")
+    assert all(bool(tensor.isfinite().all()) for tensor in flatten(state.current).values())
 
 
 def test_a_run_without_any_usable_reply_says_why():
