@@ -26,6 +26,7 @@ Kind = Literal["blocks", "diagonal"]
 
 _SHRINK = 0.9  # of what is off the diagonal, as RegMean does, so that the solve is well conditioned
 _RIDGE = 1e-6  # of the mean diagonal
+_MOST = 4.0  # times the median client's trace of a block: inputs of one model differ by less
 
 
 def gram_of(x: Tensor, num_blocks: int, kind: Kind) -> Tensor:
@@ -78,14 +79,32 @@ def unpacked(values: Tensor, num_blocks: int, columns: int, kind: Kind) -> Tenso
     return gram
 
 
+def bounded(grams: Sequence[Tensor]) -> list[Tensor]:
+    """The clients' Gram matrices, with blocks of more than `_MOST` times the median client's trace scaled down to that.
+
+    A client's say in a merge is its weight times its Gram matrix, whose size no check of one reply can judge. A client
+    can still put all of a block's trace into one direction.
+
+    Args:
+        grams: One per client, all of one kind.
+    """
+    traces = torch.stack([_diagonal(gram).sum(1) for gram in grams])
+    median = traces.median(0).values  # the lower of two
+    shares = (_MOST * median / traces.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
+    return [gram * share.reshape(-1, *[1] * (gram.dim() - 1)) for gram, share in zip(grams, shares, strict=True)]
+
+
 def shrunk(gram: Tensor) -> Tensor:
     """The Gram matrix with its off-diagonal shrunk, positive definite, float64."""
-    gram = gram.double()
-    diagonal = gram if gram.dim() == 2 else gram.diagonal(dim1=1, dim2=2)
+    gram, diagonal = gram.double(), _diagonal(gram)
     ridge = _RIDGE * diagonal.mean() + torch.finfo(torch.float64).tiny
     if gram.dim() == 2:
         return gram + ridge
     return _SHRINK * gram + torch.diag_embed((1 - _SHRINK) * diagonal + ridge)
+
+
+def _diagonal(gram: Tensor) -> Tensor:
+    return (gram if gram.dim() == 2 else gram.diagonal(dim1=1, dim2=2)).double()
 
 
 def merge_in_norm(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors, factor_mean, refactorize
-from bora_fl.blocks.gram import gram_of, merge_in_norm, packed, refactorize_in_norm, shrunk, unpacked
+from bora_fl.blocks.gram import bounded, gram_of, merge_in_norm, packed, refactorize_in_norm, shrunk, unpacked
 from bora_fl.config import PrivacySettings, Settings, StrategySettings
 from bora_fl.strategies.aggregation import build
 
@@ -137,6 +137,27 @@ def test_updates_without_gram_matrices_are_refactorized(fleets):
     for some in (bare, [updates[0], *bare[1:]]):
         found, _ = agg.aggregate(state, some, 1)
         assert torch.equal(found.current.layers["query"].B, wanted.current.layers["query"].B)
+
+
+@KINDS
+def test_no_client_takes_the_merge_over_by_the_size_of_its_gram_matrix(kind, fleets):
+    fed = fleets["bora exp_norm"]
+    agg = fed.built("regmean", gram=kind)
+    state, updates = fed.round(agg)
+    honest = [u.grams["query"] for u in updates]
+    assert all(torch.equal(a, b) for a, b in zip(bounded(honest), honest, strict=True))
+
+    def merged(size: float, block: int | None = None) -> np.ndarray:
+        gram = honest[0].clone()
+        gram[block if block is not None else slice(None)] *= size
+        lying = [replace(updates[0], grams={"query": gram}), *updates[1:]]
+        found, _ = agg.aggregate(state, lying, 1)
+        return found.current.layers["query"].dense().numpy()
+
+    close(merged(1e3), merged(1e9), 1e-6)
+    close(merged(1e3, block=1), merged(1e9, block=1), 1e-6)
+    plain, liar = merged(1.0), updates[0].state.layers["query"].dense().numpy()
+    assert np.linalg.norm(merged(1e9) - liar) > 0.25 * np.linalg.norm(plain - liar)
 
 
 def test_inputs_of_few_directions_do_not_break_the_solve(fleets):
