@@ -14,7 +14,7 @@ from bora_fl.config import ConfigError, extras, parse
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, Result, load_base, load_result, load_tokenizer, read_result
 from bora_fl.models.pooling import PooledClassification
-from bora_fl.models.result import write_labels
+from bora_fl.models.result import read_labels, write_labels
 from bora_fl.models.saving import save_pooled, save_sentence_transformers
 from bora_fl.predicting.opening import rounds_of
 from bora_fl.server.checkpoint import load_newest
@@ -66,7 +66,9 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str, folded: boo
     if checkpoint.folds and not folded:
         raise _folded(folder)
     named = settings.model.model_copy(update={"name": base or settings.model.name, "quantization": "none"})
-    names = result.label_names if result else load_dataset(settings.data).label_names
+    names = result.label_names if result else read_labels(folder)
+    if names is None and settings.model.task == "classification":
+        names = load_dataset(settings.data).label_names  # an older version's run
     weights = load_base(named, names, settings.run.seed)
     model = FederatedModel(weights, settings.adapter, named, settings.run.seed, keep_head=settings.solves_head)
     for fold in checkpoint.folds:

@@ -73,6 +73,12 @@ def write_labels(folder: Path, label_names: list[str] | None) -> None:
         write_atomically(folder / LABELS, json.dumps(label_names, ensure_ascii=False) + "\n")
 
 
+def read_labels(folder: Path) -> list[str] | None:
+    """The label names of a run's output folder, or of a finished adapter's; None if there are none."""
+    path = folder / LABELS
+    return [str(name) for name in json.loads(path.read_text(encoding="utf8"))] if path.is_file() else None
+
+
 def read_result(folder: Path) -> Result | None:
     """What a folder says of its adapter; None if it holds no finished adapter.
 
@@ -82,7 +88,7 @@ def read_result(folder: Path) -> Result | None:
     for place in (folder / "adapter", folder):
         if (place / ABOUT).is_file():
             about = json.loads((place / ABOUT).read_text(encoding="utf8"))
-            return Result(place, parse(about["settings"]), _label_names(place / LABELS), int(about["round"]))
+            return Result(place, parse(about["settings"]), read_labels(place), int(about["round"]))
     return None
 
 
@@ -151,7 +157,3 @@ def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
     if result is None:
         raise ConfigError(f"{folder}: there is no adapter with a {ABOUT}; name the output folder of a finished run")
     return load_result(result, base).model.eval(), AutoTokenizer.from_pretrained(result.folder)
-
-
-def _label_names(path: Path) -> list[str] | None:
-    return [str(name) for name in json.loads(path.read_text(encoding="utf8"))] if path.is_file() else None

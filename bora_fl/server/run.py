@@ -24,6 +24,7 @@ from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_confi
 from bora_fl.models.packing import require_packing
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.models.reference import References, require_preferences
+from bora_fl.models.result import write_labels
 from bora_fl.paths import digest, write_atomically
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
 from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, round_line, rounds_picture
@@ -147,6 +148,7 @@ class Server(Observer):
             if (self.folder / SAMPLES).is_file():
                 drop_rows_after(self.folder / SAMPLES, checkpoint.round)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_labels(self.folder, self.label_names)
         (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         self._run_id = checkpoint.run_id
         self.sinks.start(self.folder, config)

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import bora_fl
-from bora_fl import data
+from bora_fl import data, exporting
 from bora_fl.cli import cli
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import evaluate
@@ -143,7 +143,9 @@ def test_of_a_run_that_goes_on_the_newest_checkpoint_is_exported(tiny_config, tm
 
 
 @pytest.mark.parametrize("fold_version", [0, 1])
-def test_of_a_run_that_was_stopped_the_best_adapter_is_exported(fold_version: int, tiny_config, tmp_path: Path):
+def test_of_a_run_that_was_stopped_the_best_adapter_is_exported(
+    fold_version: int, tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Unless it stands on other frozen weights than the newest."""
     from safetensors.torch import load_file
 
@@ -155,6 +157,8 @@ def test_of_a_run_that_was_stopped_the_best_adapter_is_exported(fold_version: in
     better = replace(newest, tensors={name: tensor + 1 for name, tensor in newest.tensors.items()})
     state = replace(found.state, best=Best(0, better, {0: (0.1, 1.0, 5)}, fold_version))
     save(folder / "checkpoints", replace(found, round=2, state=state), config, {}, 2)
+    shutil.rmtree(folder / "adapter")
+    monkeypatch.setattr(exporting.forms, "load_dataset", lambda _: pytest.fail("the data are asked for"))
     export_merged(folder, tmp_path / "merged")
     exported = load_file(tmp_path / "merged" / "model.safetensors")["classifier.bias"]
     wanted = newest if fold_version else better
