@@ -15,7 +15,7 @@ from bora_fl.blocks import at_rank
 from bora_fl.blocks.gram import Kind
 from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.leaving import leave, recall
+from bora_fl.client.leaving import LOCAL, leave, recall
 from bora_fl.client.losses import prior_shift
 from bora_fl.client.moments import kept
 from bora_fl.client.optimizers import make_optimizer, round_factors
@@ -35,7 +35,7 @@ from bora_fl.privacy.local import LocalPrivacy
 from bora_fl.privacy.policy import EVALUATION, PROTECTED, SitePolicy, released
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, unflatten
-from bora_fl.wire.records import Instruction, folds_of, read_message
+from bora_fl.wire.records import Instruction, folds_of, holds_every_factor, read_message
 from bora_fl.wire.refusals import Code, Refused, refuse_as
 from bora_fl.wire.release import (
     ClientRelease,
@@ -93,7 +93,8 @@ def train_round(
     by_mode: dict[str, Callable[[_Round], Release]] = {"record": _train_by_record, "local": _train_locally}
     train_by = by_mode.get(mode, _train_openly)
     told = (site, model, data, instruction, who, received, memory, on_step, policy)
-    release = train_by(_Round(*told, content=content, processes=processes, share=share))
+    whole = holds_every_factor(received, sent)
+    release = train_by(_Round(*told, content=content, processes=processes, share=share, replies_whole=whole))
     reply = leave(release, sent, received, instruction, site.settings, who, memory)
     if instruction.gram:
         reply.update(_input_grams(site, model, data, instruction, who, instruction.gram).content())
@@ -137,6 +138,7 @@ class _Round:
     content: RecordDict | None = None
     processes: Processes | None = None
     share: Share | None = None
+    replies_whole: bool = False
 
     @property
     def factors(self) -> list[float]:
@@ -340,12 +342,12 @@ def _receive(
 
 def _book_locally(round: _Round) -> LocalPrivacy:
     settings, instruction = round.site.settings, round.instruction
-    if 0 < round.who.max_rank < settings.adapter.rank and instruction.trains - instruction.shares:
-        # A reply of another rank holds every factor, and those that are kept here are not noised.
+    if round.replies_whole and (instruction.trains - instruction.shares or LOCAL in round.memory.array_records):
+        # What is kept here, now or since an earlier round, is not noised.
         raise Refused(
             Code.RANK_MISMATCH,
-            f"rank = {round.who.max_rank} in the node config with privacy.mode = 'local': this strategy keeps some "
-            "factors on the client, and a reply of another rank would hold them; use the federation's, "
+            f"rank {round.model.rank} here, another in the message, with privacy.mode = 'local': this strategy keeps "
+            "some parts on the client, and a reply of another rank would hold them; use the federation's, "
             f"{settings.adapter.rank}",
         )
     return LocalPrivacy.book(settings, instruction.run_id, round.who.partition, round.policy)

@@ -223,6 +223,12 @@ def changes(entries: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[s
     return difference(entries, sent, omit=False)
 
 
+def holds_every_factor(state: AdapterState, sent: AdapterState) -> bool:
+    """Whether a reply holds every factor, shared or not: its rank is not that of what was sent."""
+    flat, reference = flatten(state), flatten(sent)
+    return any(flat[name].shape != reference[name].shape for name in flat)
+
+
 def reply_content(
     state: AdapterState,
     sent: AdapterState,
@@ -237,7 +243,7 @@ def reply_content(
     All others send what `pack` makes of the shared tensors, given these and what was sent.
     """
     flat, reference = flatten(state), flatten(sent)
-    same = all(flat[name].shape == reference[name].shape for name in flat)
+    same = not holds_every_factor(state, sent)
     entries = shared(flat, parts) if same else {**flat}
     if same:
         entries = pack(entries, reference)

@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from flwr.app import Context, RecordDict
 
-from bora_fl.blocks import BlockFactors
+from bora_fl.blocks import BlockFactors, at_rank
+from bora_fl.client.job import perform
+from bora_fl.client.site import site
 from bora_fl.config import ConfigError, parse
 from bora_fl.privacy.accounting import BudgetExceeded, epsilon
 from bora_fl.privacy.gaussian import SeededRandomness
@@ -13,6 +16,8 @@ from bora_fl.simulations.engine import simulate
 from bora_fl.state import AdapterState, flatten
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
+from bora_fl.wire.records import Instruction, to_arrays
+from bora_fl.wire.schema import INSTRUCTION, REPLY, STATE
 
 DELTA = 1e-2
 ALL = frozenset({"A", "sigma", "B", "tensors"})
@@ -129,6 +134,27 @@ def test_a_reply_of_another_rank_would_hold_what_is_kept_and_is_refused(private)
     mixed = private | {"strategy.name": "fedsa", "adapter.sigma-transform": "identity"}
     rows = training_rows(simulate(mixed, 3, node_configs={1: {"rank": 1}}) / "metrics.jsonl")
     assert "rank-mismatch" in rows[0]["reasons"]["3"]
+
+
+@pytest.mark.parametrize("since", ["now", "an earlier round"])
+def test_no_message_makes_a_site_send_what_is_not_noised(since: str, private):
+    """A state of another rank than the run's asks for every factor back, whatever the message says is shared."""
+    settings = parse(private | {"privacy.noise-multiplier": 1.0})
+    memory, here = RecordDict(), site(settings).model(settings.adapter.rank).read()
+    layers = {name: at_rank(f, f.rank + 1, settings.adapter.transform) for name, f in here.layers.items()}
+
+    def ask(trains: frozenset[str], shares: frozenset[str], sent: AdapterState) -> RecordDict:
+        instruction = Instruction(1, "run", trains, shares, False)
+        content = RecordDict({STATE: to_arrays(flatten(sent)), INSTRUCTION: instruction.record()})
+        node = {"partition-id": 0, "num-partitions": 3}
+        return perform("train", content, Context(1, 2, node, memory, settings.flat()))
+
+    factors = frozenset({"A", "sigma", "B"})
+    if since == "an earlier round":
+        ask(ALL, factors, here)  # the trained head stays
+    reply = ask(factors if len(memory) else ALL, factors, AdapterState(layers, here.tensors))
+    assert reply.config_records[REPLY].get("refused") == "rank-mismatch"
+    assert not reply.array_records
 
 
 @pytest.mark.parametrize(
