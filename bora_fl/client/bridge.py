@@ -32,7 +32,7 @@ from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.release import PlainRelease
 
 _SAME = ("peft_type", "r", "lora_alpha", "bora_alpha", "use_rslora", "use_dora", "num_blocks", "sigma_transform")
-
+_ALL = frozenset({"A", "sigma", "B", "tensors"})
 
 Loop = Callable[[int, int], Mapping[str, float] | None]
 """A script's own round of training: round and number of rounds to ``num_examples``, ``steps``, ``train_loss``."""
@@ -65,13 +65,15 @@ def federate(trainer: Any, model: Any = None) -> ClientApp:
 class _Round(TrainerCallback):  # type: ignore[misc]
     """Puts the received adapter in place when training goes on, and stops it, with a checkpoint, after the round."""
 
-    def __init__(self, model: FederatedModel, received: AdapterState, round: int, rounds: int) -> None:
-        self._model, self._received, self._round, self._rounds = model, received, round, rounds
+    def __init__(self, model: FederatedModel, received: AdapterState, instruction: Instruction, rounds: int) -> None:
+        self._model, self._received, self._trains = model, received, instruction.trains
+        self._round, self._rounds = instruction.round, rounds
         self.first = self._last = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin a round."""
         self._model.write(self._received)
+        self._model.train_only(self._trains)  # the optimizer is there, and holds what other rounds train
         self.first = state.global_step
         left = state.max_steps - state.global_step
         # What is left is shared out over the rounds that are left, so that a round missed is made up for.
@@ -104,7 +106,6 @@ def _train(
     model = FederatedModel(net, settings.adapter, settings.model, settings.run.seed)
     received = recall(memory, sent, instruction)
     model.write(received)
-    model.train_only(instruction.trains)
     started = time.perf_counter()
     measured = work(model, received, instruction, settings) | {"train_seconds": time.perf_counter() - started}
     allowed = released(policy, settings.privacy.mode)
@@ -118,7 +119,8 @@ def _by_trainer(
 ) -> Measured:
     """A round of a Trainer's run."""
     own_folder, folder = trainer.args.output_dir, Path(trainer.args.output_dir, "federated", instruction.run_id)
-    callback = _Round(model, received, instruction.round, settings.run.num_rounds)
+    callback = _Round(model, received, instruction, settings.run.num_rounds)
+    model.train_only(_ALL)  # the Trainer makes its optimizer once, of what trains then
     trainer.args.output_dir = str(folder)
     trainer.add_callback(callback)
     try:
@@ -135,6 +137,7 @@ def _by_loop(
     loop: Loop, model: FederatedModel, received: AdapterState, instruction: Instruction, settings: Settings
 ) -> Measured:
     """A round of a loop of the script's own."""
+    model.train_only(instruction.trains)
     model.model.train()
     found = dict(loop(instruction.round, settings.run.num_rounds) or {})
     numbers = all(isinstance(value, int | float) and 0 <= value < math.inf for value in found.values())

@@ -103,6 +103,37 @@ def test_one_client_ends_with_the_scripts_adapter(
     assert load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("lives", [True, False], ids=["one process", "a process a round"])
+@pytest.mark.parametrize("strategy", ["cyclic", "rolora"])
+def test_each_round_trains_the_factors_that_are_its_turn(
+    strategy: str, lives: bool, config: dict[str, Any], tiny_causal: Path, tmp_path: Path
+) -> None:
+    """The Trainer has one optimizer, which goes on from round to round."""
+    moved: list[set[str]] = []
+
+    def made() -> Any:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_causal), LoraConfig(**LORA))
+        trainer = script("transformers", model, AutoTokenizer.from_pretrained(tiny_causal), tmp_path)
+        train = trainer.train
+
+        def watched(**options: Any) -> Any:
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            result = train(**options)
+            moved.append(
+                {name.split(".")[-3] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+            )
+            return result
+
+        trainer.train = watched
+        return bora_fl.federate(trainer)
+
+    once = made()
+    app = once if lives else lambda message, context: made()(message, context)
+    config |= {"adapter.method": "lora", "strategy.name": strategy, "run.num-rounds": 4}
+    simulate(config, 1, app=app)
+    assert moved == [{"lora_B"}, {"lora_A"}] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
