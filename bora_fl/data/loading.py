@@ -249,12 +249,12 @@ def _encode_labels(
     from datasets import ClassLabel
 
     feature = first.features[name]
+    raw = {split: _whole_numbers(column(data, name), settings) for split, data in splits.items()}
     if isinstance(feature, ClassLabel):
         classes: list[Any] = list(range(len(feature.names)))
         names = list(feature.names)
-        raw = {split: _whole_numbers(column(data, name), settings) for split, data in splits.items()}
     else:
-        raw = {split: _whole_numbers(column(data, name), settings) for split, data in splits.items()}
+        raw = _of_one_type(raw, name)
         classes = sorted({value for labels in raw.values() for value in pc.unique(labels).to_pylist()} - {None})
         names = [str(value) for value in classes]
     if len(classes) < 2:
@@ -268,13 +268,29 @@ def _encode_labels(
     return encoded, names
 
 
+def _of_one_type(labels: dict[str, pa.ChunkedArray], name: str) -> dict[str, pa.ChunkedArray]:
+    """Labels of all splits in one type; that of a split without any is the others'.
+
+    Raises:
+        ConfigError: If the splits have labels of several types.
+    """
+    kinds = {split: values.type for split, values in labels.items() if values.null_count < len(values)}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{kind} in split {split}" for split, kind in kinds.items())
+        raise ConfigError(
+            f"data.label-column = {name!r}: holds {found}; write the classes alike in all splits, or name another split"
+        )
+    return {split: values.cast(next(iter(kinds.values()), values.type)) for split, values in labels.items()}
+
+
 def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.ChunkedArray:
     """Labels as strings or int64; booleans stay; anything else is refused."""
     kind = labels.type
-    if pa.types.is_boolean(kind) or pa.types.is_string(kind):
+    if pa.types.is_boolean(kind):
         return labels
-    if pa.types.is_large_string(kind):
-        return labels.cast(pa.string())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        labels = labels.cast(pa.string())
+        return pc.if_else(pc.equal(pc.utf8_trim_whitespace(labels), ""), None, labels)  # an empty cell of a CSV file
     if pa.types.is_floating(kind):
         labels = pc.if_else(pc.is_nan(labels), None, labels)
     try:

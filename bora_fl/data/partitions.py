@@ -93,10 +93,13 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
             f"{', '.join(raw.train.column_names)}; name the column of the ids, or set data.partition to iid"
         )
     values = column(raw.train, name)
-    if values.null_count:
+    missing = values.null_count
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):  # an empty cell of a CSV file
+        missing += pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py() or 0
+    if missing:
         raise ConfigError(
-            f"data.partition-by = {name!r}: {values.null_count} of {len(values)} rows have no id; fill them in or name "
-            "another column"
+            f"data.partition-by = {name!r}: {missing} of {len(values)} rows have no id; fill them in or name another "
+            "column"
         )
     if pa.types.is_nested(values.type):
         raise ConfigError(

@@ -294,3 +294,25 @@ def test_hub_failures_say_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(ConfigError, match=r"data.name = 'no/such'.*Couldn't reach the hub\).*give a local file"):
         load_dataset(DataSettings(name="no/such"))
+
+
+def test_an_empty_cell_is_no_class(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('text,label\na,x\nb,\nc,y\nd," "\n')
+    raw = load_dataset(DataSettings(name=str(tmp_path / "d.csv"), test_split=""))
+    assert raw.label_names == ["x", "y"]
+    assert raw.train["text"][:] == ["a", "c"]
+
+
+@pytest.mark.parametrize(("train", "test"), [("x y", "0 1"), ("true false", "true maybe"), ("0 1", "x 1")])
+def test_splits_whose_classes_have_other_types_are_refused(train: str, test: str, tmp_path: Path) -> None:
+    for split, labels in (("train", train), ("test", test)):
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels.split()))
+    with pytest.raises(ConfigError, match=r"data.label-column = 'label': holds .* in split train, .* in split test"):
+        load_dataset(DataSettings(name=str(tmp_path)))
+
+
+def test_a_split_without_labels_has_no_usable_row(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "test.csv").write_text("text,label\na,\nb,\n")
+    with pytest.raises(ConfigError, match="no row of split 'test'"):
+        load_dataset(DataSettings(name=str(tmp_path)))

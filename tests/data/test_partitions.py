@@ -170,6 +170,12 @@ def test_rows_without_an_id_are_counted(tmp_path: Path) -> None:
         partition(DataSettings(name=str(tmp_path / "d.parquet"), test_split="", partition_by="user"), 2, 0)
 
 
+def test_an_empty_cell_is_no_id(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text,label,user\na,0,u\nb,1,\nc,0,v\n")
+    with pytest.raises(ConfigError, match=r"data.partition-by = 'user': 1 of 3 rows have no id"):
+        partition(DataSettings(name=str(tmp_path / "d.csv"), test_split="", partition_by="user"), 3, 0)
+
+
 def test_nothing_is_printed(shop: DataSettings, capfd: pytest.CaptureFixture[str]) -> None:
     deals(shop, 0)
     assert capfd.readouterr() == ("", "")
