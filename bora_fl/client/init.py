@@ -37,6 +37,10 @@ def site(
             new.write(text)
     except FileExistsError:
         raise ConfigError(f"--into {into}: it exists; a policy is never overwritten") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--into {into}: it cannot be written ({error}); name a file in a folder that exists"
+        ) from None
     try:
         read_policy(into)
     except ConfigError:
@@ -73,8 +77,8 @@ def _entries(group: "type[BaseModel]", chosen: dict[str, Any]) -> Iterator[str]:
             continue
         value = chosen.get(key, None if info.is_required() else info.default)
         yield f"# {info.description}"
-        # JSON writes strings, numbers, booleans and lists of them as TOML does; TOML has no null.
-        yield f"# {key} =" if value is None else f"{key} = {json.dumps(value)}"
+        # JSON writes strings, numbers, booleans and lists of them as TOML does, if not in ASCII; TOML has no null.
+        yield f"# {key} =" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
         yield ""
     for key, info in tables:
         yield f"# {info.description}"

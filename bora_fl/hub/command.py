@@ -1,5 +1,6 @@
 """``bora-fl push``: upload a finished run to the Hugging Face Hub."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,12 @@ def uploaded(folder: Path) -> Path:
 
     if result := read_result(folder):
         return result.folder
-    if any((folder / name).is_file() for name in (_OURS, _MODEL, "modules.json")):
+    if any((folder / name).is_file() for name in (_OURS, _MODEL, "modules.json")) and not _of_a_run(folder):
         return folder
     raise ConfigError(f"FOLDER {folder}: there is no finished run and no exported model; run `bora-fl run` to its end")
+
+
+def _of_a_run(folder: Path) -> bool:
+    """Whether a folder is a run's, by its config: it has no result yet, and metrics of clients beside it."""
+    config = folder / _MODEL
+    return config.is_file() and "model.name" in json.loads(config.read_text(encoding="utf8"))

@@ -21,11 +21,14 @@ def predict(
     ] = "",
 ) -> None:
     """Predict with a finished run: a label and its probability for each text, or a language model's response."""
+    from bora_fl.config import ConfigError
     from bora_fl.predicting.opening import open_run, require_result
     from bora_fl.predicting.prediction import rows
     from bora_fl.predicting.texts import read_texts
 
     result = require_result(run)
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(f"--output {output}: name a file in a folder that exists")
     data = result.settings.data
     dialogs = data.format in ("messages", "preference")
     texts = read_texts(file, text_column or data.text_column or "prompt", dialogs=dialogs)

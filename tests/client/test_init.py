@@ -9,7 +9,7 @@ from bora_fl.config import ConfigError
 from bora_fl.deployment.doctor.policy import check_policy
 from bora_fl.privacy.policy import VARIABLE, SitePolicy, read_policy
 
-CHOSEN = {"data-set": "reviews", "data-path": '/srv/a "b".parquet', "models": ["m@1", "n"]}
+CHOSEN = {"data-set": "reviews", "data-path": '/srv/a "b" 📁.parquet', "models": ["m@1", "n"]}
 OPTIONS = ["--data-set", "reviews", "--data", "/srv/a.parquet", "--model", "m@1", "--model", "n"]
 
 
@@ -41,6 +41,12 @@ def test_a_policy_that_could_not_be_used_is_not_left_behind(tmp_path: Path):
     result = CliRunner().invoke(cli, ["init", "site", *OPTIONS, "--mode", "recrd", "--into", str(file)])
     assert isinstance(result.exception, ConfigError)
     assert not file.exists()
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path):
+    result = CliRunner().invoke(cli, ["init", "site", *OPTIONS, "--into", str(tmp_path / "no" / "policy.toml")])
+    assert isinstance(result.exception, ConfigError)
+    assert "--into" in str(result.exception)
 
 
 def test_a_worker_with_a_malformed_policy_does_not_start(tmp_path: Path):

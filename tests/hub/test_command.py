@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bora_fl.cli import cli
-from bora_fl.config import ConfigError
+from bora_fl.config import ConfigError, Settings
 from bora_fl.deployment.launch import LaunchError
 
 
@@ -115,3 +115,12 @@ def test_what_is_no_run_or_no_name_is_refused_before_anything_is_sent(hub: Hub, 
     with pytest.raises(ConfigError, match=r"REPO a/b/c: .*give owner/name"):
         push(str(run), "a/b/c")
     assert not hub.repos
+
+
+def test_of_a_run_that_has_not_ended_nothing_goes(hub: Hub, tmp_path: Path):
+    """Its folder holds a config.json, as an exported model's does, and what the clients measured."""
+    (tmp_path / "config.json").write_text(json.dumps(Settings().flat()))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"there is no finished run"):
+        push(str(tmp_path), "me/reviews")
+    assert not hub.files
