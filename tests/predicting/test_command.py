@@ -32,7 +32,7 @@ def test_labels_are_those_of_each_text_alone_and_need_no_data(tiny_config, tiny_
     folder = simulate(tiny_config | config, 3)
     data.unlink()
     rows = predict(str(folder), "-", given="\n".join(TEXTS))
-    with pytest.raises(ConfigError, match="--output .*name a file in a folder that exists"):
+    with pytest.raises(ConfigError, match=r"--output .*name a file in a folder that exists"):
         predict(str(folder), "-", "--output", str(tmp_path / "no" / "rows.jsonl"), given="a")
     model, tokenizer = bora_fl.load(folder)
     assert [row["text"] for row in rows] == TEXTS
