@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 vars(protocol)["pseudo_rand_gen"] = masks.expand
 _MODULUS_BITS, _MOST_BITS = 32, 30
+_ALONE = (
+    "the only client of its round: the sum would be its update in the clear; raise strategy.fraction-train or "
+    "strategy.min-nodes, or set privacy.secure-aggregation to false"
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ def secure_mean(
         ValueError: See `quantization_bits`.
     """
     contents = {message.metadata.dst_node_id: message.content for message in messages}
+    if len(contents) < 2:
+        return SecureMean(None, frozenset(), dict.fromkeys(contents, _ALONE), 0)
     bits = quantization_bits(len(contents), settings)
     nodes, watched = _Nodes(list(contents)), _Watched(grid)
     context = LegacyContext(

@@ -224,6 +224,13 @@ def test_below_the_threshold_nothing_is_unmasked_and_the_adapter_stays(secure):
         simulate(secure | {"data.partition": "iid"}, 4, tamper=lose)
 
 
+def test_a_client_alone_is_asked_for_nothing_and_the_run_says_why(secure):
+    asked = []
+    with pytest.raises(RunFailedError, match=r"only client of its round.*strategy\.min-nodes"):
+        simulate(secure, 1, tamper=lambda reply, partition: asked.append(reply.metadata.message_type) or reply)
+    assert "train" not in asked
+
+
 def test_a_site_that_cannot_train_says_why_and_the_others_go_on(secure):
     crowded = secure | {"data.partition": "linear", "privacy.max-examples": 80}
     row = training_rows(simulate(crowded, 4) / "metrics.jsonl")[0]
