@@ -32,6 +32,7 @@ def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> Data
     """
     for kind in _candidates(settings, columns) if settings.format == "auto" else (settings.format,):
         if found := _find(kind, settings, columns):
+            _require_whole_dialogs(found, columns)
             return found
     if settings.format in ("auto", "text"):
         return _of(settings, "text", settings.text_column)  # whoever reads the column says that it is missing
@@ -40,6 +41,17 @@ def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> Data
         f"data.format = {settings.format!r}: none of the columns {', '.join(columns)} fits; name it in "
         f"data.text-column{named.get(settings.format, '')}, or set data.format to auto"
     )
+
+
+def _require_whole_dialogs(found: DataSettings, columns: Mapping[str, pa.DataType]) -> None:
+    """Refuse conversations whose last turn is in a column of its own, since it is what is to be learned."""
+    rest = [name for name, type_ in columns.items() if is_dialog(type_) and name != found.text_column]
+    response = usual(RESPONSES, rest)
+    if found.format == "messages" and response and found.text_column.lower() in PROMPTS:
+        raise ConfigError(
+            f"data.text-column = {found.text_column!r} with data.format = 'messages': {response!r} holds the messages "
+            "that answer; join both in one column, such as messages"
+        )
 
 
 def _candidates(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> tuple[str, ...]:

@@ -25,14 +25,22 @@ def clean(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
 
 
 def answers(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether there is an assistant's turn to learn."""
-    return any(m.get("role") == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages)
+    """Whether there is an assistant's turn to learn, and every message has a role."""
+    learned = any(m.get("role") == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages)
+    return learned and all("role" in m for m in messages)
 
 
 def read_tools(value: Any) -> list[Any] | None:
-    """The functions that a conversation may call: a list of JSON schemas, or its JSON text; None if there are none."""
-    tools = json.loads(value) if isinstance(value, str) and value.strip() else value
-    return _without_nulls(tools) if tools else None
+    """The functions that a conversation may call: a list of JSON schemas, or its JSON text; None if there are none.
+
+    Raises:
+        ConfigError: If a text is no JSON.
+    """
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"column tools: {value[:40]!r} is no JSON ({error}); write a list of JSON schemas") from None
+    return _without_nulls(tools) if tools and (not isinstance(tools, str) or tools.strip()) else None
 
 
 def require_template(tokenizer: Any, key: str, column: str) -> None:

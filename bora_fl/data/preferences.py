@@ -24,8 +24,10 @@ class Pair(NamedTuple):
     written: bool = False
 
     def is_whole(self) -> bool:
-        """Whether there are two different responses."""
+        """Whether there are two different responses, which messages give to a prompt."""
         both = (self.chosen, self.rejected)
+        if not isinstance(self.chosen, str) and not self.prompt:
+            return False
         return self.chosen != self.rejected and all(
             bool(part.strip()) if isinstance(part, str) else answers(part) for part in both
         )
@@ -50,7 +52,9 @@ def read_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
         return Pair(chosen[:cut], chosen[cut:], rejected[cut:], written=True)
     chosen, rejected = clean(chosen), clean(rejected)
     if not (prompt and all(part and part[0].get("role") == "assistant" for part in (chosen, rejected))):
-        alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+        # Where one goes on after the other has ended, both responses begin with the other's last message, as in TRL.
+        shorter = max(min(len(chosen), len(rejected)) - 1, 0)
+        alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), shorter)
         return Pair(chosen[:alike], chosen[alike:], rejected[alike:])
     return Pair([{"role": "user", "content": prompt}] if isinstance(prompt, str) else clean(prompt), chosen, rejected)
 

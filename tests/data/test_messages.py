@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
 from bora_fl.data import load_dataset
-from bora_fl.data.messages import encode
+from bora_fl.data.messages import encode, read_tools
 from bora_fl.data.tokenizing import tokenize
 from tests.data.conftest import CHAT
 
@@ -130,3 +132,24 @@ def test_examples_without_a_target_are_counted_and_all_of_them_refused(
     assert caplog.messages == ["1 of 2 examples have no token to learn"]
     with pytest.raises(ConfigError, match=r"model.max-length = 20: none of 2 examples has a token to learn"):
         labels(rows(tmp_path, [nothing, nothing]), silent, 20)
+
+
+def test_a_conversation_with_a_message_of_nobody_is_left_out(tmp_path: Path) -> None:
+    whole = [{"role": "user", "content": "sun"}, {"role": "assistant", "content": "sea"}]
+    rows = [{"messages": whole}, {"messages": [{"role": None, "content": "sun"}, whole[1]]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    raw = load_dataset(DataSettings(name=str(tmp_path / "d.jsonl"), test_split="", label_column=""))
+    assert raw.train["messages"][:] == [whole]
+
+
+def test_tools_that_are_no_json_are_named() -> None:
+    assert read_tools(" ") is None
+    with pytest.raises(ConfigError, match="column tools: 'star' is no JSON"):
+        read_tools("star")
+
+
+def test_an_answer_in_a_column_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Learning the prompt's own turns in its stead would go unseen."""
+    pq.write_table(pa.table({"prompt": [DIALOG], "completion": [DIALOG[-1:]]}), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match=r"data.text-column = 'prompt' .*'completion' holds the messages that answer"):
+        load_dataset(DataSettings(name=str(tmp_path / "d.parquet"), test_split="", label_column=""))
