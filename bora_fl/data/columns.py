@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings
 
@@ -81,6 +82,12 @@ def is_dialog(kind: pa.DataType) -> bool:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column holds strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def num_missing(values: pa.ChunkedArray) -> int:
+    """How many values are null, or blank, as an empty cell of a CSV file is."""
+    blank = pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py() if is_text(values.type) else 0
+    return int(values.null_count + (blank or 0))
 
 
 def usual(names: Sequence[str], fitting: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, Scalar
-from bora_fl.data.columns import IDS, TEXTS, is_text, resolved, usual
+from bora_fl.data.columns import IDS, TEXTS, is_text, num_missing, resolved, usual
 from bora_fl.data.embedded import PREFIX
 from bora_fl.data.files import data_files, is_saved, looks_local, read_tables
 
@@ -89,7 +89,7 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     fitting = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
     used = {value for key, value in found.items() if key.endswith("-column")}
     name = usual(IDS, [column for column in fitting if column not in used])
-    ids = pc.count_distinct(table[name]).as_py() if name and not table[name].null_count else 0
+    ids = pc.count_distinct(table[name]).as_py() if name and not num_missing(table[name]) else 0
     return found | (_natural(name) if ids >= max(num_clients, 2) else dealt)
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data.columns import IDS, usual
+from bora_fl.data.columns import IDS, num_missing, usual
 from bora_fl.data.loading import RawData, column, load_dataset
 from bora_fl.seeds import derive
 
@@ -93,10 +93,7 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
             f"{', '.join(raw.train.column_names)}; name the column of the ids, or set data.partition to iid"
         )
     values = column(raw.train, name)
-    missing = values.null_count
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):  # an empty cell of a CSV file
-        missing += pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py() or 0
-    if missing:
+    if missing := num_missing(values):
         raise ConfigError(
             f"data.partition-by = {name!r}: {missing} of {len(values)} rows have no id; fill them in or name another "
             "column"

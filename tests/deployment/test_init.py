@@ -68,6 +68,12 @@ def test_splits_and_natural_ids_of_a_file_are_seen(here: Path, tiny_model: Path,
     assert (few["data.partition"], many["data.partition"]) == ("natural", "dirichlet")
 
 
+def test_ids_that_a_row_lacks_are_not_proposed(here: Path, tiny_model: Path):
+    data = write("sites.csv", text=["a", "b"] * 4, label=["x", "y"] * 4, site=["u", "v", "w", None] * 2)
+    settings = init("--data", data, "--model", str(tiny_model), "--clients", "2").run_config
+    assert settings["data.partition"] == "dirichlet"
+
+
 def test_instruction_data_trains_a_language_model(here: Path, tiny_model: Path):
     data = write("pairs.csv", prompt=["a"] * 4, answer=["b"] * 4)
     settings = init("--task", "causal-lm", "--data", data, "--model", str(tiny_model)).run_config
