@@ -9,6 +9,8 @@ from torch import Tensor
 from bora_fl.blocks import BlockFactors
 
 PARTS = ("B", "sigma", "A")
+ALL = frozenset({*PARTS, "tensors"})
+"""What a round may train: the factors, and other tensors such as a head."""
 
 
 @dataclass(frozen=True)

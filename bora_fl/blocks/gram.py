@@ -26,7 +26,7 @@ Kind = Literal["blocks", "diagonal"]
 
 _SHRINK = 0.9  # of what is off the diagonal, as RegMean does, so that the solve is well conditioned
 _RIDGE = 1e-6  # of the mean diagonal
-_MOST = 4.0  # times the median client's trace of a block: inputs of one model differ by less
+_MOST = 4.0  # times the median client's trace of a block; MiniLM's on four silos is at most 1.2 times it
 
 
 def gram_of(x: Tensor, num_blocks: int, kind: Kind) -> Tensor:

@@ -26,13 +26,12 @@ from bora_fl.client.round import understand
 from bora_fl.config import Settings
 from bora_fl.models import FederatedModel, peft_config
 from bora_fl.privacy.policy import SitePolicy, released
-from bora_fl.state import AdapterState
+from bora_fl.state import ALL, AdapterState
 from bora_fl.wire.records import Instruction
 from bora_fl.wire.refusals import Code, Refused
 from bora_fl.wire.release import PlainRelease
 
 _SAME = ("peft_type", "r", "lora_alpha", "bora_alpha", "use_rslora", "use_dora", "num_blocks", "sigma_transform")
-_ALL = frozenset({"A", "sigma", "B", "tensors"})
 
 Loop = Callable[[int, int], Mapping[str, float] | None]
 """A script's own round of training: round and number of rounds to ``num_examples``, ``steps``, ``train_loss``."""
@@ -120,7 +119,7 @@ def _by_trainer(
     """A round of a Trainer's run."""
     own_folder, folder = trainer.args.output_dir, Path(trainer.args.output_dir, "federated", instruction.run_id)
     callback = _Round(model, received, instruction, settings.run.num_rounds)
-    model.train_only(_ALL)  # the Trainer makes its optimizer once, of what trains then
+    model.train_only(ALL)  # the Trainer makes its optimizer once, of what trains then
     trainer.args.output_dir = str(folder)
     trainer.add_callback(callback)
     try:

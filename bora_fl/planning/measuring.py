@@ -15,6 +15,7 @@ from bora_fl.config import Settings
 from bora_fl.data import Encoded
 from bora_fl.device import pick_device
 from bora_fl.models import FederatedModel, load_base
+from bora_fl.state import ALL
 
 STEPS = 2
 # glibc's malloc: the parameters' numbers, and the most to which it raises them by itself (mallopt's manual page).
@@ -61,7 +62,7 @@ def _prepare(settings: Settings) -> tuple[FederatedModel, Encoded]:
     for parameter in model.model.parameters():  # of their own: pages of the model's file would count or not, by chance
         parameter.data = parameter.data.clone()
     gc.collect()
-    model.train_only(frozenset({"A", "sigma", "B", "tensors"}))
+    model.train_only(ALL)
     length, count = settings.model.max_length, STEPS * settings.train.batch_size * settings.train.accumulation
     zeros = np.zeros(count, dtype=np.int64)
     data = Encoded(

@@ -28,6 +28,7 @@ from bora_fl.device import autocast
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel
 from bora_fl.planning.quantized import QuantizedLinear, stand_in
+from bora_fl.state import ALL
 
 _SMALL_VOCABULARY = 64
 # Bytes of a value: 4 bits with a scale of 8 bits for 64 of them, and one of 32 bits for 256 scales; or a byte.
@@ -144,7 +145,7 @@ def _step(settings: Settings, config: Any, layers: int, batch: int, label_names:
         model = FederatedModel(model.model, settings.adapter, settings.model, settings.run.seed)
         if settings.train.checkpointing:
             model.checkpoint_activations()
-        model.train_only(frozenset({"A", "sigma", "B", "tensors"}))
+        model.train_only(ALL)
         model.model.train()
         counter = _Peak([*model.model.parameters(), *model.model.buffers()])
         with counter:

@@ -12,9 +12,9 @@ from torch import Tensor
 from bora_fl.blocks import BlockFactors, merge, normalize_sigma
 from bora_fl.config import AdapterSettings, ConfigError, Settings, StrategySettings
 from bora_fl.seeds import derive
-from bora_fl.state import PARTS, AdapterState, ClientUpdate
+from bora_fl.state import ALL, PARTS, AdapterState, ClientUpdate
 from bora_fl.strategies.catalogue import find
-from bora_fl.strategies.layer_merge import ALL, LayerMerge, LayerRound, Trains
+from bora_fl.strategies.layer_merge import LayerMerge, LayerRound, Trains
 from bora_fl.strategies.layers import each_layer
 from bora_fl.strategies.merge_report import measured, squares
 from bora_fl.strategies.merge_report import report as summed

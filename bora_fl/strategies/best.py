@@ -8,8 +8,7 @@ from torch import Tensor
 
 from bora_fl.config import Settings
 from bora_fl.report import ClientMetrics
-from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.strategies.layer_merge import ALL
+from bora_fl.state import ALL, AdapterState, flatten, unflatten
 
 _ADAPTER, _ROUND, _MEASURED = "adapter/", "round", "measured"
 

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from bora_fl.blocks import BlockFactors, merge
 from bora_fl.config import StrategySettings
+from bora_fl.state import ALL
 
 Trains = frozenset[str]
-
-ALL: Trains = frozenset({"A", "sigma", "B", "tensors"})
 
 
 @dataclass(frozen=True)

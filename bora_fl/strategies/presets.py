@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from bora_fl.state import ALL
 from bora_fl.strategies.alignment import fedrot
 from bora_fl.strategies.averaging import average, hetlora, lora_fair, share_right
-from bora_fl.strategies.layer_merge import ALL, LayerRule, RestRule, Trains
+from bora_fl.strategies.layer_merge import LayerRule, RestRule, Trains
 from bora_fl.strategies.refactoring import flexlora, florist, keep_rest, refactor
 from bora_fl.strategies.regmean import regmean
 from bora_fl.strategies.robust_pca import fedrpca

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bora_fl.blocks import BlockFactors, merge
 from bora_fl.blocks.factors import blocked
-from bora_fl.state import AdapterState
-from bora_fl.strategies.layer_merge import ALL, Trains
+from bora_fl.state import ALL, AdapterState
+from bora_fl.strategies.layer_merge import Trains
 
 _GROUP_RANK = 512  # components taken at a time
 _MOST_PRODUCTS = 10**10  # multiplications spent on an exact norm

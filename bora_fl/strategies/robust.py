@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bora_fl.blocks import at_rank
-from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.state import ALL, AdapterState, ClientUpdate
 from bora_fl.strategies.alignment import align
 from bora_fl.strategies.coordinates import from_coordinates, to_coordinates
-from bora_fl.strategies.layer_merge import ALL, Trains
+from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.products import gram_of_changes, squared_distances
 
 

@@ -7,8 +7,8 @@ import torch
 
 from bora_fl.config import StrategySettings
 from bora_fl.report import ClientMetrics
-from bora_fl.state import AdapterState, ClientUpdate
-from bora_fl.strategies.layer_merge import ALL, Trains
+from bora_fl.state import ALL, AdapterState, ClientUpdate
+from bora_fl.strategies.layer_merge import Trains
 from bora_fl.strategies.products import gram_of_changes
 from bora_fl.strategies.server_state import ServerState
 

@@ -28,9 +28,9 @@ from bora_fl.privacy.accounting import Unit
 from bora_fl.privacy.audit import AuditResult, audit, draw_inclusion
 from bora_fl.privacy.gaussian import Randomness
 from bora_fl.seeds import derive
+from bora_fl.state import ALL
 
 LENGTH = 8
-EVERYTHING = frozenset({"A", "sigma", "B", "tensors"})
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run_audit(
     drawn = make_canaries(data, canaries, vocabulary(model), derive(settings.run.seed, "canaries", 0))
     included = draw_inclusion(canaries, inclusion)
     records = concatenate(data, drawn.select(torch.nonzero(included).flatten().numpy()))
-    model.train_only(EVERYTHING)
+    model.train_only(ALL)
     before = losses(model, drawn)
     claimed, noise = _train(model, records, settings)
     fall = before - losses(model, drawn)

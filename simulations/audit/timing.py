@@ -20,7 +20,8 @@ from bora_fl.client.site import Site
 from bora_fl.config import HeadSettings, Settings
 from bora_fl.data import Encoded
 from bora_fl.paths import state_in
-from bora_fl.simulations.audit.canaries import EVERYTHING, concatenate, make_canaries, vocabulary
+from bora_fl.simulations.audit.canaries import concatenate, make_canaries, vocabulary
+from bora_fl.state import ALL
 
 SHORT = 8  # tokens of the other records
 
@@ -61,7 +62,7 @@ def run_time_audit(settings: Settings, trials: int) -> TimeAudit:
     words = vocabulary(model)
     short = make_canaries(data, len(data), words, 0, min(SHORT, data.max_length))
     both = {False: short, True: concatenate(short, make_canaries(data, 1, words, 1, data.max_length))}
-    model.train_only(EVERYTHING)
+    model.train_only(ALL)
     _seconds(site, both[True], settings)  # what is slow only once
     order = [bool(member) for member in np.random.default_rng(settings.run.seed).permutation(trials * [True, False])]
     seconds = np.array([_seconds(site, both[member], settings) for member in order])

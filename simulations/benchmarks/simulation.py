@@ -34,6 +34,7 @@ from bora_fl.report import training_rows
 from bora_fl.seeds import derive
 from bora_fl.simulations.engine import simulate
 from bora_fl.simulations.launch import BACKENDS
+from bora_fl.state import ALL
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Scalar]:
@@ -59,7 +60,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Scalar]:
 def bare(place: Site, settings: Settings, clients: int, first: int = 1) -> int:
     """The batches of all rounds from the first on through the same model, in one loop; the number of steps."""
     model = place.model()
-    model.train_only(frozenset({"A", "sigma", "B", "tensors"}))
+    model.train_only(ALL)
     parameters, device, steps = model.trained_parameters(), settle(model.model), 0
     model.model.train()
     for round in range(first, settings.run.num_rounds + 1):

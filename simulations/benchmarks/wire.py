@@ -19,7 +19,7 @@ from bora_fl.blocks import BlockFactors
 from bora_fl.blocks.gram import Kind, gram_of, packed
 from bora_fl.config import Scalar, Settings, parse
 from bora_fl.simulations.engine import identify
-from bora_fl.state import AdapterState, flatten, unflatten
+from bora_fl.state import ALL, AdapterState, flatten, unflatten
 from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.observer import Observer
 from bora_fl.strategies.presets import PRESETS
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("wire.codec", "kB", "share", "relative error", "ms to encode", "ms to decode"):
         table.add_column(name, justify="left" if name == "wire.codec" else "right")
     sent, g = flatten(start()), torch.Generator().manual_seed(1)
-    trained = {n: _moved(n, t, g, frozenset({"A", "B", "sigma", "tensors"})) for n, t in sent.items()}
+    trained = {n: _moved(n, t, g, ALL) for n, t in sent.items()}
     entries = {name: tensor for name, tensor in trained.items() if part_of(name) != "scaling"}
     whole = size(RecordDict({"state": to_arrays(entries)}))
     for name in CODECS:

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from bora_fl.blocks import BlockFactors
-from bora_fl.state import AdapterState, ClientUpdate, flatten
-from bora_fl.strategies.layer_merge import ALL
+from bora_fl.state import ALL, AdapterState, ClientUpdate, flatten
 from bora_fl.strategies.products import gram_of_changes, squared_distances
 from bora_fl.strategies.robust import RULES, RobustRound, krum_scores, weighted_median, weighted_trimmed_mean
 

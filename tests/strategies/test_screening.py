@@ -3,8 +3,7 @@
 import pytest
 
 from bora_fl.config import StrategySettings
-from bora_fl.state import ClientUpdate
-from bora_fl.strategies.layer_merge import ALL
+from bora_fl.state import ALL, ClientUpdate
 from bora_fl.strategies.products import gram_of_changes
 from bora_fl.strategies.screening import screen
 

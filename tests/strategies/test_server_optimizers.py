@@ -8,10 +8,9 @@ import torch
 
 from bora_fl.blocks import BlockFactors
 from bora_fl.config import AdapterSettings, Settings, StrategySettings
-from bora_fl.state import AdapterState, ClientUpdate
+from bora_fl.state import ALL, AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.alignment import in_gauge_of
-from bora_fl.strategies.layer_merge import ALL
 from bora_fl.strategies.presets import PRESETS
 from bora_fl.strategies.server_optimizers import OptimizerState
 from bora_fl.strategies.server_state import ServerState
