@@ -41,6 +41,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "run.threads": 1,
         "data.max-test-examples": 50,
         "data.evaluation-fraction": 0.02,
+        "head.init": "random",  # solving it takes passes over all data, with and without workers
         "train.local-steps": arguments.steps,
     }
     with tempfile.TemporaryDirectory() as folder:
