@@ -82,7 +82,7 @@ class Server(Observer):
         self.label_names = raw.label_names if classifies else None
         base = load_base(settings.model, raw.label_names, settings.run.seed)
         if settings.data.packing:
-            require_packing(base)
+            require_packing(base, settings.train.batch_size)
         self.pooling = base.pooling if isinstance(base, PooledClassification) else None
         self.model = FederatedModel(
             base, settings.adapter, settings.model, settings.run.seed, keep_head=settings.solves_head

@@ -54,7 +54,7 @@ def test_rows_are_filled() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packing_changes_no_gradient(attention: str, tiny_causal: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_causal, attn_implementation=attention, use_cache=False).double()
-    require_packing(model)
+    require_packing(model, 4)
     data = examples([5, 3, 8, 2, 7, 4, 1])
 
     def gradients(of: Encoded) -> list[torch.Tensor]:
@@ -74,7 +74,26 @@ def test_packing_changes_no_gradient(attention: str, tiny_causal: Path) -> None:
 def test_a_model_that_mixes_the_examples_of_a_row_is_refused(tiny_causal: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_causal, use_cache=True)  # transformers sees no packing then
     with pytest.raises(ConfigError, match=r"data.packing = true: LlamaForCausalLM with attention 'sdpa' does not keep"):
-        require_packing(model)
+        require_packing(model, 4)
+
+
+def test_attention_that_keeps_examples_apart_in_one_row_alone_is_for_batches_of_one(
+    tiny_causal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers calls FlashAttention: of a batch of several rows it does not look at the positions."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_causal, use_cache=False)
+    forward = model.forward
+
+    def flash(input_ids: torch.Tensor, position_ids: torch.Tensor) -> object:
+        many = {"attention_mask": torch.ones_like(input_ids)} if len(input_ids) > 1 else {}  # then none are packed
+        return forward(input_ids=input_ids, position_ids=position_ids, **many)
+
+    monkeypatch.setattr(model, "forward", flash)
+    require_packing(model, 1)
+    with pytest.raises(
+        ConfigError, match=r"data.packing = true with train.batch-size = 4: .* set train.batch-size to 1"
+    ):
+        require_packing(model, 4)
 
 
 @pytest.mark.parametrize(("key", "value"), [("model.task", "classification"), ("privacy.mode", "record")])
