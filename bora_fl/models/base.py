@@ -1,5 +1,6 @@
 """Base models: find any Hugging Face model by its name, load it with the pooling that the settings ask for."""
 
+import copy
 import json
 import logging
 import threading
@@ -149,13 +150,25 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
 
 
 def without_dropout(model: Any) -> None:
-    """Turn dropout off in a model's body, for good; its head keeps what it has."""
+    """Turn dropout off in a model's body, for good; its head keeps what it has, and its config what is saved."""
+    configs: dict[int, Any] = {}  # copies, by the config that they are of
     for module in getattr(model, model.base_model_prefix, model).modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # decoders have numbers in its place, such as attention_dropout
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _zero_numbers(module)  # decoders have numbers in its place, such as attention_dropout
+        config = getattr(module, "config", None)
+        if config is not None and module is not model:  # Falcon's layers read theirs in each pass
+            if id(config) not in configs:
+                configs[id(config)] = copy.deepcopy(config)
+                _zero_numbers(configs[id(config)])
+            module.config = configs[id(config)]
+
+
+def _zero_numbers(of: Any) -> None:
+    """Set to 0 whatever number has dropout in its name."""
+    for name, value in list(vars(of).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(of, name, 0.0)
 
 
 def _quantization(settings: ModelSettings) -> Any:

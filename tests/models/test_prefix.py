@@ -194,7 +194,7 @@ def test_layers_that_give_a_tuple(kind: str, kept: int, every: bool):
     assert len(cache.rows) == kept
 
 
-@pytest.mark.parametrize("kind", ["opt", "starcoder2", "xglm", "gpt_bigcode", "deberta-v2"])
+@pytest.mark.parametrize("kind", ["opt", "starcoder2", "xglm", "gpt_bigcode", "deberta-v2", "falcon"])
 def test_no_dropout_is_left_in_a_body_that_has_numbers_for_it(kind: str):
     config = AutoConfig.for_model(kind)
     shape = {"num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
@@ -204,8 +204,10 @@ def test_no_dropout_is_left_in_a_body_that_has_numbers_for_it(kind: str):
     body = AutoModel.from_config(config).train()
     rows = batch([0, 3])
     assert not torch.equal(*(body(**rows)[0] for _ in range(2)))
+    before = body.config.to_json_string()
     without_dropout(body)
     assert torch.equal(*(body(**rows)[0] for _ in range(2)))
+    assert body.config.to_json_string() == before  # it is saved with the model
 
 
 @pytest.mark.parametrize("dropout", [True, False])
