@@ -11,6 +11,8 @@ from rich.table import Table
 
 from bora_fl.config import FEDERATION_FILE, ConfigError, Federation, Scalar, extras, overrides, read_federation
 from bora_fl.simulations.compare.scenarios import SCENARIOS
+from bora_fl.simulations.compare.suites import SUITES
+from bora_fl.simulations.compare.suites import suite as named_suite
 
 if TYPE_CHECKING:
     from bora_fl.simulations.compare.results import Results
@@ -70,9 +72,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="folder of the runs and the report; run again to go on")] = Path(
         "runs/compare"
     ),
-    suite: Annotated[
-        str, typer.Option(help="a comparison by name: standard, retention, recipe, language; options still win")
-    ] = "",
+    suite: Annotated[str, typer.Option(help=f"a comparison by name: {', '.join(SUITES)}; options still win")] = "",
     strategies: Annotated[
         str,
         typer.Option(help="comma-separated, or all; `bora-fl strategies` lists them; method/strategy is one variant"),
@@ -102,7 +102,9 @@ def compare(
     rates: Annotated[
         str, typer.Option(help="multiples of its learning rate that --tune tries; 1: none is searched")
     ] = "0.3,1,3",
-    tune_seeds: Annotated[int, typer.Option(help="number of seeds for --tune, from 1000")] = 2,
+    tune_seeds: Annotated[
+        int, typer.Option(help="number of seeds for --tune, from 1000; 0 is the suite's, else 2")
+    ] = 0,
     baselines: Annotated[
         str, typer.Option(help="also local, central, iid (retention), comma-separated; all; none, if no suite has any")
     ] = "",
@@ -136,7 +138,6 @@ def compare(
     from bora_fl.simulations.compare import tuning
     from bora_fl.simulations.compare.plan import AXES, plan
     from bora_fl.simulations.compare.run import Comparison, baseline_of
-    from bora_fl.simulations.compare.suites import suite as named_suite
     from bora_fl.simulations.compare.timing import in_words
 
     chosen, base, named = overrides(run_config), {**(QUICK if quick else BASE)}, named_suite(suite) if suite else None
@@ -181,7 +182,7 @@ def compare(
         laid_out,
         against,
         factors if tune and factors != [1] else (),
-        tune_seeds,
+        tune_seeds or (named.tune_seeds if named else 2),
         _baselines(baselines),
         workers,
         threads,

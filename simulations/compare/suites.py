@@ -17,6 +17,7 @@ class Suite:
         scenarios: Names, comma-separated.
         seeds: Number of seeds.
         tune: Whether each variant's learning rate is searched.
+        tune_seeds: On how many seeds.
         baselines: Which references are measured.
         clients: Number of clients where a scenario has none of its own; 0 is the comparison's.
         config: Run config beside the comparison's own.
@@ -28,6 +29,7 @@ class Suite:
     scenarios: str
     seeds: int
     tune: bool = True
+    tune_seeds: int = 2
     baselines: tuple[str, ...] = ("local", "central", "iid")
     clients: int = 0
     config: Mapping[str, Scalar] = field(default_factory=dict)
@@ -42,7 +44,17 @@ SUITES: dict[str, Suite] = {
         "strategies under label skew and natural silos; a night on two cores",
         "fedavg,refactor,regmean,fedex,ffa,rolora,lora/fedavg,ravan/fedavg",
         "natural,dirichlet-0.1,dirichlet-1",
-        seeds=4,
+        seeds=3,
+        tune_seeds=1,
+        baselines=("central", "iid"),
+        clients=5,
+        config={
+            "model.max-length": 32,
+            "data.max-train-examples": 4000,
+            "train.local-steps": 8,
+            "run.evaluate-every": 8,
+        },
+        methods={"lora": LORA_OF_THE_SAME_SIZE},
     ),
     "recipe": Suite(
         "the default settings under label skew, in natural silos and with examples dealt at random, eight seeds",

@@ -1,4 +1,4 @@
-"""How long a comparison takes: from its own finished runs, or from one round of its first run."""
+"""How long a comparison takes: from its own finished runs, or from two rounds of its first run."""
 
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from bora_fl.simulations.engine import simulate
 def seconds_left(runs: Sequence[CompareRun], workers: int) -> float:
     """An estimate of the wall clock of what is not finished.
 
-    It scales with the client steps of a run. The scale is that of the finished runs or, without any, of one round of
+    It scales with the client steps of a run. The scale is that of the finished runs or, without any, of two rounds of
     the first run, which this call then trains in this process.
     """
     ends = [(run, grid.outcome(run)) for run in runs]
@@ -26,22 +26,31 @@ def seconds_left(runs: Sequence[CompareRun], workers: int) -> float:
     if known:
         fixed, scale = 0.0, sum(seconds for seconds, _ in known) / sum(cost for _, cost in known)
     else:
-        fixed, scale = _one_round(todo[0])
+        fixed, scale = _two_rounds(todo[0])
     return sum(fixed + scale * run.cost for run in todo) / max(workers, 1)
 
 
-def _one_round(run: CompareRun) -> tuple[float, float]:
-    """Seconds before round 1, and for each client step of a round with its evaluation."""
-    rounds = max(run.settings.run.num_rounds, 1)
+def _two_rounds(run: CompareRun) -> tuple[float, float]:
+    """Seconds of a run beside its training, and for each client step; the second round is evaluated, the first not."""
+    settings = run.settings
     with tempfile.TemporaryDirectory() as folder, state_in(Path(folder) / "state"):
         own: dict[str, Scalar] = {
             "run.output-dir": f"{folder}/run",
-            "run.num-rounds": 1,
+            "run.num-rounds": 2,
+            "run.evaluate-every": 2,
+            "run.keep-best": False,
+            "head.solve-again": "never",
             "privacy.ledger-dir": f"{folder}/ledger",
         }
-        output = simulate(parse(run.settings.flat() | own), run.num_clients, node_configs=run.node_configs)
-        before, trained = read_rows(output / "metrics.jsonl")
-    return before["seconds"], trained["seconds"] * rounds / run.cost
+        output = simulate(parse(settings.flat() | own), run.num_clients, node_configs=run.node_configs)
+        before, trained, evaluated = (row["seconds"] for row in read_rows(output / "metrics.jsonl"))
+    rounds = settings.run.num_rounds
+    evaluations = sum(settings.run.evaluates(number) for number in range(1, rounds + 1))
+    again = sum(
+        settings.solves_head and settings.head.solves_after(number, last=number == rounds)
+        for number in range(1, rounds + 1)
+    )
+    return before * (1 + again) + max(evaluated - trained, 0.0) * evaluations, trained * rounds / run.cost
 
 
 def in_words(seconds: float) -> str:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_method_and_strategy_are_one_variant(tmp_path):
 
 def test_time_left_scales_with_the_steps_of_what_is_not_finished(tmp_path, monkeypatch):
     runs = lay_out(tmp_path, scenarios=["dirichlet-1", "few-clients"]).runs  # four clients, and three
-    monkeypatch.setattr(timing, "_one_round", lambda _: (2.0, 0.5))
+    monkeypatch.setattr(timing, "_two_rounds", lambda _: (2.0, 0.5))
     steps = sum(run.cost for run in runs)
     assert seconds_left(runs, 2) == pytest.approx((2.0 * len(runs) + 0.5 * steps) / 2)
     finish(runs[0], 0.5)  # in ten seconds
@@ -78,13 +79,31 @@ def test_time_left_scales_with_the_steps_of_what_is_not_finished(tmp_path, monke
     assert seconds_left(runs, 1) == 0.0
 
 
-def test_one_round_is_measured_where_nothing_is_finished(tiny_config, tmp_path):
+def test_two_rounds_are_measured_where_nothing_is_finished(tiny_config, tmp_path):
     config = {k: v for k, v in tiny_config.items() if k not in ("strategy.name", "run.output-dir")}
     runs = lay_out(tmp_path, config | {"train.local-steps": 1, "run.num-rounds": 50}, clients=2, seeds=1).runs
-    fixed, scale = timing._one_round(runs[0])
+    fixed, scale = timing._two_rounds(runs[0])
     assert 0 < fixed < 60
     assert 0 < scale < 60
     assert not runs[0].folder.exists()
+
+
+@pytest.mark.parametrize(("again", "solved"), [("end", 2), ("never", 1), ("5", 5)])
+def test_a_run_solves_its_head_and_is_evaluated_as_often_as_its_settings_say(again, solved, tmp_path, monkeypatch):
+    def simulated(settings, *_, **__):
+        """Four seconds for the head, a round of two, and one of which an evaluation took half a second more."""
+        folder = Path(settings.run.output_dir)
+        folder.mkdir(parents=True)
+        rows = [{"round": number, "seconds": seconds} for number, seconds in enumerate((4.0, 2.0, 2.5))]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return folder
+
+    monkeypatch.setattr(timing, "simulate", simulated)
+    config = {"train.local-steps": 1, "run.num-rounds": 17, "run.evaluate-every": 5, "head.solve-again": again}
+    one = lay_out(tmp_path, config, seeds=1).runs[0]
+    fixed, scale = timing._two_rounds(one)
+    assert fixed == pytest.approx(4.0 * solved + 0.5 * 4)  # rounds 5, 10, 15 and 17
+    assert scale * one.cost == pytest.approx(2.0 * 17)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +115,7 @@ def test_durations_in_words(seconds, words):
 
 @pytest.mark.parametrize(("rates", "tuning"), [("0.3,1,3", 108), ("1", 0)])
 def test_a_dry_run_says_what_would_run(rates, tuning, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "_one_round", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(timing, "_two_rounds", lambda _: (0.0, 1.0))
     monkeypatch.setattr(run, "fetch", lambda name: None)
     arguments = [
         "compare",
