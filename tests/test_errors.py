@@ -46,6 +46,8 @@ def folder(tiny_model: Path, tiny_causal: Path, tmp_path_factory: pytest.TempPat
     turns = {"chosen": messages, "rejected": [*messages[:1], {"role": "assistant", "content": "a bad film"}]}
     for name, row in (("messages", {"messages": messages}), ("pairs", pair), ("turns", turns)):
         (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    texts = [{"text": "a good film", "split": split} for split in ("train", "held")]
+    (folder / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts * 40))
     rows = {"text": ["a good film", "a bad book"] * 20, "label": [1, 0] * 20}
     pd.DataFrame(rows).to_csv(folder / "reviews.csv", index=False)
     (folder / "transposed.py").write_text("def rule(layer):\n    return layer.current.B @ layer.current.B\n")

@@ -99,6 +99,20 @@ class Comparison:
             if data.startswith("embedded:"):
                 fetch(data)
 
+    def check(self) -> None:
+        """Refuse what no run could use: each data set and model of the plan is looked at once.
+
+        Raises:
+            ConfigError: With a line for each finding.
+        """
+        from bora_fl.deployment.doctor.preflight import preflight
+
+        first: dict[tuple[str, str], CompareRun] = {}
+        for run in self.plan.runs:
+            first.setdefault((run.settings.data.name, run.settings.model.name), run)
+        for run in first.values():
+            preflight(run.settings)
+
     def run(self, target: float = 0.0) -> Compared:
         """Run what is not finished, and write the results and the report.
 
@@ -106,10 +120,12 @@ class Comparison:
             target: Accuracy for bytes to target; 0 is the baseline's own.
 
         Raises:
-            ConfigError: If another process is at work in the folder, or every try of a variant failed.
+            ConfigError: If no run could use the data or the model, another process is at work in the folder, or every
+                try of a variant failed.
             FetchError: If an embedded data set cannot be made here.
         """
         self.fetch()
+        self.check()
         plan = self.plan
         if self.trials:
             tried = self._grid(self.trials, "tuning")

@@ -85,6 +85,7 @@ def check_examples(settings: Settings) -> Finding:
         settings: The run's settings, whose data and model are there.
     """
     from bora_fl.data import tokenize
+    from bora_fl.data.prompts import held_out_prompts
     from bora_fl.models import load_tokenizer
     from bora_fl.models.reference import require_preferences
 
@@ -93,7 +94,10 @@ def check_examples(settings: Settings) -> Finding:
     try:
         if raw.settings.format == "preference":
             require_preferences(settings)
-        found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, load_tokenizer(settings.model))
+        tokenizer = load_tokenizer(settings.model)
+        found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, tokenizer)
+        if settings.run.generate_every and raw.test is not None:
+            held_out_prompts(raw.test, raw.settings, tokenizer, 1)
     except (ConfigError, ValueError, OSError) as error:
         return Finding(subject, "fail", " ".join(str(error).split()), _remedy(error, "correct data.* or model.*"))
     text = f"format {raw.settings.format}, {found.lengths.mean():.0f} tokens each"

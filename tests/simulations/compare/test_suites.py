@@ -156,6 +156,7 @@ def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeyp
 
     monkeypatch.setattr(run, "run_grid", made_up)
     monkeypatch.setattr(run, "fetch", lambda name: None)
+    monkeypatch.setattr(run.Comparison, "check", lambda _: None)
     options = "--strategies refactor,lora/fedavg --scenarios dirichlet-1 --clients 3 --seeds 2 --tune --baselines all"
     options += " --first-seed 10"
     config = ["-c", "train.learning-rate=0.001", "-c", "run.num-rounds=1"]
@@ -170,6 +171,24 @@ def test_the_command_tunes_compares_and_measures_the_baselines(tmp_path, monkeyp
     assert [s["learning_rate"] for s in found["summaries"]] == [1e-3, 3e-3]
     assert [s["retention"]["mean"] for s in found["summaries"]] == pytest.approx([0.75, 0.75])
     assert found["references"]["dirichlet-1"]["central"]["mean"] == pytest.approx(0.8)
+
+
+def test_data_that_no_run_could_use_is_refused_before_any_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_grid", lambda *_, **__: pytest.fail("a run was started"))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a film"}\n' * 40)
+    options = [
+        "--suite",
+        "methods",
+        "--seeds",
+        "1",
+        "-c",
+        "data.test-split=",
+        "-c",
+        f"data.name={tmp_path / 'texts.jsonl'}",
+    ]
+    ended = CliRunner().invoke(cli, ["compare", *options, "--output", str(tmp_path / "out")])
+    assert isinstance(ended.exception, ConfigError)
+    assert "without labels for model.task = classification" in str(ended.exception)
 
 
 def test_baselines_are_named_one_by_one():
