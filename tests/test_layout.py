@@ -26,6 +26,7 @@ LEVELS = [
     {"simulations", "cli", "api"},
 ]
 FLOWER = {
+    "bora_fl/wire/masked.py",
     "bora_fl/wire/records.py",
     "bora_fl/wire/release.py",
     "bora_fl/wire/replies.py",

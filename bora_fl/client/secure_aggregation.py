@@ -8,12 +8,13 @@ goes on as if it had vanished.
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from flwr import common
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common import FitRes, NDArray, NDArrays, Parameters, Status, ndarrays_to_parameters
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, RECORD_KEY_STATE, Key, Stage
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 from torch import Tensor
 
@@ -46,6 +47,8 @@ def answer(message: Message, context: Context, settings: Settings, work: Callabl
     """
     if RECORD_KEY_CONFIGS not in message.content.config_records:
         raise Refused(Code.PROTOCOL_MISMATCH, IN_CLEAR)
+    with refuse_as(Code.PROTOCOL_MISMATCH):
+        _require_one_secret_each(message.content.config_records[RECORD_KEY_CONFIGS], context, message)
 
     def done(inner: Message, _: Context) -> Message:
         kind = asked_under_masks(inner.content)
@@ -63,6 +66,35 @@ def answer(message: Message, context: Context, settings: Settings, work: Callabl
     content = _result([], 1) if reply.metric_records else RecordDict()
     content.config_records[RECORD_KEY_CONFIGS] = masked
     return content
+
+
+def _require_one_secret_each(asked: ConfigRecord, context: Context, message: Message) -> None:
+    """Refuse what would give the server both secrets of a client: its own mask's, and those it shares with others.
+
+    Whoever has both has the client's update. A client tells a share of one of them, of each other client, so that the
+    server never has enough shares of both where these are those of more than half.
+
+    Raises:
+        Refused: If shares of half of the clients are enough, or a client is said to be there and not to be there, or
+            this one not to be there, or is named that sent no shares, or named twice.
+    """
+    values: Mapping[str, Any] = asked
+    if values[Key.STAGE] == Stage.SETUP:
+        if 2 * values[Key.THRESHOLD] <= values[Key.SHARE_NUMBER] or values[Key.THRESHOLD] < 2:
+            text = f"shares of {values[Key.THRESHOLD]} of {values[Key.SHARE_NUMBER]} clients would be enough"
+            raise Refused(Code.PROTOCOL_MISMATCH, text)
+    elif values[Key.STAGE] == Stage.COLLECT_MASKED_VECTORS:
+        sources = values[Key.SOURCE_LIST]
+        if len(set(sources)) < len(sources) or message.metadata.dst_node_id in sources:
+            raise Refused(Code.PROTOCOL_MISMATCH, "a client's shares were sent twice, or are this client's own")
+    elif values[Key.STAGE] == Stage.UNMASK:
+        there, gone = values[Key.ACTIVE_NODE_ID_LIST], values[Key.DEAD_NODE_ID_LIST]
+        kept: Mapping[str, Any] = context.state.config_records.get(RECORD_KEY_STATE, ConfigRecord())
+        named = [*there, *gone]
+        known = set(kept.get("rd_seed_share_dict:K", []))
+        if len(set(named)) < len(named) or message.metadata.dst_node_id not in there or not set(named) <= known:
+            text = f"{there} are to be there and {gone} not to be there, which are not those that sent their shares"
+            raise Refused(Code.PROTOCOL_MISMATCH, text)
 
 
 def _for_the_head(reply: RecordDict, settings: Settings, kind: Kind) -> RecordDict:

@@ -102,6 +102,11 @@ class ClassSums:
         rows, columns = torch.triu_indices(*self.gram.shape)
         return torch.cat([self.counts, self.sums.flatten(), self.gram[rows, columns]])
 
+    @staticmethod
+    def vector_shape(num_classes: int, dim: int) -> tuple[int]:
+        """The shape of `to_vector`."""
+        return (num_classes + num_classes * dim + dim * (dim + 1) // 2,)
+
     @classmethod
     def from_vector(cls, vector: Tensor, num_classes: int, dim: int) -> "ClassSums":
         """The inverse of `to_vector`.
@@ -110,7 +115,7 @@ class ClassSums:
             ValueError: If the vector is not of that many numbers, or one is not finite.
         """
         sizes = [num_classes, num_classes * dim, dim * (dim + 1) // 2]
-        if vector.shape != (sum(sizes),) or not bool(vector.isfinite().all()):
+        if vector.shape != cls.vector_shape(num_classes, dim) or not bool(vector.isfinite().all()):
             raise ValueError(f"the head's sums are {tuple(vector.shape)} numbers; {sum(sizes)} finite ones are needed")
         counts, sums, triangle = torch.split(vector.double(), sizes)
         gram = torch.zeros(dim, dim, dtype=torch.float64)

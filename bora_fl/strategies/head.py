@@ -125,7 +125,7 @@ def solve(
     ask: Ask,
     exchange: Callable[[list[Message]], Iterable[Message]],
     order: Callable[[int], int] = int,
-    secure: Callable[[list[Message]], SecureMean] | None = None,
+    secure: Callable[[list[Message], tuple[int, ...]], SecureMean] | None = None,
 ) -> Solved:
     """Solve the head from the clients' sums, and keep the best of the candidates by their held-out loss.
 
@@ -139,7 +139,8 @@ def solve(
         ask: Makes the messages.
         exchange: Sends them, and gives the replies as they come.
         order: A node's place among the clients.
-        secure: Sends them under secure aggregation, in the place of `exchange`; what a client answers is not seen.
+        secure: Sends them under secure aggregation, in the place of `exchange`, for a masked array of that shape; what
+            a client answers is not seen.
     """
     noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
@@ -148,7 +149,7 @@ def solve(
     up = _Received()
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
     if secure:
-        found = secure(sent)
+        found = secure(sent, ClassSums.vector_shape(*shape))
         sums, clients, rejected = _unmasked(found, shape, most, exact), len(found.nodes), found.rejected()
         up.bytes += found.bytes_up
     else:
@@ -172,7 +173,7 @@ def solve(
         sent = ask("train" if secure else LOSSES, {HEADS: to_arrays(_flat(heads))})
         down += _bytes(sent)
         if secure:
-            found = secure(sent)
+            found = secure(sent, (len(heads) + 1,))
             mean = [math.inf] * len(heads) if found.mean is None else found.mean[0].tolist()
             by_name = dict(zip(heads, mean, strict=False))
             name, _ = choose(heads, lambda name, _: by_name[name])

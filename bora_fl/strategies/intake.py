@@ -209,7 +209,7 @@ def take_in_securely(found: SecureMean, sent: Sent, *, report_loss: bool) -> Int
     """
     intake = Intake(rejected=found.rejected(), bytes_up=found.bytes_up)
     if found.mean is None:
-        log.warning("round %d: too few clients were left to unmask the sum", sent.round)
+        log.warning("round %d: %s", sent.round, found.reason)
         return intake
     state, train_loss = moved_by(sent.state.current, sent.parts, found.mean)
     return replace(

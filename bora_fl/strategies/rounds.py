@@ -25,7 +25,7 @@ from bora_fl.strategies.intake import Evaluated, Intake, Merged, Sent, take_in, 
 from bora_fl.strategies.nodes import Nodes, NodesMissingError
 from bora_fl.strategies.observer import Deltas, Observer, RunFailedError
 from bora_fl.strategies.screening import credible
-from bora_fl.strategies.secure_aggregation import SecureMean, secure_mean
+from bora_fl.strategies.secure_aggregation import SecureMean, masked_shapes, secure_mean
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.strategies.trial import tried
 from bora_fl.tracking import activity
@@ -333,24 +333,26 @@ class Rounds:
         def order(node: int) -> int:
             return self.nodes.partition(node) or 0
 
-        secure = partial(self._secure_mean, grid, round=server_round, max_weight=1)
-        masked = secure if self.settings.privacy.secure_aggregation else None
+        masked = partial(self._secure_mean, grid, server_round, 1) if self.settings.privacy.secure_aggregation else None
         answers = partial(arriving, grid, timeout=self.settings.strategy.timeout)
         solved = solve(self.head, self.state, self.settings, server_round, ask, answers, order, masked)
         self._warn(server_round, solved.rejected)
         return replace(solved, rejected=left_out | solved.rejected)
 
     def _take_in_securely(self, server_round: int, messages: Iterable[Message], grid: Grid) -> Intake:
-        privacy = self.settings.privacy
+        sent, privacy = self._sent(server_round), self.settings.privacy
         max_weight = privacy.max_examples if self.settings.strategy.weighting == "examples" else 1
-        found = self._secure_mean(grid, messages, server_round, max_weight)
+        shapes = masked_shapes(sent.state.current, sent.parts)
+        found = self._secure_mean(grid, server_round, max_weight, messages, *shapes)
         # They may have lacked what they are sent with the next round.
         self._downlink.forget(found.failures.keys() - found.nodes, folds=True)
-        return take_in_securely(found, self._sent(server_round), report_loss=privacy.mode == "none")
+        return take_in_securely(found, sent, report_loss=privacy.mode == "none")
 
-    def _secure_mean(self, grid: Grid, messages: Iterable[Message], round: int, max_weight: int) -> SecureMean:
+    def _secure_mean(
+        self, grid: Grid, round: int, max_weight: int, messages: Iterable[Message], *shapes: tuple[int, ...]
+    ) -> SecureMean:
         privacy, timeout = self.settings.privacy, self.settings.strategy.timeout
-        return secure_mean(grid, messages, privacy, round=round, max_weight=max_weight, timeout=timeout)
+        return secure_mean(grid, messages, privacy, shapes, round=round, max_weight=max_weight, timeout=timeout)
 
     def _evaluate_on_clients(self, grid: Grid, number: int, last: bool) -> Evaluated:
         arrays = to_arrays(flatten(self.state.current))

@@ -1,8 +1,9 @@
 """The server's part of secure aggregation: one round of Flower's SecAgg+ workflow, from messages to a mean.
 
 Flower has SecAgg+ as a workflow for its older strategies. `secure_mean` gives it what it needs of one of those (who is
-asked, what they are sent, where the result goes) and corrects two things: the masks (`bora_fl.privacy.masks`), and
-clients that vanish before their key shares are out, whose masks are in no vector and need not be removed.
+asked, what they are sent, where the result goes) and corrects four things: the masks (`bora_fl.privacy.masks`);
+clients that vanish before their key shares are out, whose masks are in no vector and need not be removed; replies,
+which it takes on trust (`bora_fl.wire.masked`); and the threshold, which it rounds down to one half.
 """
 
 import logging
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple, cast
 import flwr.server.workflow.secure_aggregation.secaggplus_workflow as protocol
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common import FitIns, FitRes, NDArrays, Parameters, parameters_to_ndarrays
+from flwr.common.constant import ErrorCode
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 from flwr.server.compat.legacy_context import LegacyContext
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
 from flwr.serverapp import Grid
@@ -24,12 +27,18 @@ from bora_fl.config import PrivacySettings
 from bora_fl.privacy import masks
 from bora_fl.state import AdapterState, flatten, unflatten
 from bora_fl.strategies.exchange import exchange
+from bora_fl.wire.masked import MaskedReplies
 from bora_fl.wire.records import part_of
+from bora_fl.wire.replies import RejectedReplyError
 
 log = logging.getLogger(__name__)
 
 vars(protocol)["pseudo_rand_gen"] = masks.expand
 _MODULUS_BITS, _MOST_BITS = 32, 30
+_TOO_FEW = "too few clients were left to unmask the sum"
+_NO_MEAN = (
+    "the unmasked sum is no mean of updates: some client's masks, or shares of masks, are not what they should be"
+)
 _ALONE = (
     "the only client of its round: the sum would be its update in the clear; raise strategy.fraction-train or "
     "strategy.min-nodes, or set privacy.secure-aggregation to false"
@@ -41,20 +50,23 @@ class SecureMean:
     """What a round of the protocol yields.
 
     Attributes:
-        mean: The weighted mean of the clients' arrays, float64; None if too few were left to unmask it.
+        mean: The weighted mean of the clients' arrays, float64; None if there is none.
         nodes: Whose updates are in the mean.
         failures: Node to why it dropped out.
         bytes_up: Size of what the clients sent.
+        reason: Why there is no mean.
     """
 
     mean: list["np.ndarray[Any, np.dtype[np.float64]]"] | None
     nodes: frozenset[int]
     failures: Mapping[int, str]
     bytes_up: int
+    reason: str = ""
 
     def rejected(self) -> dict[str, str]:
-        """Node to the reason why it is not in the mean."""
-        return {str(node): reason for node, reason in self.failures.items() if node not in self.nodes}
+        """Node to the reason why it is not in the mean; under ``sum`` why there is none, where no node is at fault."""
+        found = {str(node): reason for node, reason in self.failures.items() if node not in self.nodes}
+        return found or ({"sum": self.reason} if self.reason else {})
 
 
 class _Node(NamedTuple):
@@ -85,32 +97,40 @@ class _Nodes:
 
 
 class _Watched:
-    """A grid that notes what comes back; the workflow itself keeps neither sizes nor who failed."""
+    """A grid that checks what comes back, and notes sizes and who failed, which the workflow does not."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._grid, self._replies = grid, MaskedReplies(shapes, 2**_MODULUS_BITS)
         self.failures: dict[int, str] = {}
         self.bytes_up = 0
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        sent = list(messages)
-        replies = exchange(self._grid, sent, math.inf if timeout is None else timeout)
-        silent = {m.metadata.dst_node_id for m in sent} - {m.metadata.src_node_id for m in replies}
+        sent = {m.metadata.dst_node_id: m for m in messages}
+        asked = {node: dict(m.content.config_records[RECORD_KEY_CONFIGS]) for node, m in sent.items()}
+        replies = exchange(self._grid, sent.values(), math.inf if timeout is None else timeout)
+        silent = sent.keys() - {m.metadata.src_node_id for m in replies}
         self.failures |= dict.fromkeys(sorted(silent), "no reply in time")
-        for reply in replies:
+        for place, reply in enumerate(replies):
+            node = reply.metadata.src_node_id
             if reply.has_error():
                 words = str(reply.error.reason).split()
-                self.failures[reply.metadata.src_node_id] = f"error {reply.error.code}: {' '.join(words)[:500]}"
-            else:
-                self.bytes_up += sum(_size(record) for record in reply.content.config_records.values())
+                self.failures[node] = f"error {reply.error.code}: {' '.join(words)[:500]}"
+                continue
+            self.bytes_up += sum(_size(record) for record in reply.content.config_records.values())
+            try:
+                reply.content = self._replies.read(node, reply.content, asked[node])
+            except RejectedReplyError as rejected:
+                self.failures[node] = rejected.reason
+                error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, rejected.reason)
+                replies[place] = Message(error, reply_to=sent[node])
         return replies
 
 
 class _Round(protocol.SecAggPlusWorkflow):
     """The workflow with this round's own messages in its third stage."""
 
-    def __init__(self, contents: Mapping[int, RecordDict], settings: PrivacySettings, **keywords: Any) -> None:
-        super().__init__(1.0, settings.secure_threshold, **keywords)
+    def __init__(self, contents: Mapping[int, RecordDict], threshold: int, **keywords: Any) -> None:
+        super().__init__(1.0, threshold, **keywords)
         self._contents = contents
 
     def setup_stage(self, grid: Grid, context: LegacyContext, state: protocol.WorkflowState) -> bool:
@@ -130,6 +150,7 @@ def secure_mean(
     grid: Grid,
     messages: Iterable[Message],
     settings: PrivacySettings,
+    shapes: Sequence[tuple[int, ...]],
     *,
     round: int,
     max_weight: float,
@@ -141,6 +162,7 @@ def secure_mean(
         grid: Flower's grid.
         messages: A message for each client, with what it is to train on.
         settings: The privacy settings.
+        shapes: Of the arrays that a client masks.
         round: The round.
         max_weight: The largest weight that a client may have; `quantization_bits` says what it costs to be far below.
         timeout: Seconds to wait in each of the four stages.
@@ -150,9 +172,9 @@ def secure_mean(
     """
     contents = {message.metadata.dst_node_id: message.content for message in messages}
     if len(contents) < 2:
-        return SecureMean(None, frozenset(), dict.fromkeys(contents, _ALONE), 0)
+        return SecureMean(None, frozenset(), dict.fromkeys(contents, _ALONE), 0, _ALONE)
     bits = quantization_bits(len(contents), settings)
-    nodes, watched = _Nodes(list(contents)), _Watched(grid)
+    nodes, watched = _Nodes(list(contents)), _Watched(grid, shapes)
     context = LegacyContext(
         Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={}),
         strategy=cast(Any, nodes),
@@ -162,15 +184,33 @@ def secure_mean(
     context.state.array_records[MAIN_PARAMS_RECORD] = ArrayRecord()
     workflow = _Round(
         contents,
-        settings,
+        threshold(len(contents), settings),
         max_weight=float(max_weight),
         clipping_range=settings.clipping_range,
         quantization_range=2**bits,
         modulus_range=2**_MODULUS_BITS,
         timeout=timeout,
     )
-    workflow(cast(Grid, watched), context)
+    reason = ""
+    try:
+        workflow(cast(Grid, watched), context)
+    except ValueError as error:  # shares that make no secret
+        log.warning("round %d: %s", round, error)
+        reason = _NO_MEAN
+    if nodes.result is None:
+        return SecureMean(None, frozenset(), watched.failures, watched.bytes_up, reason or _TOO_FEW)
+    # Clients mask nothing beyond the range, and a mask that was not taken off spreads over the whole modulus.
+    most = settings.clipping_range * (1 + 4 * max_weight / 2**bits)  # with what rounding adds
+    if not all(bool((np.abs(array) <= most).all()) for array in nodes.result):
+        return SecureMean(None, frozenset(), watched.failures, watched.bytes_up, _NO_MEAN)
     return SecureMean(nodes.result, nodes.members, watched.failures, watched.bytes_up)
+
+
+def threshold(clients: int, settings: PrivacySettings) -> int:
+    """How many clients must answer to the end: with half of them alone, a server that tells one half that a client is
+    there and the other that it is not would have both of its secrets.
+    """
+    return max(round(settings.secure_threshold * clients), clients // 2 + 1)
 
 
 def quantization_bits(clients: int, settings: PrivacySettings) -> int:
@@ -194,6 +234,11 @@ def quantization_bits(clients: int, settings: PrivacySettings) -> int:
     return bits
 
 
+def masked_shapes(current: AdapterState, parts: frozenset[str]) -> list[tuple[int, ...]]:
+    """Shapes of the arrays that a client masks: each tensor of these parts, by name, and the training loss."""
+    return [tuple(t.shape) for name, t in flatten(current).items() if part_of(name) in parts] + [(1,)]
+
+
 def moved_by(
     current: AdapterState, parts: frozenset[str], mean: Sequence["np.ndarray[Any, np.dtype[np.float64]]"]
 ) -> tuple[AdapterState, float]:
@@ -202,16 +247,11 @@ def moved_by(
     Args:
         current: What the clients were sent.
         parts: The parts that they trained and shared, of A, sigma, B, tensors.
-        mean: The protocol's result: an array for each tensor of these parts, by name, and the loss.
-
-    Raises:
-        ValueError: If the arrays are not those of the parts.
+        mean: The protocol's result, of `masked_shapes`.
     """
     flat = flatten(current)
     names = [name for name in flat if part_of(name) in parts]
     *moves, loss = mean
-    if [move.shape for move in moves] != [tuple(flat[name].shape) for name in names]:
-        raise ValueError(f"the sum holds {len(moves)} arrays, which are not the {len(names)} tensors of the round")
     for name, move in zip(names, moves, strict=True):
         reached = flat[name].double() + torch.from_numpy(move)
         flat[name] = (reached if flat[name].is_floating_point() else reached.round()).to(flat[name].dtype)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from bora_fl.blocks.gram import Kind, unpacked
@@ -42,11 +42,21 @@ def _reply_record(message: Message) -> ConfigRecord:
     reply = message.content.config_records.get(REPLY, ConfigRecord())
     if reply.get("schema") != SCHEMA:
         raise RejectedReplyError(node, f"wire schema {reply.get('schema')!r}, expected {SCHEMA}")
+    require_no_refusal(node, message.content)
+    return reply
+
+
+def require_no_refusal(node: int, content: RecordDict) -> None:
+    """Refuse a refusal.
+
+    Raises:
+        RejectedReplyError: With its reason.
+    """
+    reply = content.config_records.get(REPLY, ConfigRecord())
     if "refused" in reply:
         held = reply.get("folds-held")
         reason = explain(reply["refused"], reply.get("error-id"))
-        raise RejectedReplyError(node, reason, held if isinstance(held, int) else None)
-    return reply
+        raise RejectedReplyError(node, reason, held if isinstance(held, int) and held >= 0 else None)
 
 
 def read_reply(

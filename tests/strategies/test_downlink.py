@@ -9,10 +9,12 @@ from bora_fl.client.app import app
 from bora_fl.config import parse
 from bora_fl.report import training_rows
 from bora_fl.server.run import Server
-from bora_fl.simulations.engine import InProcessGrid, simulate
+from bora_fl.simulations.engine import InProcessGrid, round_of, simulate
 from bora_fl.state import flatten_deltas, unflatten_deltas
 from bora_fl.strategies.downlink import Downlink
 from bora_fl.wire.records import from_arrays, to_arrays
+from bora_fl.wire.refusals import Code, Refusal
+from bora_fl.wire.schema import refusal
 
 STEPS = {"train.local-steps": 1, "strategy.evaluate-in-train": False, "head.init": "random", "run.num-rounds": 2}
 
@@ -97,3 +99,15 @@ def test_the_smaller_of_stack_and_dense_delta_is_sent(rank: int):
     found = unflatten_deltas({f"7/{name}": tensor for name, tensor in flat.items()}, "7/")["q"]
     dense = found.dense() if isinstance(found, BlockFactors) else found
     torch.testing.assert_close(dense, factors.to(torch.float64).dense().float())
+
+
+def test_a_site_that_claims_to_hold_fewer_base_deltas_than_none_does_not_end_the_run(tiny_config):
+    """The server would count up from there."""
+
+    def lie(reply, partition: int):
+        if partition == 1 and round_of(reply) == 2:
+            reply.content = refusal(Refusal(Code.FOLDS_MISSING, folds_held=-(2**62)))
+        return reply
+
+    folder = simulate(tiny_config | STEPS | {"strategy.name": "fedex", "run.num-rounds": 3}, 3, tamper=lie)
+    assert [row["rejected"] for row in training_rows(folder / "metrics.jsonl")] == [0, 1, 0]

@@ -8,21 +8,24 @@ import pytest
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common import bytes_to_ndarray
-from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+from flwr.common import bytes_to_ndarray, ndarray_to_bytes
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from safetensors.torch import load_file
 
+from bora_fl.client.app import app
 from bora_fl.client.secure_aggregation import answer
 from bora_fl.config import ConfigError, PrivacySettings, Settings, StrategySettings, parse
 from bora_fl.report import training_rows
+from bora_fl.server.run import Server
 from bora_fl.simulations.engine import InProcessGrid, simulate
 from bora_fl.state import unflatten
 from bora_fl.strategies.aggregation import build
 from bora_fl.strategies.observer import RunFailedError
 from bora_fl.strategies.presets import PRESETS
-from bora_fl.strategies.secure_aggregation import quantization_bits, secure_mean
+from bora_fl.strategies.secure_aggregation import quantization_bits, secure_mean, threshold
 from bora_fl.wire.records import Instruction, to_arrays
-from bora_fl.wire.schema import INSTRUCTION, METRICS, STATE
+from bora_fl.wire.refusals import Code, Refusal
+from bora_fl.wire.schema import INSTRUCTION, METRICS, STATE, refusal
 
 LINEAR = sorted(name for name, row in PRESETS.items() if row.linear)
 MASKED = PrivacySettings(secure_aggregation=True)
@@ -86,7 +89,13 @@ def secure_means(
     asked = {STATE: zeros, INSTRUCTION: Instruction(1, "run", parts, parts, False).record()}
     messages = [Message(RecordDict(asked), dst_node_id=node, message_type="train") for node in grid.get_node_ids()]
     found = secure_mean(
-        grid, messages, settings.privacy, round=1, max_weight=settings.privacy.max_examples, timeout=60.0
+        grid,
+        messages,
+        settings.privacy,
+        [tuple(updates[0][name].shape) for name in sorted(updates[0])] + [(1,)],
+        round=1,
+        max_weight=settings.privacy.max_examples,
+        timeout=60.0,
     )
     assert found.mean is not None, found.failures
     share = np.array(weights) / sum(weights)
@@ -203,15 +212,148 @@ def test_a_client_that_vanishes_in_any_stage_is_left_out_or_counted_and_the_mean
     assert_close(trained(folder), trained(simulate(plain | chosen, 4, tamper=lose_plainly)))
 
 
+def _arrays(record, change) -> None:
+    arrays = [bytes_to_ndarray(b) for b in record[Key.MASKED_PARAMETERS]]
+    record[Key.MASKED_PARAMETERS] = [ndarray_to_bytes(array) for array in change(arrays)]
+
+
+LIES = {
+    "keys: none": ("keys", lambda r, _: r.clear()),
+    "keys: no keys": ("keys", lambda r, _: r.update({Key.PUBLIC_KEY_1: b"x"})),
+    "keys: no bytes": ("keys", lambda r, _: r.update({Key.PUBLIC_KEY_1: [1]})),
+    "keys: of another": ("keys", lambda r, seen: r.update(seen["keys"])),
+    "shares: too few": ("shares", lambda r, _: (r[Key.DESTINATION_LIST].pop(), r[Key.CIPHERTEXT_LIST].pop())),
+    "shares: for nobody": ("shares", lambda r, _: r.update({Key.DESTINATION_LIST: [1, 9, 77]})),
+    "masked: no arrays": ("masked", lambda r, _: r.update({Key.MASKED_PARAMETERS: [b"x"]})),
+    "masked: fewer": ("masked", lambda r, _: _arrays(r, lambda arrays: arrays[:-1])),
+    "masked: of one entry": ("masked", lambda r, _: _arrays(r, lambda arrays: [a.flat[:1] for a in arrays])),
+    "masked: not whole": ("masked", lambda r, _: _arrays(r, lambda arrays: [a + 0.5 for a in arrays])),
+    "masked: too large": ("masked", lambda r, _: _arrays(r, lambda arrays: [a + 2**40 for a in arrays])),
+    "unmask: about nobody": ("unmask", lambda r, _: r.update({Key.NODE_ID_LIST: [1, 2, 3, 77]})),
+    "unmask: too few": ("unmask", lambda r, _: r[Key.SHARE_LIST].pop()),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_reply_that_is_none_costs_its_client_the_round_and_nobody_else(lie: str, plain, secure):
+    chosen = {"run.num-rounds": 1, "strategy.weighting": "uniform", "data.partition": "iid"}
+    at, spoil = LIES[lie]
+    seen: dict[str, dict] = {}
+
+    def garble(reply, partition: int):
+        if partition == 0 and stage_of(reply) == "keys":
+            seen["keys"] = dict(reply.content.config_records[RECORD_KEY_CONFIGS])
+        if partition == 1 and stage_of(reply) == at:
+            spoil(reply.content.config_records[RECORD_KEY_CONFIGS], seen)
+        return reply
+
+    folder = simulate(secure | chosen, 4, tamper=garble)
+    row = training_rows(folder / "metrics.jsonl")[0]
+    assert row["clients"] == (4 if at == "unmask" else 3)
+    assert row["reasons"] == ({} if at == "unmask" else {"3": row["reasons"]["3"]})
+    plainly = simulate(plain | chosen, 4, tamper=lambda reply, k: None if k == 1 and at != "unmask" else reply)
+    assert_close(trained(folder), trained(plainly))
+
+
+def test_a_refusal_in_the_place_of_keys_is_said_and_the_others_go_on(secure):
+    """As of a site of another version, which cannot read the run config, and so not know that replies are masked."""
+
+    def refuses(reply, partition: int):
+        if partition == 1:
+            reply.content = refusal(Refusal(Code.RUN_CONFIG_INVALID))
+        return reply
+
+    row = training_rows(simulate(secure | {"data.partition": "iid"}, 4, tamper=refuses) / "metrics.jsonl")[0]
+    assert row["clients"] == 3
+    assert "run-config-invalid" in row["reasons"]["3"]
+
+
+@pytest.mark.parametrize("stage", ["masked", "unmask"])
+def test_a_sum_that_cannot_be_unmasked_changes_nothing_and_the_run_goes_on(stage: str, secure, tmp_path):
+    """Masks, or shares of them, of the right form and of other bits: no check of one reply can tell."""
+    met = Counter()
+
+    def lie(reply, partition: int):
+        if partition == 1 and stage_of(reply) == stage:
+            met[stage] += 1
+            record = reply.content.config_records[RECORD_KEY_CONFIGS]
+            if met[stage] == 2 and stage == "masked":
+                draw = np.random.default_rng(0)
+                _arrays(record, lambda arrays: [draw.integers(0, 2**32, a.shape) for a in arrays])
+            elif met[stage] == 2:
+                record[Key.SHARE_LIST] = [bytes(reversed(share)) for share in record[Key.SHARE_LIST]]
+        return reply
+
+    chosen = {"run.num-rounds": 3, "data.partition": "iid", "run.keep-checkpoints": 3}
+    folder = simulate(secure | chosen, 4, tamper=lie)
+    rows = training_rows(folder / "metrics.jsonl")
+    assert [row["clients"] for row in rows] == [4, 0, 4]
+    assert "no mean of updates" in rows[1]["reasons"]["sum"]
+    states = [load_file(folder / "checkpoints" / f"round-{n:05d}" / "state.safetensors") for n in (1, 2)]
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+def asking(change, **config):
+    """A federation whose server asks for something else than the protocol does."""
+    settings = parse(config)
+
+    class Lying(InProcessGrid):
+        def _handle(self, message):
+            record = message.content.config_records.get(RECORD_KEY_CONFIGS)
+            if record is not None:
+                change(record, message.metadata.dst_node_id)
+            return super()._handle(message)
+
+    return Server(settings).run(Lying(app, 4, settings.flat()))
+
+
+def both_secrets(record, node: int) -> None:
+    """Say of each client that it is there, and that it is not."""
+    if record[Key.STAGE] == Stage.UNMASK:
+        record[Key.DEAD_NODE_ID_LIST] = list(record[Key.ACTIVE_NODE_ID_LIST])
+
+
+def split(record, node: int) -> None:
+    """Tell two clients that the others are there, and the others that they are not."""
+    if record[Key.STAGE] == Stage.UNMASK:
+        record[Key.DEAD_NODE_ID_LIST] = [node]
+        record[Key.ACTIVE_NODE_ID_LIST] = [n for n in record[Key.ACTIVE_NODE_ID_LIST] if n != node]
+
+
+def few(record, node: int) -> None:
+    """Let the shares of two of four be enough."""
+    if record[Key.STAGE] == Stage.SETUP:
+        record[Key.THRESHOLD] = 2
+
+
+def twice(record, node: int) -> None:
+    """Send a client the shares of another twice."""
+    if record[Key.STAGE] == Stage.COLLECT_MASKED_VECTORS:
+        for key in (Key.SOURCE_LIST, Key.CIPHERTEXT_LIST):
+            record[key] = [*record[key], record[key][0]]
+
+
+@pytest.mark.parametrize("change", [both_secrets, split, few, twice])
+def test_a_server_that_asks_for_both_secrets_of_a_client_is_refused(change, secure):
+    with pytest.raises(RunFailedError, match="protocol-mismatch"):
+        asking(change, **secure | {"data.partition": "iid"})
+
+
+@pytest.mark.parametrize("clients", range(2, 12))
+def test_the_threshold_is_above_one_half(clients: int):
+    for share in (0.51, 0.67, 1.0):
+        assert clients / 2 < threshold(clients, PrivacySettings(secure_threshold=share)) <= clients
+
+
 def test_clients_lost_in_different_stages_do_not_spoil_the_sum(plain, secure):
     chosen = {"run.num-rounds": 1, "strategy.weighting": "uniform", "data.partition": "iid"}
-    lost = {0: "keys", 2: "shares", 3: "masked", 5: "masked"}
+    lost = {0: "keys", 2: "shares", 3: "masked"}
     folder = simulate(
         secure | chosen | {"privacy.secure-threshold": 0.51},
         8,
         tamper=lambda reply, partition: None if lost.get(partition) == stage_of(reply) else reply,
     )
-    assert training_rows(folder / "metrics.jsonl")[0]["clients"] == 4
+    assert training_rows(folder / "metrics.jsonl")[0]["clients"] == 5
     plainly = simulate(plain | chosen, 8, tamper=lambda reply, partition: None if partition in lost else reply)
     assert_close(trained(folder), trained(plainly))
 
