@@ -44,7 +44,13 @@ def folder(tiny_model: Path, tiny_causal: Path, tmp_path_factory: pytest.TempPat
     messages = [{"role": "user", "content": "was it"}, {"role": "assistant", "content": "a good film"}]
     pair = {"prompt": "was it", "chosen": "very very very very good", "rejected": "very very very very bad"}
     turns = {"chosen": messages, "rejected": [*messages[:1], {"role": "assistant", "content": "a bad film"}]}
-    for name, row in (("messages", {"messages": messages}), ("pairs", pair), ("turns", turns)):
+    picture = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, messages[1] | {"content": ["good"]}]
+    spoiled = {
+        "numbers": {"prompt": "was it", "completion": 1},
+        "quoted": {"messages": str(messages)},
+        "pictures": {"messages": json.dumps(picture)},
+    }
+    for name, row in {"messages": {"messages": messages}, "pairs": pair, "turns": turns, **spoiled}.items():
         (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
     texts = [{"text": "a good film", "split": split} for split in ("train", "held")]
     (folder / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts * 40))

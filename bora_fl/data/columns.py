@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data import messages
 
 TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment", "question", "title")
 PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
@@ -17,8 +18,52 @@ IDS = (
     *("task", "task_name", "task_type", "category", "topic", "subset", "language"),
 )
 TOOLS = "tools"
-_MESSAGE_FIELDS = ({"role", "content"}, {"role"}, {"from", "value"})
+_ASKED = PROMPTS[:4]
+_DIALOG = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _DEFAULT = DataSettings()
+
+
+def text_names(settings: DataSettings) -> frozenset[str]:
+    """Columns that hold text, by their usual names and by the settings, whatever their values look like."""
+    usual_names = {*PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *DIALOGS}
+    spelt = {way for name in usual_names for way in (name, name.capitalize(), name.upper())}
+    named = {settings.text_column, settings.response_column, settings.rejected_column}
+    return frozenset((spelt | named) - {"", settings.label_column})
+
+
+def kinds(table: pa.Table, settings: DataSettings) -> dict[str, pa.DataType]:
+    """What columns hold; messages where a text is JSON of them and the settings do not make it a text.
+
+    Args:
+        table: The data, or its first rows.
+        settings: The group ``data``.
+
+    Raises:
+        ConfigError: If a column named after messages holds JSON, or Python, that is none.
+    """
+    found = {field.name: field.type for field in table.schema}
+    if settings.format in ("text", "prompt") or (settings.format == "auto" and settings.label_column in found):
+        return found
+    return {
+        name: _DIALOG if is_text(kind) and _is_json(name, table[name], settings.name) else kind
+        for name, kind in found.items()
+    }
+
+
+def _is_json(name: str, values: pa.ChunkedArray, data: str) -> bool:
+    """Whether the first text of a column is JSON of messages."""
+    texts = (str(value) for value in values if value.is_valid)
+    first = next((text for text in texts if text.strip()), "")
+    if first.lstrip()[:1] not in ("[", "{"):
+        return False
+    if messages.from_json(first):
+        return True
+    if name.lower() in DIALOGS:
+        raise ConfigError(
+            f"data.name = {data!r}: column {name!r} has {first[:40]!r}, which is no JSON list of messages with role "
+            "and content; write such lists, or set data.format to text or prompt if it is none"
+        )
+    return False
 
 
 def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> DataSettings:
@@ -34,6 +79,8 @@ def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> Data
     for kind in _candidates(settings, columns) if settings.format == "auto" else (settings.format,):
         if found := _find(kind, settings, columns):
             _require_whole_dialogs(found, columns)
+            if settings.format == "auto" and kind == "text":
+                _require_whole_rows(found, columns)
             return found
     if settings.format in ("auto", "text"):
         return _of(settings, "text", settings.text_column)  # whoever reads the column says that it is missing
@@ -52,6 +99,19 @@ def _require_whole_dialogs(found: DataSettings, columns: Mapping[str, pa.DataTyp
         raise ConfigError(
             f"data.text-column = {found.text_column!r} with data.format = 'messages': {response!r} holds the messages "
             "that answer; join both in one column, such as messages"
+        )
+
+
+def _require_whole_rows(found: DataSettings, columns: Mapping[str, pa.DataType]) -> None:
+    """Refuse to take a prompt, or a response, for the whole text because the other one is no text."""
+    if found.text_column.lower() not in (*_ASKED, *RESPONSES) or found.label_column in columns:
+        return
+    others = [name for name, type_ in columns.items() if not is_text(type_) and not is_dialog(type_)]
+    if other := usual((*RESPONSES, *CHOSEN, *REJECTED, *_ASKED), others):
+        alone = found.text_column
+        raise ConfigError(
+            f"data.name = {found.name!r}: column {other!r} holds {columns[other]}, not text, and {alone!r} would be "
+            f"trained without it; write {other!r} as text, or set data.format to text for {alone!r} alone"
         )
 
 
@@ -75,8 +135,7 @@ def is_dialog(kind: pa.DataType) -> bool:
     """Whether a column holds messages: lists of ``role, content``, or of ``from, value``."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
         return False
-    fields = {kind.value_type.field(index).name for index in range(kind.value_type.num_fields)}
-    return any(wanted <= fields for wanted in _MESSAGE_FIELDS)
+    return messages.is_message([kind.value_type.field(index).name for index in range(kind.value_type.num_fields)])
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,12 @@ def data_files(path: Path) -> list[Path]:
 
 
 def read_local(
-    name: str, train_split: str, test_split: str, *, may_lack_splits: bool = False
+    name: str,
+    train_split: str,
+    test_split: str,
+    *,
+    may_lack_splits: bool = False,
+    texts: Collection[str] = (),
 ) -> "tuple[Dataset, Dataset | None]":
     """Read the training split and the test split (if it has a name) of a local file or folder.
 
@@ -49,6 +54,7 @@ def read_local(
         train_split: Name of the training split.
         test_split: Name of the test split; empty for none.
         may_lack_splits: Return data without any splits as the training split alone, whatever `test_split` is.
+        texts: Columns of CSV and TSV files that are text, whatever their values look like.
 
     Raises:
         ConfigError: If there is no such path, file type or split, or a file cannot be read.
@@ -68,9 +74,9 @@ def read_local(
         test_files = [p for p in files if test_split and _belongs(p.relative_to(path), test_split)]
         if test_split and not test_files:
             raise _no_split("test", test_split, f"the folder holds {', '.join(p.name for p in files[:8])}")
-        test = _dataset(read_tables(test_files), f"{path}:{test_split}") if test_files else None
-        return _dataset(read_tables(train_files), f"{path}:{train_split}"), test
-    whole = _dataset(read_tables(files), str(path))
+        test = _dataset(read_tables(test_files, texts), f"{path}:{test_split}") if test_files else None
+        return _dataset(read_tables(train_files, texts), f"{path}:{train_split}"), test
+    whole = _dataset(read_tables(files, texts), str(path))
     if "split" not in whole.column_names:
         if test_split and not may_lack_splits:
             raise _no_split("test", test_split, f"{path.name} has no column named split")
@@ -121,35 +127,35 @@ def _read_saved(
     return saved[train_split], saved[test_split] if test_split else None
 
 
-def read_table(path: Path) -> pa.Table:
-    """The rows of one file, by its suffix.
+def read_table(path: Path, texts: Collection[str] = ()) -> pa.Table:
+    """The rows of one file, by its suffix; `texts` as in `read_local`.
 
     Raises:
         ConfigError: If it cannot be read.
     """
     try:
-        return simple(_read_one(path))
+        return simple(_read_one(path, texts))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"data.name: {path} cannot be read as {path.suffix[1:]} ({error}); check the file") from error
 
 
-def read_tables(files: Sequence[Path]) -> pa.Table:
-    """The rows of several files; on the disk, as `mapped` has them, if they are large.
+def read_tables(files: Sequence[Path], texts: Collection[str] = ()) -> pa.Table:
+    """The rows of several files; on the disk, as `mapped` has them, if they are large. `texts` as in `read_local`.
 
     Raises:
         ConfigError: If one cannot be read, or they do not have the same columns.
     """
     try:
         if sum(file.stat().st_size for file in files) > LARGE and not any(map(_is_array, files)):
-            return mapped(files)
-        return pa.concat_tables([read_table(file) for file in files], promote_options="permissive")
+            return mapped(files, texts)
+        return pa.concat_tables([read_table(file, texts) for file in files], promote_options="permissive")
     except pa.ArrowException as error:
         raise ConfigError(
             f"data.name: the files of {files[0].parent} cannot be read, or do not have the same columns ({error})"
         ) from error
 
 
-def _read_one(path: Path) -> pa.Table:
+def _read_one(path: Path, texts: Collection[str]) -> pa.Table:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -158,7 +164,7 @@ def _read_one(path: Path) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         from pyarrow import csv
 
-        return in_utf8(csv.read_csv(path, **csv_options(suffix)))
+        return in_utf8(csv.read_csv(path, **csv_options(suffix, dict.fromkeys(texts, pa.string()))))
     if _is_array(path):
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         if odd := [row for row in rows if not isinstance(row, dict)]:

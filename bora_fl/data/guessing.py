@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, Scalar
-from bora_fl.data.columns import IDS, TEXTS, is_text, num_missing, resolved, usual
+from bora_fl.data.columns import IDS, TEXTS, is_text, kinds, num_missing, resolved, text_names, usual
 from bora_fl.data.embedded import PREFIX
 from bora_fl.data.files import data_files, is_saved, looks_local, read_tables
 
@@ -31,8 +31,9 @@ def guess_task(name: str) -> str:
     found = _look(name) if looks_local(name) else None
     if found is None:
         return "classification"
-    columns = {field.name: field.type for field in found.table.schema}
-    kind = resolved(DataSettings(name=name, label_column=""), columns).format
+    settings = DataSettings(name=name, label_column="")
+    columns = kinds(found.table, settings)
+    kind = resolved(settings, columns).format
     labelled = usual(LABELS[:3], list(columns))
     return (
         "causal-lm" if kind in ("messages", "preference") or (kind == "prompt" and not labelled) else "classification"
@@ -70,8 +71,8 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     table = rows.table
     if causal:
         named = {key.replace("-", "_"): _named(table, key, value) for key, value in given.items()}
-        columns = {field.name: field.type for field in table.schema}
-        kind = resolved(DataSettings(name=name, label_column="", **named), columns)
+        settings = DataSettings(name=name, label_column="", **named)
+        kind = resolved(settings, kinds(table, settings))
         if kind.format != "preference" or kind.text_column:
             _named(table, "text-column", kind.text_column)
         found |= {"data.format": kind.format, "data.text-column": kind.text_column}
@@ -142,7 +143,7 @@ def _look(name: str) -> _Rows | None:
     if not files:
         return None
     first = next((file for file in files if splits.train_split in file.stem), files[0])
-    table = read_tables([first])
+    table = read_tables([first], text_names(splits))
     whole = len(files) == 1 or splits.train_split not in first.stem
     if "split" in table.column_names:
         has_test = splits.test_split in pc.unique(table["split"].cast(pa.string())).to_pylist()

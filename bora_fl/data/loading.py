@@ -157,7 +157,7 @@ def quiet() -> Iterator[None]:
 def _load(settings: DataSettings) -> RawData:
     with quiet():
         train, test = _read(settings)
-        settings = columns.resolved(settings, {f.name: f.type for f in train.features.arrow_schema})
+        settings = columns.resolved(settings, _kinds(train, settings))
         splits = {settings.train_split: train} | ({} if test is None else {settings.test_split: test})
         splits, names = _encode_labels(splits, settings)
         checked = {name: _drop_incomplete(data, name, settings, names is not None) for name, data in splits.items()}
@@ -165,6 +165,10 @@ def _load(settings: DataSettings) -> RawData:
         if test is not None:
             test = _subsample(checked[settings.test_split], settings.max_test_examples)
     return RawData(train, test, names, settings)
+
+
+def _kinds(data: "Dataset", settings: DataSettings) -> dict[str, pa.DataType]:
+    return columns.kinds(data.select(range(min(len(data), _ROWS))).with_format("arrow")[:], settings)
 
 
 def _read(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
@@ -175,7 +179,13 @@ def _read(settings: DataSettings) -> "tuple[Dataset, Dataset | None]":
     if not files.looks_local(settings.name):
         return _read_hub(settings)
     lenient = _may_hold_out(settings)
-    whole, test = files.read_local(settings.name, settings.train_split, settings.test_split, may_lack_splits=lenient)
+    whole, test = files.read_local(
+        settings.name,
+        settings.train_split,
+        settings.test_split,
+        may_lack_splits=lenient,
+        texts=columns.text_names(settings),
+    )
     if test is not None or not lenient or len(whole) < 2:
         return whole, test
     order = np.random.default_rng(derive(0, "test split")).permutation(len(whole))
@@ -305,10 +315,11 @@ def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.Chunke
 def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labelled: bool) -> "Dataset":
     named = {"text": settings.text_column, "response": settings.response_column, "rejected": settings.rejected_column}
     named = {key: name for key, name in named.items() if name or (key == "text" and settings.format != "preference")}
+    kinds = _kinds(data, settings)
     for key, name in named.items():
-        if name not in data.column_names:
+        if name not in kinds:
             raise _missing(f"{key}-column", name, data)
-        found = data.features.arrow_schema.field(name).type
+        found = kinds[name]
         fits = columns.is_dialog(found) if settings.format == "messages" else columns.is_text(found)
         if not fits and not (settings.format == "preference" and columns.is_dialog(found)):
             wanted = "lists of role and content" if settings.format == "messages" else "text"
@@ -345,7 +356,10 @@ def _complete(data: "Dataset", settings: DataSettings) -> NDArray[np.bool_]:
         return [all(text and text.strip() for text in row) for row in zip(*found.values(), strict=True)]
 
     found = (check(part.with_format("arrow")[:].to_pydict()) for part in parts(data))
-    return np.array([kept for part in found for kept in part], dtype=bool)
+    try:
+        return np.array([kept for part in found for kept in part], dtype=bool)
+    except ConfigError as error:  # of `messages.clean`
+        raise ConfigError(f"data.name = {settings.name!r}: {error}") from None
 
 
 def _subsample(data: "Dataset", most: int) -> "Dataset":

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ log = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20  # of a file in memory at a time; a JSON line or CSV cell may be this long
 _ROWS = 2048  # of a parquet file in memory at a time
+_ODD_COLUMN = re.compile(r"CSV column #(\d+).* conversion error")
+_WIDER = {pa.null(): pa.int64(), pa.int64(): pa.float64()}
 
 
-def mapped(paths: Sequence[Path]) -> pa.Table:
+def mapped(paths: Sequence[Path], texts: Collection[str] = ()) -> pa.Table:
     """The rows of data files as one table whose columns lie on the disk.
 
     The Arrow files are in the cache folder, readable by their owner alone, and as large as the data without
     compression. They are made again when a file changes.
+
+    Args:
+        paths: The files.
+        texts: Columns of CSV and TSV files that are text, whatever their values look like.
 
     Raises:
         pa.ArrowException: If a file cannot be read.
@@ -30,7 +37,7 @@ def mapped(paths: Sequence[Path]) -> pa.Table:
     """
     known = hashlib.sha256("\n".join(str(path.absolute()) for path in paths).encode()).hexdigest()[:16]
     stats = [path.stat() for path in paths]
-    state = hashlib.sha256(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode()).hexdigest()[:16]
+    state = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in stats] + sorted(texts)).encode()).hexdigest()[:16]
     folder = cache_folder() / "tables" / f"{known}-{state}"
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,7 +48,7 @@ def mapped(paths: Sequence[Path]) -> pa.Table:
                 log.info("converting %s for reading from the disk (once)", ", ".join(path.name for path in paths[:8]))
                 with atomically(folder) as part:
                     part.mkdir(mode=0o700)
-                    for number, table in enumerate(piece for path in paths for piece in _pieces(path)):
+                    for number, table in enumerate(piece for path in paths for piece in _pieces(path, texts)):
                         target = str(part / f"{number:08}.arrow")
                         with pa.OSFile(target, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
                             writer.write_table(table, max_chunksize=_ROWS)
@@ -56,7 +63,7 @@ def mapped(paths: Sequence[Path]) -> pa.Table:
     )
 
 
-def _pieces(path: Path) -> Iterator[pa.Table]:
+def _pieces(path: Path, texts: Collection[str]) -> Iterator[pa.Table]:
     """A file's rows, few at a time."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -65,10 +72,7 @@ def _pieces(path: Path) -> Iterator[pa.Table]:
         with pq.ParquetFile(path) as file:
             yield from (simple(pa.Table.from_batches([batch])) for batch in file.iter_batches(_ROWS))
     elif suffix in (".csv", ".tsv"):
-        from pyarrow import csv
-
-        with csv.open_csv(path, **csv_options(suffix)) as reader:
-            yield from (simple(in_utf8(pa.Table.from_batches([batch]))) for batch in reader)
+        yield from _csv_pieces(path, _csv_types(path, texts))
     else:
         with path.open("rb") as file:
             while lines := file.read(PIECE_BYTES):
@@ -77,34 +81,85 @@ def _pieces(path: Path) -> Iterator[pa.Table]:
                     yield simple(read_json(pa.BufferReader(lines), len(lines)))
 
 
+def _csv_pieces(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.Table]:
+    from pyarrow import csv
+
+    with csv.open_csv(path, **csv_options(path.suffix.lower(), types)) as reader:
+        yield from (simple(in_utf8(pa.Table.from_batches([batch]))) for batch in reader)
+
+
+def _csv_types(path: Path, texts: Collection[str]) -> dict[str, pa.DataType]:
+    """The types of columns whose first piece looks like another type than the whole file has.
+
+    pyarrow takes the types from the first piece; a column that does not go on like that is read again as the next type
+    that it would have taken.
+    """
+    types: dict[str, pa.DataType] = dict.fromkeys(texts, pa.string())
+    while True:
+        schema = None
+        try:
+            for piece in _csv_pieces(path, types):
+                schema = piece.schema
+            return types
+        except pa.ArrowInvalid as error:
+            odd = _ODD_COLUMN.search(str(error))
+            if schema is None or odd is None or schema.types[int(odd[1])] == pa.string():
+                raise
+            column = schema.field(int(odd[1]))
+            types[column.name] = _WIDER.get(column.type, pa.string())
+
+
 def read_json(source: "Path | pa.BufferReader", size: int = 0) -> pa.Table:
     """JSON objects, one after the other; none may be longer than `size` bytes, `PIECE_BYTES` by default."""
     from pyarrow import json
 
-    return in_utf8(json.read_json(source, read_options=json.ReadOptions(block_size=size or PIECE_BYTES)))
+    options = json.ReadOptions(block_size=size or PIECE_BYTES)
+    table = json.read_json(source, read_options=options)
+    texts = pa.schema([field.with_type(_as_written(field.type)) for field in table.schema])
+    if texts != table.schema:  # what looks like a date is text in JSON, and is kept as it is written
+        if isinstance(source, pa.BufferReader):
+            source.seek(0)
+        parse = json.ParseOptions(explicit_schema=texts)
+        table = json.read_json(source, read_options=options, parse_options=parse)
+    return in_utf8(table)
+
+
+def _as_written(kind: pa.DataType) -> pa.DataType:
+    """A type in which dates are strings."""
+    if pa.types.is_struct(kind):
+        return pa.struct([part.with_type(_as_written(part.type)) for part in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_written(kind.value_type)))
+    return pa.string() if pa.types.is_temporal(kind) else kind
 
 
 def in_utf8(table: pa.Table) -> pa.Table:
     """The table of a text file.
 
     Raises:
-        pa.ArrowException: If the file has another encoding, of which pyarrow makes columns of bytes, or text as it is.
+        pa.ArrowException: If the file has another encoding.
     """
-    for field in table.schema:
-        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+    for name in table.column_names:
+        try:
+            table[name].validate(full=True)
+        except pa.ArrowInvalid as error:
             raise pa.ArrowInvalid(
-                f"column {field.name} is not UTF-8; convert the file, as with iconv -f latin1 -t utf8"
-            )
-    table.validate(full=True)
+                f"column {name} is not UTF-8; convert the file, as with iconv -f latin1 -t utf8"
+            ) from error
     return table
 
 
-def csv_options(suffix: str) -> dict[str, Any]:
-    """How a CSV or TSV file is read."""
+def csv_options(suffix: str, types: Mapping[str, pa.DataType]) -> dict[str, Any]:
+    """How a CSV or TSV file is read, its columns in the types that are known."""
     from pyarrow import csv
 
     parse = csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
-    return {"read_options": csv.ReadOptions(block_size=PIECE_BYTES), "parse_options": parse}
+    convert = csv.ConvertOptions(column_types=dict(types), check_utf8=False)  # `in_utf8` names the column
+    return {
+        "read_options": csv.ReadOptions(block_size=PIECE_BYTES),
+        "parse_options": parse,
+        "convert_options": convert,
+    }
 
 
 def simple(table: pa.Table) -> pa.Table:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from bora_fl.config import ConfigError
@@ -12,11 +12,50 @@ _MARK = "\ue000turn\ue000"  # of Unicode's private use area: in nobody's text
 _SHARE_GPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "function_call": "assistant"}
 
 
-def clean(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Messages with ``role`` and ``content``, without the empty fields that a table gives to rows that lack them."""
+_FIELDS = ({"role"}, {"from", "value"})
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def is_message(fields: Collection[str]) -> bool:
+    """Whether an object with such fields is a message: ``role, content``, or ``from, value``."""
+    return any(wanted <= set(fields) for wanted in _FIELDS)
+
+
+def from_json(text: str) -> list[dict[str, Any]] | None:
+    """Messages that are written as a JSON list of them; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()  # half a character, which no tokenizer takes
+    except (ValueError, RecursionError):
+        return None
+    return found if all(isinstance(part, dict) and is_message(part) for part in found) else None
+
+
+def clean(messages: str | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Messages with ``role`` and ``content``, without the empty fields that a table gives to rows that lack them.
+
+    Args:
+        messages: A list of them, or its JSON text. A content of several parts is the text of all of them.
+
+    Raises:
+        ConfigError: If a text is no such list, or a part of a content is no text.
+    """
+    if isinstance(messages, str):
+        given = from_json(messages) if messages.strip() else []
+        if given is None:
+            raise ConfigError(
+                f"messages {messages[:40]!r}: no JSON list of messages with role and content; mend the row, or set "
+                "data.format to text to train on texts as they are"
+            )
+        messages = given
     found = []
     for message in messages or ():
         kept = _without_nulls(message)
+        if isinstance(kept.get("content"), list):
+            kept["content"] = "".join(map(_text_of, kept["content"]))
         if "role" not in kept and "from" in kept:
             who = str(kept.pop("from"))
             kept = {"role": _SHARE_GPT.get(who, who), "content": kept.pop("value", ""), **kept}
@@ -26,8 +65,26 @@ def clean(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
 
 def answers(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there is an assistant's turn to learn, and every message has a role."""
-    learned = any(m.get("role") == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages)
+    learned = any(m.get("role") == "assistant" and (_says(m) or m.get("tool_calls")) for m in messages)
     return learned and all("role" in m for m in messages)
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(content.strip() if isinstance(content, str) else content)
+
+
+def _text_of(part: Any) -> str:
+    """A part of a content that is a list of them."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ConfigError(
+            f"messages: a content holds a part of type {kind!r}; models are trained on texts alone here: leave such "
+            "rows out, or write their content as text"
+        )
+    return str(part["text"])
 
 
 def read_tools(value: Any) -> list[Any] | None:

@@ -6,7 +6,7 @@ Prompt and responses are texts or messages. Where there is no prompt, it is what
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bora_fl.data.messages import answers, clean, shared_length
+from bora_fl.data.messages import answers, clean, from_json, shared_length
 
 Words = str | list[dict[str, Any]]
 
@@ -37,10 +37,11 @@ def read_pair(prompt: Any, chosen: Any, rejected: Any) -> Pair:
     """A row's pair.
 
     Args:
-        prompt: A text, messages, or None where the responses begin with it.
+        prompt: A text, messages, or None where the responses begin with it. JSON text of messages is messages.
         chosen: A text or messages.
         rejected: Likewise; messages if `chosen` is.
     """
+    prompt, chosen, rejected = map(_opened, (prompt, chosen, rejected))
     if isinstance(chosen, str) or isinstance(rejected, str) or chosen is None or rejected is None:
         chosen, rejected = (str(part or "") for part in (chosen, rejected))
         if isinstance(prompt, list | tuple):
@@ -90,6 +91,10 @@ def written(tokenizer: Any, pair: Pair, tools: list[Any] | None) -> tuple[str, s
     ]
     same = min(shared_length(head, whole) for whole in wholes)
     return head[:same], wholes[0][same:], wholes[1][same:]
+
+
+def _opened(words: Any) -> Any:
+    return (from_json(words) or words) if isinstance(words, str) else words
 
 
 def _answer(text: str) -> list[dict[str, Any]]:

@@ -49,3 +49,24 @@ def test_a_format_without_columns_is_refused() -> None:
         resolved(DataSettings(format="messages"), {"text": TEXT})
     with pytest.raises(ConfigError, match=r"data.format = 'prompt'.*data.response-column"):
         resolved(DataSettings(format="prompt"), {"text": TEXT})
+
+
+@pytest.mark.parametrize(
+    ("columns", "odd", "alone"),
+    [
+        ({"prompt": TEXT, "completion": pa.int64()}, "completion", "prompt"),
+        ({"Question": TEXT, "Answer": pa.bool_(), "id": TEXT}, "Answer", "Question"),
+        ({"prompt": pa.int64(), "completion": TEXT}, "prompt", "completion"),
+        ({"prompt": TEXT, "completion": pa.null()}, "completion", "prompt"),
+        ({"prompt": TEXT, "chosen": pa.float64(), "rejected": pa.float64()}, "chosen", "prompt"),
+    ],
+)
+def test_a_prompt_is_not_trained_alone_because_its_response_is_no_text(
+    columns: dict[str, Any], odd: str, alone: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"column '{odd}' holds .*, not text, and '{alone}' would be trained without"
+    ):
+        resolved(DataSettings(), columns)
+    labelled = DataSettings(label_column=odd, text_column=alone)
+    assert resolved(labelled, columns).format == "text"

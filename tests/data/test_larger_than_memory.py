@@ -106,6 +106,20 @@ def test_tokens_on_the_disk_are_the_same(chat: Any, tmp_path: Path, monkeypatch:
     assert client.train.batch(np.arange(4))["input_ids"].shape[0] == 4
 
 
+@pytest.mark.parametrize("late", ["word", "7", "1.5", "2024-01-01"])
+@pytest.mark.parametrize("early", ["", "3", "2.5", "true"])
+def test_a_cell_of_another_kind_may_come_late(
+    early: str, late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,note\n" + f"the film,{early}\n" * 400 + f"the film,{late}\n" * 400)
+    settings = DataSettings(name=str(path), label_column="", test_split="")
+    whole = load_dataset(settings).train["note"][:]
+    monkeypatch.setattr("bora_fl.data.files.LARGE", 0)
+    monkeypatch.setattr("bora_fl.data.loading._recent", None)
+    assert load_dataset(settings).train["note"][:] == whole
+
+
 def test_what_cannot_be_read_or_converted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bora_fl.data.files.LARGE", 0)
     path = tmp_path / "rows.jsonl"

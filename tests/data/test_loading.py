@@ -244,7 +244,11 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("d.csv", "text,label\ncaf\u00e9,x\ntea,y\n".encode("latin1"), "column text is not UTF-8; convert the file"),
-        ("d.jsonl", '{"text": "caf\u00e9", "label": "x"}\n'.encode("latin1"), "cannot be read as jsonl .*UTF8"),
+        (
+            "d.jsonl",
+            '{"text": "caf\u00e9", "label": "x"}\n'.encode("latin1"),
+            "column text is not UTF-8; convert the file",
+        ),
         ("d.json", '[{"text": "caf\u00e9", "label": "x"}]'.encode("latin1"), "cannot be read as json"),
         ("d.json", b"[1, 2]", "in the place of a row"),
     ],
@@ -257,7 +261,7 @@ def test_another_encoding_than_utf_8_is_named(
     if large:
         monkeypatch.setattr(files, "LARGE", 0)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=words if not large or name == "d.json" else "UTF-?8"):
+    with pytest.raises(ConfigError, match=words):
         load_dataset(DataSettings(name=str(tmp_path / name), test_split=""))
 
 
@@ -316,3 +320,20 @@ def test_a_split_without_labels_has_no_usable_row(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("text,label\na,\nb,\n")
     with pytest.raises(ConfigError, match="no row of split 'test'"):
         load_dataset(DataSettings(name=str(tmp_path)))
+
+
+def test_cells_and_strings_that_look_like_numbers_or_dates_are_text_as_they_are_written(tmp_path: Path) -> None:
+    answers = ["007", "1.50", "true", "2024-01-01", "12"]
+    for answer in answers:  # alone, so that it decides the column's type
+        (tmp_path / "pairs.csv").write_text("prompt,completion,class\n" + f"what,{answer},1\n" * 4)
+        found = load_dataset(DataSettings(name=str(tmp_path / "pairs.csv"), test_split="")).train
+        assert found["completion"][:] == [answer] * 4
+        assert found["class"][:] == [1] * 4
+        row = {"prompt": "what", "completion": answer, "turns": [{"when": answer}], "number": 1}
+        (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+        assert (
+            load_dataset(DataSettings(name=str(tmp_path / "pairs.jsonl"), test_split="")).train.to_list() == [row] * 4
+        )
+    (tmp_path / "pairs.csv").write_text("prompt,completion\n" + "what,0\nwhat,1\n" * 4)
+    labelled = DataSettings(name=str(tmp_path / "pairs.csv"), text_column="prompt", label_column="completion")
+    assert load_dataset(labelled).label_names == ["0", "1"]

@@ -153,3 +153,44 @@ def test_an_answer_in_a_column_of_its_own_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [DIALOG], "completion": [DIALOG[-1:]]}), tmp_path / "d.parquet")
     with pytest.raises(ConfigError, match=r"data.text-column = 'prompt' .*'completion' holds the messages that answer"):
         load_dataset(DataSettings(name=str(tmp_path / "d.parquet"), test_split="", label_column=""))
+
+
+def test_messages_as_json_text_are_the_messages(words: Any, tmp_path: Path) -> None:
+    chat = written(words, CHAT)
+    wanted = labels(rows(tmp_path, [DIALOG] * 4), chat, 32)
+    text = json.dumps(DIALOG)
+    assert labels(rows(tmp_path, [text, None, " ", text, text, text]), chat, 32) == wanted
+    shared = json.dumps([{"from": "human", "value": "sun"}, {"from": "gpt", "value": "moon"}])
+    (tmp_path / "shared.csv").write_text("conversations\n" + ('"' + shared.replace('"', '""') + '"\n') * 4)
+    found = labels(DataSettings(name=str(tmp_path / "shared.csv"), test_split=""), chat, 32)
+    assert found == [("<user> sun <end> <assistant> moon <end>", "moon <end>")] * 4
+
+
+@pytest.mark.parametrize(
+    "text", [str(DIALOG), json.dumps({"messages": DIALOG}), '[{"role": "user", "content": "a \\ud800"}]', "[1]", "[{"]
+)
+def test_a_text_in_the_place_of_messages_that_is_no_json_of_them_is_named(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"column 'messages' has .* no JSON list of messages with role and content"):
+        load_dataset(rows(tmp_path, [text] * 4))
+    with pytest.raises(ConfigError, match=r"messages .*: no JSON list of messages with role and content; mend the row"):
+        load_dataset(rows(tmp_path, [json.dumps(DIALOG), text]))
+
+
+def test_a_content_of_text_parts_is_their_text(words: Any, tmp_path: Path) -> None:
+    chat = written(words, CHAT)
+    parts = [
+        {
+            **message,
+            "content": [{"type": "text", "text": part} for part in (message["content"][:3], message["content"][3:])],
+        }
+        for message in DIALOG
+    ]
+    assert labels(rows(tmp_path, [parts] * 4), chat, 32) == labels(rows(tmp_path, [DIALOG] * 4), chat, 32)
+    parts[1]["content"].append({"type": "image", "image": "sun.png"})
+    with pytest.raises(ConfigError, match="a content holds a part of type 'image'; models are trained on texts alone"):
+        load_dataset(rows(tmp_path, [parts] * 4))
+
+
+def test_an_answer_of_blanks_is_none(tmp_path: Path) -> None:
+    blank = [DIALOG[1], {"role": "assistant", "content": " \n"}]
+    assert len(load_dataset(rows(tmp_path, [DIALOG, blank, DIALOG])).train) == 2
