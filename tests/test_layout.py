@@ -36,6 +36,7 @@ FLOWER = {
     "bora_fl/client/bridge.py",
     "bora_fl/client/head.py",
     "bora_fl/client/leaving.py",
+    "bora_fl/client/lost.py",
     "bora_fl/client/moments.py",
     "bora_fl/client/processes.py",
     "bora_fl/client/job.py",

@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from bora_fl.client.identity import ClientIdentity
+from bora_fl.client.lost import keep_lost, recall_lost
 from bora_fl.config import Settings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
@@ -15,7 +16,7 @@ from bora_fl.wire.release import Release
 from bora_fl.wire.sparsity import keep_components, sparsify
 from bora_fl.wire.updates import Coding
 
-LOCAL, LOST = "local-factors", "codec-lost"
+LOCAL = "local-factors"
 
 
 def remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:
@@ -65,12 +66,10 @@ def _packing(settings: Settings, instruction: Instruction, who: ClientIdentity, 
     coding = Coding.of(settings)
 
     def pack(entries: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = memory.array_records.get(LOST)
-        lost = from_arrays(kept) if kept is not None and instruction.feedback else {}
+        lost = recall_lost(memory, sent, instruction)
         seed = derive(settings.run.seed, "codec", instruction.round, who.partition)
         packed, rest = coding.encode(entries, sent, lost, seed)
-        if instruction.feedback:
-            memory[LOST] = to_arrays(lost | rest)
+        keep_lost(memory, lost | rest, {**sent, **entries}, instruction)
         return packed
 
     return pack if coding.codec.stages else plain

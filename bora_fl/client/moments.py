@@ -16,12 +16,12 @@ import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
+from bora_fl.blocks.matching import ALIGNED
 from bora_fl.models import FederatedModel
 from bora_fl.state import AdapterState
 from bora_fl.wire.records import from_arrays, to_arrays
 
 MOMENTS = "optimizer-moments"
-_ALIGNED = 0.9
 _STEPS, _LEFT, _KINDS = "steps", "left/", ("exp_avg", "exp_avg_sq")
 
 
@@ -82,4 +82,4 @@ def _aligned(received: Tensor, left: Tensor | None) -> bool:
     if left is None or left.shape != received.shape:
         return False
     cosines = torch.nn.functional.cosine_similarity(received.double(), left.double(), dim=1)
-    return bool((cosines >= _ALIGNED).all())
+    return bool((cosines >= ALIGNED).all())

@@ -72,6 +72,7 @@ class Rounds:
         self._asked, self._ended = 0, False
         self._train_config, self._evaluate_config = ConfigRecord(), ConfigRecord()
         self._keeps_best = keeps_best(settings, self.aggregator.shares())
+        self._feedback = int(settings.wire.feedback and not self.aggregator.preset.no_server_optimizer)
         self._privacy = ClientPrivacy.build(settings, self.aggregator.linear)
 
     def summary(self) -> None:
@@ -165,6 +166,7 @@ class Rounds:
                 *(number - 1, excess, best.round),
             )
             merged, kept = Merged(self.state.back_to(best.adapter)), best.round
+            self._feedback = self._feedback and number + 1
         else:
             activity.tell("merge")
             merged = self.merge(number, intake, self._asked)
@@ -295,7 +297,7 @@ class Rounds:
             sparsity_by=self.aggregator.preset.sparse or "entries",
             gram=self.aggregator.gram if kind == "train" else "",
             keeps=self.aggregator.keeps(max(round, 1), secure=self.settings.privacy.secure_aggregation),
-            feedback=self.settings.wire.feedback and not self.aggregator.preset.no_server_optimizer,
+            feedback=self._feedback,
         )
         messages, flat = [], flatten(self.state.current)
         for node, records, base in self._downlink.parcels(nodes, flat, arrays, self.folds):
@@ -313,8 +315,7 @@ class Rounds:
 
     @property
     def _may_solve_again(self) -> bool:
-        shared = "tensors" in self.aggregator.shares()
-        return self.head is not None and self.settings.privacy.mode == "none" and shared
+        return self.head is not None and self.settings.privacy.mode == "none" and "tensors" in self.aggregator.shares()
 
     def solve_head(self, grid: Grid, server_round: int) -> Solved:
         """Solve the classification head from the clients' sums, if the settings and the model have one to solve."""

@@ -39,7 +39,8 @@ class Instruction:
         keeps: Parts of the state that the client keeps, since the next message may leave out what did not change.
         base: Digest of the entries that are not whole in this message, and are completed from what the client keeps;
             empty if all are whole.
-        feedback: Add what the codec lost of earlier updates; false where these were in other coordinates.
+        feedback: First round of which what the codec lost is added to later updates: one after the last that was taken
+            back. 0 where none is added, nor kept.
     """
 
     round: int
@@ -54,7 +55,7 @@ class Instruction:
     gram: Literal["", "blocks", "diagonal"] = ""
     keeps: frozenset[str] = frozenset()
     base: str = ""
-    feedback: bool = True
+    feedback: int = 1
 
     def record(self) -> ConfigRecord:
         """As a Flower record."""
@@ -105,7 +106,7 @@ class Instruction:
             gram=cast(Any, values["gram"]),
             keeps=frozenset(values["keeps"]),  # type: ignore[arg-type]
             base=str(values["base"]),
-            feedback=bool(values["feedback"]),
+            feedback=int(values["feedback"]),  # type: ignore[arg-type]
         )
 
 
