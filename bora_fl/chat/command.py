@@ -24,12 +24,13 @@ def chat(
     """Talk to the language model of a finished run.
 
     An empty line begins a new conversation, Ctrl-D ends. From a pipe, each line is answered by a line of JSON text.
+    What no longer fits into the model's context is forgotten, the oldest question and its answer first.
     """
     import json
 
     from bora_fl.config import ConfigError
     from bora_fl.data.prompts import conversation_ids, prompt_ids
-    from bora_fl.models.generating import complete
+    from bora_fl.models.generating import complete, context_length
     from bora_fl.predicting.opening import open_run, require_result
 
     result = require_result(run)
@@ -40,6 +41,7 @@ def chat(
     remembers = dialog and bool(getattr(tokenizer, "chat_template", None))
     if system and not remembers:
         raise ConfigError(f"--system {system!r}: this model has no chat template to write it by; leave it out")
+    context = context_length(model)
     opening = [{"role": "system", "content": system}] if system else []
     turns = list(opening)
     for said in _lines():
@@ -48,6 +50,9 @@ def chat(
             continue
         turns.append({"role": "user", "content": said})
         ids = conversation_ids(tokenizer, turns) if remembers else prompt_ids(tokenizer, [said], dialog)[0]
+        while remembers and context and len(ids) + max_new_tokens > context and len(turns) > len(opening) + 1:
+            del turns[len(opening) : len(opening) + 2]  # the oldest question and its answer
+            ids = conversation_ids(tokenizer, turns)
         answer = next(complete(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature))
         turns.append({"role": "assistant", "content": answer})
         if sys.stdin.isatty():

@@ -185,6 +185,16 @@ def _closing(tokenizer: Any, rest: str) -> str:
     return rest[: len(rest) - len(rest.lstrip()) + len(longest)] if longest else ""
 
 
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that ends an assistant's turn by the chat template; None if there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    asked = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
+    written: str = tokenizer.apply_chat_template(asked, tokenize=False)
+    closing = _closing(tokenizer, written.rpartition(_MARK)[2]).strip()
+    return int(tokenizer.convert_tokens_to_ids(closing)) if closing else None
+
+
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}

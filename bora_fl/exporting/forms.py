@@ -13,6 +13,7 @@ from bora_fl.blocks import at_rank
 from bora_fl.config import ConfigError, extras, parse
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, Result, load_base, load_result, load_tokenizer, read_result
+from bora_fl.models.generating import stop_ids
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.models.result import read_labels, write_labels
 from bora_fl.models.saving import save_pooled, save_sentence_transformers
@@ -152,6 +153,8 @@ def export_gguf(folder: Path, target: Path, base: str = "", dtype: str = "") -> 
 def _merged(folder: Path, base: str, dtype: str) -> tuple[Any, Any]:
     run, tokenizer = load_run(folder, base)
     model: Any = run.model if run.adapter.method == "full" else run.model.merge_and_unload()
+    if run.task == "causal-lm":  # other programs end a turn by this alone
+        model.generation_config.eos_token_id = stop_ids(model, tokenizer) or None
     return model.to(getattr(torch, dtype)) if dtype else model, tokenizer
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 import bora_fl
@@ -16,6 +16,7 @@ from bora_fl.config import ConfigError, ModelSettings, parse
 from bora_fl.data.general import EMBEDDED, general_text
 from bora_fl.data.prompts import conversation_ids
 from bora_fl.evaluate import has_form
+from bora_fl.exporting import export_merged
 from bora_fl.models.generating import complete
 from bora_fl.page.run_page import run_page
 from bora_fl.report import read_rows, rounds_table
@@ -151,6 +152,28 @@ def test_a_conversation_remembers_and_an_empty_line_forgets(run: Path) -> None:
         turns.append({"role": "assistant", "content": expected[-1]})
     alone = conversation_ids(tokenizer, [turns[0], {"role": "user", "content": "and it"}])
     assert said == [*expected, next(complete(model, tokenizer, [alone], max_new_tokens=4))]
+
+
+def test_what_no_longer_fits_is_forgotten_oldest_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [QUESTIONS[i % 3] for i in range(6)]
+    told = call("chat", str(run), "--system", "nice", "--max-new-tokens", "4", given="\n".join(questions))
+    monkeypatch.setattr("bora_fl.models.generating.context_length", lambda _: 24)
+    said = call("chat", str(run), "--system", "nice", "--max-new-tokens", "4", given="\n".join(questions))
+    assert said[0] == told[0]
+    model, tokenizer = bora_fl.load(run)
+    turns = [{"role": "system", "content": "nice"}]
+    for question, answer in zip(questions, said, strict=True):
+        turns.append({"role": "user", "content": question})
+        while len(ids := conversation_ids(tokenizer, turns)) > 20:
+            turns[1:3] = []
+        assert answer == next(complete(model, tokenizer, [ids], max_new_tokens=4))
+        turns.append({"role": "assistant", "content": answer})
+    assert len(turns) < 7
+
+
+def test_an_export_ends_a_turn_as_the_run_does(run: Path, tmp_path: Path) -> None:
+    merged = GenerationConfig.from_pretrained(export_merged(run, tmp_path / "merged"))
+    assert merged.eos_token_id == [1, 6]  # the tokenizer's, and the base model's
 
 
 def test_predict_answers_texts_and_conversations_alike(run: Path, tmp_path: Path) -> None:
