@@ -160,6 +160,46 @@ def test_no_client_takes_the_merge_over_by_the_size_of_its_gram_matrix(kind, fle
     assert np.linalg.norm(merged(1e9) - liar) > 0.25 * np.linalg.norm(plain - liar)
 
 
+def spread(seed: int, kind="blocks") -> torch.Tensor:
+    """Two blocks of inputs that are spread over many directions."""
+    g = torch.Generator().manual_seed(seed)
+    return gram_of(torch.randn(400, 40, generator=g, dtype=torch.float64), 2, kind) / 400
+
+
+@KINDS
+def test_no_client_takes_a_direction_over_by_a_trace_that_is_all_in_it(kind):
+    """Of the size that all have: in that direction it weighs four others, in the place of twenty."""
+    honest = [spread(seed, kind) for seed in range(1, 5)]
+    lie = torch.zeros_like(honest[0])
+    if kind == "blocks":
+        top = torch.linalg.eigh(torch.stack(honest).mean(0))[1][..., -1]
+        lie += honest[0].diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.einsum("bp,bq->bpq", top, top)
+        lie = unpacked(packed(lie), 2, 40, kind)
+    else:
+        lie[:, 0] = honest[0].sum(1)
+    found = bounded([lie, *honest])
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], honest, strict=True))
+    for block in range(2):
+        if kind == "blocks":
+            sizes = sorted(float(torch.linalg.eigvalsh(gram[block])[-1]) for gram in [lie, *honest])
+            largest = float(torch.linalg.eigvalsh(found[0][block])[-1])
+        else:
+            sizes, largest = sorted(float(gram[block].max()) for gram in [lie, *honest]), float(found[0][block].max())
+        assert 3.9 * sizes[2] < largest < 4.001 * sizes[2] < sizes[-1]
+
+
+def test_what_is_cut_keeps_its_other_directions():
+    honest = [spread(seed) for seed in range(3)]
+    lie = honest[0].clone()
+    vectors = torch.linalg.eigh(lie[1])[1]
+    lie[1] += 20 * torch.outer(vectors[:, 0], vectors[:, 0])
+    found = bounded([lie, *honest])[0]
+    torch.testing.assert_close(found[0], lie[0])
+    before, after = torch.linalg.eigvalsh(lie[1]), torch.linalg.eigvalsh(found[1])
+    torch.testing.assert_close(after[:-1], before[:-1])
+    assert after[-1] < 0.5 * before[-1]
+
+
 def test_inputs_of_few_directions_do_not_break_the_solve(fleets):
     """A rank-one and an all-zero Gram matrix: a layer that always sees the same, or nothing."""
     fed = fleets["one block"]
