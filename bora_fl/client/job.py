@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
+from torch.distributed.device_mesh import DeviceMesh
 
 from bora_fl import preload as _preload  # noqa: F401  (before what else imports the large libraries)
 from bora_fl.client import head
@@ -132,11 +133,17 @@ def whole_job(
     processes: Processes | None,
 ) -> Iterator[tuple[Site, Share | None]]:
     """The site for a job, and this process's share where the others do all of it along, for lack of a whole model."""
+
+    def here(mesh: DeviceMesh | None = None) -> Site:
+        found = site(settings, mesh)
+        found.folds_mb = policy.folds_mb if policy else 0
+        return found
+
     if processes is None or not processes.shards:
-        yield site(settings), None
+        yield here(), None
         return
     with processes.at_work(settings, content, who, memory, job, evaluates(settings, policy)) as share:
-        yield site(settings, processes.mesh), share
+        yield here(processes.mesh), share
 
 
 def warm_up(

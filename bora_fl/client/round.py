@@ -323,16 +323,17 @@ def _receive(
     memory: RecordDict,
 ) -> tuple[FederatedModel, AdapterState]:
     """Bring the model to what was sent: folds into the frozen weights, local factors, the client's own rank."""
+    settings = site.settings.adapter
+    rank = min(who.max_rank or settings.rank, settings.rank)
+    model = site.model(rank)
     if folds := folds_of(content):
-        site.store_folds(instruction.run_id, folds)
+        with refuse_as(Code.MESSAGE_INVALID):
+            site.store_folds(model, instruction.run_id, folds, instruction.fold_version)
     held = site.held_folds(instruction.run_id, instruction.fold_version)
     if held < instruction.fold_version:
         text = f"this site holds the folds up to version {held}, the round needs version {instruction.fold_version}"
         raise Refused(Code.FOLDS_MISSING, text, folds_held=held)
     state = recall(memory, sent, instruction)
-    settings = site.settings.adapter
-    rank = min(who.max_rank or settings.rank, settings.rank)
-    model = site.model(rank)
     site.fold_to(model, instruction.run_id, instruction.fold_version)
     layers = {name: at_rank(f, rank, settings.transform) for name, f in state.layers.items()}
     state = AdapterState(layers, state.tensors)

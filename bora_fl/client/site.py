@@ -1,16 +1,14 @@
 """What one process of a site holds: base model and tokenized data, loaded once, shared by all clients there."""
 
-import hashlib
 import logging
 import threading
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from bora_fl.client import folds
 from bora_fl.client.sharding import shard_base
 from bora_fl.config import Settings
 from bora_fl.data import ClientData, Encoded, Pairs, client_data, load_dataset
@@ -19,7 +17,6 @@ from bora_fl.models import FederatedModel, load_base, load_tokenizer, settled
 from bora_fl.models.base import without_dropout
 from bora_fl.models.prefix import PrefixCache
 from bora_fl.models.reference import References, require_preferences
-from bora_fl.paths import cache_folder, path_part, write_atomically
 from bora_fl.state import unflatten_deltas
 from bora_fl.wire.refusals import Code, refuse_as
 
@@ -32,10 +29,14 @@ class Site:
     Args:
         settings: The run's settings.
         mesh: The processes that share the base model's weights out; None to have all.
+
+    Attributes:
+        folds_mb: As in the site's policy.
     """
 
     def __init__(self, settings: Settings, mesh: DeviceMesh | None = None) -> None:
         self.settings, self._mesh = settings, mesh
+        self.folds_mb = 0
         with refuse_as(Code.DATA_UNREADABLE, Code.OUT_OF_MEMORY):
             raw = load_dataset(settings.data)
         if raw.settings.format == "preference":
@@ -130,41 +131,17 @@ class Site:
         if partition:
             self.data(*partition)
 
-    def store_folds(self, run_id: str, folds: dict[str, torch.Tensor]) -> None:
-        """Keep received folds on disk: in a deployment the next message meets a new process.
-
-        What the server sends stands: after a resumption, a version may be another than the one that is here.
-
-        Args:
-            run_id: The run they belong to.
-            folds: ``<version>/<layer>/<part>`` to tensor.
-
-        Raises:
-            ValueError: For a run id or a name that cannot be part of a path, or a fold that is not finite.
-        """
-        by_version: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in folds.items():
-            version, _, rest = name.partition("/")
-            if not (version.isascii() and version.isdigit() and 0 < len(version) < 10 and version[0] != "0"):
-                raise ValueError(f"a fold is named {name[:80]!r}; expected <version>/<layer>/<part>")
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name[:80]!r} of the received folds is not finite")
-            by_version.setdefault(int(version), {})[rest] = tensor
-        for number, fold in sorted(by_version.items()):
-            data = safetensors.torch.save(fold)
-            content, path = _checksum(data) + data, _fold_path(run_id, number)
-            if path.is_file() and path.read_bytes() == content:
-                continue
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(path, content, mode=0o600)
-            if self._folded[0] == run_id and self._folded[1] >= number:
-                self._folded = ("", self._folded[1])  # the frozen weights hold another one: they are restored first
+    def store_folds(self, model: FederatedModel, run_id: str, received: dict[str, torch.Tensor], newest: int) -> None:
+        """Keep received folds on disk; see `folds.store`."""
+        changed = folds.store(run_id, received, model.layer_shapes(), newest, 1_000_000 * self.folds_mb)
+        if self._folded[0] == run_id and any(version <= self._folded[1] for version in changed):
+            self._folded = ("", self._folded[1])  # the frozen weights hold another one: they are restored first
 
     def held_folds(self, run_id: str, wanted: int) -> int:
         """The newest version up to which every fold is on this site and whole; a damaged one is deleted."""
         run, version = self._folded
         first = version + 1 if run == run_id and version <= wanted else 1  # earlier ones are in the frozen weights
-        return next((v - 1 for v in range(first, wanted + 1) if _read_fold(run_id, v) is None), wanted)
+        return next((v - 1 for v in range(first, wanted + 1) if folds.read(run_id, v) is None), wanted)
 
     def fold_to(self, model: FederatedModel, run_id: str, version: int) -> None:
         """Bring the frozen weights to a fold version, from wherever they are."""
@@ -173,7 +150,7 @@ class Site:
         if self._folded[0] != run_id:
             self._folded = (run_id, 0)
         for v in range(self._folded[1] + 1, version + 1):
-            fold = _read_fold(run_id, v)
+            fold = folds.read(run_id, v)
             if fold is None:
                 raise ValueError(f"fold {v} is not on this site any more")
             layers = unflatten_deltas(fold)
@@ -190,30 +167,6 @@ class Site:
     def _restore(self, model: FederatedModel) -> None:
         model.restore_base(self._originals)
         self._folded = ("", 0)
-
-
-def _fold_path(run_id: str, version: int) -> Path:
-    return cache_folder() / "folds" / path_part(run_id) / f"{version}.fold"
-
-
-def _checksum(data: bytes) -> bytes:
-    """What stands before a fold's safetensors bytes in its file: their SHA-256 digest."""
-    return hashlib.sha256(data).digest()
-
-
-def _read_fold(run_id: str, version: int) -> dict[str, torch.Tensor] | None:
-    """A fold from the disk; None if it is not there, or was damaged, and then its file is deleted."""
-    path = _fold_path(run_id, version)
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    checksum, data = content[:32], content[32:]
-    if checksum != _checksum(data):
-        log.warning("%s is damaged; it is deleted, and the server is asked for it again", path)
-        path.unlink(missing_ok=True)
-        return None
-    fold: dict[str, torch.Tensor] = safetensors.torch.load(data)
-    return fold
 
 
 _loads = 0

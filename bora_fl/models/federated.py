@@ -244,6 +244,10 @@ class FederatedModel:
         """The layers with block factors, by the names that they have in the state."""
         return {name: self._layers[name] for name in self._factors}
 
+    def layer_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Rows, columns and blocks of the layers with block factors, by name."""
+        return {n: (len(parts["B"]), parts["A"].shape[1], self.adapter.blocks) for n, parts in self._factors.items()}
+
     def factor_parameters(self, parts: frozenset[str] = frozenset({"A", "sigma", "B"})) -> list[nn.Parameter]:
         """The adapter's factors of these parts that train now, layer by layer."""
         factors = [item for layer in self._factors.values() for item in layer.items()]

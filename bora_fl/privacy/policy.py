@@ -77,6 +77,9 @@ class SitePolicy(_Group):
         description="exact numbers that leave in the modes none and client; left out: all in none, none in client",
     )
     head_statistics: bool = Field(False, description="release class counts, feature sums and Gram matrix for the head")
+    folds_mb: Annotated[int, Field(ge=0)] = Field(
+        0, description="megabytes of disk for what all runs add to the frozen weights; 0: half of what is free"
+    )
     reply_not_before: Annotated[float, Field(ge=0)] = Field(
         0.0, description="seconds: replies leave at whole multiples of it after the message came; 0 is at once"
     )

@@ -77,6 +77,11 @@ class Code(StrEnum):
         "the site does not hold the part of the adapter that was not sent again; it is sent with the next round",
     )
     FOLDS_MISSING = "folds-missing", "the site lacks folds of the frozen weights"
+    FOLDS_TOO_LARGE = (
+        "folds-too-large",
+        "what the run adds to the frozen weights takes more disk than the site gives it (folds-mb of its policy, or "
+        "half of what is free); lower strategy.residual-rank, or use a strategy without folds",
+    )
     RANK_MISMATCH = (
         "rank-mismatch",
         "the node config's rank is not the federation's rank, which secure aggregation, and local privacy with a "

@@ -99,7 +99,7 @@ def test_a_data_set_under_another_name_is_warned_of(private, policy, tmp_path: P
 def test_the_site_s_data_is_trained_on_not_the_run_s(private, policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     real = job.site
-    monkeypatch.setattr(job, "site", lambda settings: (seen.append(settings.data.name), real(settings))[1])
+    monkeypatch.setattr(job, "site", lambda settings, mesh=None: (seen.append(settings.data.name), real(settings))[1])
     other = tmp_path / "other.parquet"
     pd.read_parquet(private["data.name"]).to_parquet(other)
     simulate(private | {"data.name": str(other)}, 1, node_configs=policy())

@@ -315,7 +315,7 @@ def test_the_reference_is_the_base_models_and_computed_once(config: dict[str, An
     model = site.model()
     changed = {name: replace(factors, B=torch.ones_like(factors.B)) for name, factors in model.read().layers.items()}
     fold = flatten_factors(changed, "1/")
-    site.store_folds("run", fold)
+    site.store_folds(model, "run", fold, 1)
     site.fold_to(model, "run", 1)
     folded = model.save_base(next(iter(model.adapted_layers())))
     again = site.data(1, 3)
