@@ -62,8 +62,10 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
+    from bora_fl.predicting.texts import utf8_lines
+
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from (line.rstrip("\n") for line in utf8_lines(sys.stdin, "standard input"))
         return
     while True:
         try:

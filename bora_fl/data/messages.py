@@ -119,6 +119,28 @@ def require_template(tokenizer: Any, key: str, column: str) -> None:
         )
 
 
+def by_template(tokenizer: Any, messages: Sequence[Any], **options: Any) -> Any:
+    """What the chat template makes of a conversation, or of several.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: A list of messages, or a list of such lists.
+        **options: Of ``apply_chat_template``.
+
+    Raises:
+        ConfigError: If the template refuses a conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(
+            f"model.name = {tokenizer.name_or_path!r}: its chat template refuses a conversation ({error}); write the "
+            "messages as it takes them, such as without a system prompt, or with turns that alternate"
+        ) from error
+
+
 def encode(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
     """A conversation's tokens, and which of them are the assistant's.
 
@@ -134,8 +156,8 @@ def encode(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | No
         Token ids, and for each whether it is a target.
     """
     if _GENERATION.search(str(tokenizer.chat_template)):
-        found = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        found = by_template(
+            tokenizer, messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return found["input_ids"], [bool(part) for part in found["assistant_masks"]]
     whole, turns = _turns(tokenizer, messages, tools)
@@ -151,7 +173,7 @@ def _turns(
     """The conversation's text, and where in it the assistant's turns are, header excluded and closing included."""
 
     def text(part: list[dict[str, Any]], prompt: bool = False) -> str:
-        written: str = tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        written: str = by_template(tokenizer, part, tools=tools, tokenize=False, add_generation_prompt=prompt)
         return written
 
     whole, turns = text(messages), []
@@ -190,7 +212,10 @@ def turn_end(tokenizer: Any) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     asked = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
-    written: str = tokenizer.apply_chat_template(asked, tokenize=False)
+    try:
+        written: str = by_template(tokenizer, asked, tokenize=False)
+    except ConfigError:  # of a template for other conversations
+        return None
     closing = _closing(tokenizer, written.rpartition(_MARK)[2]).strip()
     return int(tokenizer.convert_tokens_to_ids(closing)) if closing else None
 

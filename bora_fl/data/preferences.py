@@ -6,7 +6,7 @@ Prompt and responses are texts or messages. Where there is no prompt, it is what
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bora_fl.data.messages import answers, clean, from_json, shared_length
+from bora_fl.data.messages import answers, by_template, clean, from_json, shared_length
 
 Words = str | list[dict[str, Any]]
 
@@ -84,9 +84,9 @@ def written(tokenizer: Any, pair: Pair, tools: list[Any] | None) -> tuple[str, s
         return [{"role": role, "content": words}] if isinstance(words, str) else words
 
     asked = messages(pair.prompt, "user")
-    head: str = tokenizer.apply_chat_template(asked, tools=tools, tokenize=False, add_generation_prompt=True)
+    head: str = by_template(tokenizer, asked, tools=tools, tokenize=False, add_generation_prompt=True)
     wholes: list[str] = [
-        tokenizer.apply_chat_template(asked + messages(words, "assistant"), tools=tools, tokenize=False)
+        by_template(tokenizer, asked + messages(words, "assistant"), tools=tools, tokenize=False)
         for words in (pair.chosen, pair.rejected)
     ]
     same = min(shared_length(head, whole) for whole in wholes)

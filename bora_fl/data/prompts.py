@@ -7,7 +7,7 @@ import numpy as np
 
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data.columns import TOOLS
-from bora_fl.data.messages import answers, clean, read_tools, require_template
+from bora_fl.data.messages import answers, by_template, clean, read_tools, require_template
 from bora_fl.data.preferences import read_pair
 from bora_fl.data.tokenizing import ending_ids, opening_ids, prompt_heads, token_ids
 from bora_fl.seeds import derive
@@ -41,7 +41,7 @@ def conversation_ids(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None
 ) -> list[int]:
     """The tokens before the assistant's next turn."""
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    text = by_template(tokenizer, messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return token_ids(tokenizer, [text], add_special_tokens=False)[0]
 
 

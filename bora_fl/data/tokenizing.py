@@ -191,7 +191,7 @@ def prompt_heads(tokenizer: Any, prompts: Sequence[str]) -> tuple[list[str], lis
     """Each prompt as it stands before a response, and the tokens before it."""
     if getattr(tokenizer, "chat_template", None):
         users = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True), []
+        return messages.by_template(tokenizer, users, tokenize=False, add_generation_prompt=True), []
     return [f"{prompt}\n" for prompt in prompts], opening_ids(tokenizer)
 
 
@@ -203,7 +203,7 @@ def _dialogs(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        wholes = tokenizer.apply_chat_template(both, tokenize=False)
+        wholes = messages.by_template(tokenizer, both, tokenize=False)
         tails = [_after(head, whole, response) for head, whole, response in zip(heads, wholes, responses, strict=True)]
         ending = []
     else:

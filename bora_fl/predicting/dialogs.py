@@ -5,6 +5,7 @@ from typing import Any
 
 from bora_fl.config import DataSettings
 from bora_fl.data.prompts import before_answer, conversation_ids, prompt_ids
+from bora_fl.predicting.texts import Conversation
 
 
 def to_continue(
@@ -16,7 +17,7 @@ def to_continue(
 
     Args:
         tokenizer: The model's.
-        given: Texts, and lists of messages.
+        given: Texts, lists of messages, and a `Conversation` where there are functions to call.
         data: What the model was trained on.
     """
     texts = [value for value in given if isinstance(value, str)]
@@ -28,7 +29,8 @@ def to_continue(
             rows.append({"text": value})
             ids.append(next(of_texts))
             continue
-        asked, reference = before_answer(value)
+        messages, tools = value if isinstance(value, Conversation) else (value, None)
+        asked, reference = before_answer(messages)
         rows.append({"messages": asked} | ({"reference": reference} if reference else {}))
-        ids.append(conversation_ids(tokenizer, asked))
+        ids.append(conversation_ids(tokenizer, asked, tools))
     return rows, ids

@@ -2,12 +2,22 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bora_fl.config import ConfigError
+from bora_fl.data.columns import TOOLS
 from bora_fl.data.files import SUFFIXES, read_table
+from bora_fl.data.messages import clean, from_json, read_tools
+from bora_fl.data.prompts import before_answer
+
+
+class Conversation(NamedTuple):
+    """Messages, each with a role, and the functions that they may call."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
 
 
 def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
@@ -17,31 +27,41 @@ def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
         source: A parquet, JSONL, JSON, CSV or TSV file, any other file for its lines, or ``-`` for standard input. A
             line that is a JSON object stands for its `column`.
         column: The column of the texts.
-        dialogs: Whether a value may be a list of messages.
+        dialogs: Whether a value may be a list of messages, or its JSON text, with functions in the column ``tools``.
+
+    Returns:
+        Texts, and a `Conversation` for each list of messages.
 
     Raises:
         ConfigError: If there is no such file or column, or a value is no text.
     """
     if source == "-":
-        return _lines(sys.stdin, "standard input", column, dialogs)
+        return _lines(utf8_lines(sys.stdin, "standard input"), "standard input", column, dialogs)
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"FILE {source}: there is no such file; give a file of texts, or - for standard input")
     if path.suffix.lower() not in SUFFIXES:
-        try:
-            with path.open(encoding="utf-8-sig") as file:
-                return _lines(file, source, column, dialogs)
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"FILE {source}: it is not UTF-8 ({error}); convert it, as with iconv -f latin1 -t utf8"
-            ) from None
-    table = read_table(path)
+        with path.open(encoding="utf-8-sig") as file:
+            return _lines(utf8_lines(file, f"FILE {source}"), source, column, dialogs)
+    table = read_table(path, {column})
     if column not in table.column_names:
         raise _missing(source, column, table.column_names)
-    return [
-        _value(value, f"{source}, row {number}", column, dialogs)
-        for number, value in enumerate(table[column].to_pylist(), 1)
-    ]
+    rows = table.select([name for name in table.column_names if name in (column, TOOLS)]).to_pylist()
+    return [_value(row, f"{source}, row {number}", column, dialogs) for number, row in enumerate(rows, 1)]
+
+
+def utf8_lines(lines: Iterable[str], where: str) -> Iterator[str]:
+    """The lines of a text file.
+
+    Raises:
+        ConfigError: If it has another encoding.
+    """
+    try:
+        for line in lines:
+            line.encode()  # standard input may let bytes through as half characters
+            yield line
+    except UnicodeError as error:
+        raise ConfigError(f"{where}: it is not UTF-8 ({error}); convert it, as with iconv -f latin1 -t utf8") from None
 
 
 def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool) -> list[Any]:
@@ -50,7 +70,7 @@ def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool) -> lis
         line = raw.strip()
         if not line:
             continue
-        value: Any = line
+        row: Any = {column: line}
         if line.startswith("{"):
             try:
                 row = json.loads(line)
@@ -60,14 +80,28 @@ def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool) -> lis
                 ) from None
             if column not in row:
                 raise _missing(f"{source}, line {number}", column, list(row))
-            value = row[column]
-        texts.append(_value(value, f"{source}, line {number}", column, dialogs))
+        texts.append(_value(row, f"{source}, line {number}", column, dialogs))
     return texts
 
 
-def _value(value: object, where: str, column: str, dialogs: bool) -> Any:
+def _value(row: Mapping[str, Any], where: str, column: str, dialogs: bool) -> Any:
+    value = row[column]
+    if dialogs and isinstance(value, str):
+        value = from_json(value) or value
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: {column} holds half a character ({error.reason}); mend the text") from None
     if dialogs and isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        return value
+        try:
+            found = Conversation(clean(value), read_tools(row.get(TOOLS)))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if not before_answer(found.messages)[0] or any("role" not in message for message in found.messages):
+            raise ConfigError(
+                f"{where}: {column} holds nothing to answer, or a message without a role; give role and content"
+            )
+        return found
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {column} = {value!r} is no text; give a string")
     return value

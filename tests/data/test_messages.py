@@ -194,3 +194,11 @@ def test_a_content_of_text_parts_is_their_text(words: Any, tmp_path: Path) -> No
 def test_an_answer_of_blanks_is_none(tmp_path: Path) -> None:
     blank = [DIALOG[1], {"role": "assistant", "content": " \n"}]
     assert len(load_dataset(rows(tmp_path, [DIALOG, blank, DIALOG])).train) == 2
+
+
+def test_what_a_template_refuses_is_said_in_its_words(words: Any, tmp_path: Path) -> None:
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+    data = rows(tmp_path, [DIALOG] * 4)
+    assert labels(data, written(words, CHAT), 32)
+    with pytest.raises(ConfigError, match=r"its chat template refuses a conversation \(no system role\)"):
+        labels(data, written(words, no_system), 32)
