@@ -9,6 +9,7 @@ from torch import Tensor
 from bora_fl.config import Settings
 from bora_fl.report import ClientMetrics
 from bora_fl.state import ALL, AdapterState, flatten, unflatten
+from bora_fl.strategies.medians import tempered
 
 _ADAPTER, _ROUND, _MEASURED = "adapter/", "round", "measured"
 
@@ -49,10 +50,14 @@ class Best:
         return other is None or other.fold_version != self.fold_version or self.excess(other) < 0
 
     def excess(self, other: "Best") -> float:
-        """By how much its mean loss is above another's, over the examples of those clients that measured both."""
-        both = self.measured.keys() & other.measured.keys()
+        """By how much its mean loss is above another's, over the examples of those clients that measured both.
+
+        No client's difference counts for more than `MEDIANS` median ones: a round is not one client's to choose.
+        """
+        both = sorted(self.measured.keys() & other.measured.keys())
+        differences = tempered({k: [self.measured[k][0] - other.measured[k][0]] for k in both})
         examples = sum(self.measured[k][2] for k in both)
-        difference = sum(self.measured[k][2] * (self.measured[k][0] - other.measured[k][0]) for k in both)
+        difference = sum(self.measured[k][2] * differences[k][0] for k in both)
         return difference / examples if examples else 0.0
 
     def metrics(self) -> dict[int, ClientMetrics]:

@@ -26,6 +26,7 @@ from bora_fl.heads import (
 )
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.holding import Held
+from bora_fl.strategies.medians import of_another_scale, tempered
 from bora_fl.strategies.screening import heavy
 from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.strategies.server_state import ServerState
@@ -207,8 +208,9 @@ def total(
         shape: ``[C, k]``, k being how wide the summed features are.
         round: The round they must belong to.
         order: A node's place among the clients.
-        max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off. Noised
-            ones are scaled down instead, see `bora_fl.heads.most_weight`.
+        max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off. So are sums
+            of features that are much larger than the median client's. Noised ones are scaled down instead, see
+            `bora_fl.heads.most_weight`.
         noise_multiplier: Of each client's release; 0 for sums without noise. Sums that no examples can have are
             rejected in either case.
 
@@ -216,7 +218,7 @@ def total(
         The total, of how many clients, and node to the reason why its reply is rejected.
     """
     held, waiting = Held(0, AdapterState()), dict[int, ClientUpdate]()
-    examples, rejected = dict[int, float](), dict[str, str]()
+    examples, squares, rejected = dict[int, float](), dict[int, float](), dict[str, str]()
     for message in replies:
         node = message.metadata.src_node_id
         try:
@@ -233,12 +235,15 @@ def total(
         else:
             # As they came, unpacked sums being eight times as large; and not in memory, which they would break up.
             examples[node] = float(sums.counts.sum())
+            squares[node] = float(sums.gram.trace()) / max(examples[node], 1.0)
             waiting[node] = held.hold(ClientUpdate(node, 1.0, AdapterState({}, packed)))
     most = most_weight(examples.values(), shape[0], noise_multiplier) if noise_multiplier else math.inf
-    too_heavy = {} if noise_multiplier else heavy(examples, max_ratio)
-    rejected |= {str(node): reason for node, reason in too_heavy.items()}
+    left_out = {} if noise_multiplier else heavy(examples, max_ratio)
+    squares = {node: square for node, square in squares.items() if node not in left_out and examples[node]}
+    left_out |= {} if noise_multiplier else of_another_scale(squares)
+    rejected |= {str(node): reason for node, reason in left_out.items()}
     added, clients = None, 0
-    for node in sorted(waiting.keys() - too_heavy.keys(), key=lambda node: (order(node), node)):
+    for node in sorted(waiting.keys() - left_out.keys(), key=lambda node: (order(node), node)):
         sums = ClassSums.from_tensors(waiting[node].state.tensors, shape[0], shape[1])
         sums = sums.times(most / examples[node]) if examples[node] > most else sums
         added, clients = sums if added is None else added + sums, clients + 1
@@ -288,6 +293,8 @@ def candidates(
 def best(heads: Mapping[str, Head], replies: Iterable[Message], max_ratio: float = 0.0) -> tuple[str, dict[str, str]]:
     """The name of the head with the least loss over all clients' held-out examples; of equal ones the first.
 
+    What a client says of how its losses differ counts for no more than `MEDIANS` median clients.
+
     Args:
         heads: What was sent, in order.
         replies: Replies to `LOSSES`.
@@ -305,7 +312,9 @@ def best(heads: Mapping[str, Head], replies: Iterable[Message], max_ratio: float
     for node, reason in heavy({node: examples for node, (_, examples) in found.items()}, max_ratio).items():
         rejected[str(node)] = reason
         del found[node]
-    by_name = {name: sum(examples * losses[k] for losses, examples in found.values()) for k, name in enumerate(heads)}
+    above = {node: [loss - min(losses) for loss in losses] for node, (losses, examples) in found.items() if examples}
+    kept = tempered(above)
+    by_name = {name: sum(found[node][1] * more[k] for node, more in kept.items()) for k, name in enumerate(heads)}
     return choose(heads, lambda name, _: by_name[name])[0], rejected
 
 

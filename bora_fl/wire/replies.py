@@ -17,6 +17,8 @@ from bora_fl.wire.schema import GRAMS, HEADS, METRICS, REPLY, SCHEMA, SITE_NAME,
 from bora_fl.wire.updates import Coding
 
 MOST_EXAMPLES, MOST_METRICS = 1e12, 64
+MOST_NUMBER = 1e30
+"""Beyond any metric that means something, and far from where sums of them overflow."""
 
 
 class RejectedReplyError(ValueError):
@@ -124,11 +126,6 @@ def read_evaluation(message: Message) -> dict[str, float]:
     missing = {"eval-loss", "eval-accuracy", "eval-examples"} - metrics.keys()
     if missing:
         raise RejectedReplyError(node, f"evaluation metrics without {', '.join(sorted(missing))}")
-    if not (0 <= metrics["eval-accuracy"] <= 1 and metrics["eval-examples"] >= 0):
-        raise RejectedReplyError(
-            node,
-            f"eval-accuracy = {metrics['eval-accuracy']}, eval-examples = {metrics['eval-examples']}: out of range",
-        )
     return metrics
 
 
@@ -180,7 +177,7 @@ def read_head_losses(message: Message, count: int) -> tuple[list[float], float]:
     losses, examples = metrics.get("head-losses"), metrics.get("eval-examples")
     if isinstance(losses, list) and len(losses) == count and isinstance(examples, int):
         found = [float(loss) for loss in losses]
-        if all(math.isfinite(loss) and loss >= 0 for loss in found) and 0 <= examples <= MOST_EXAMPLES:
+        if all(0 <= loss <= MOST_NUMBER for loss in found) and 0 <= examples <= MOST_EXAMPLES:
             return found, float(examples)
     raise RejectedReplyError(node, f"expected {count} losses and a number of examples, each of at least 0")
 
@@ -216,9 +213,13 @@ def _finite(node: int, record: MetricRecord) -> dict[str, float]:
             number = math.nan if isinstance(value, list) else float(value)
         except OverflowError:
             number = math.inf
-        if not math.isfinite(number):
+        if not abs(number) <= MOST_NUMBER:
             raise RejectedReplyError(node, f"metric {name} = {value!r} is not a finite number")
         metrics[name] = number
+    loss, accuracy, examples = (metrics.get(f"eval-{name}", 0.0) for name in ("loss", "accuracy", "examples"))
+    if not (loss >= 0 and 0 <= accuracy <= 1 and 0 <= examples <= MOST_EXAMPLES):
+        text = f"eval-loss = {loss}, eval-accuracy = {accuracy}, eval-examples = {examples}: out of range"
+        raise RejectedReplyError(node, text)
     return metrics
 
 

@@ -46,6 +46,17 @@ def test_a_client_that_claims_a_million_examples_does_not_choose_the_round():
     assert credible(metrics, 0.0) == metrics
 
 
+@pytest.mark.parametrize("lie", [1e30, 1e6, 50.0])
+def test_a_client_that_claims_a_huge_loss_does_not_choose_the_round(lie: float):
+    """Nor does it make every round one to go back from."""
+    first = best(1, *[(k, 1.0, 10) for k in range(12)], (12, 0.0, 10))
+    better = best(2, *[(k, 0.9, 10) for k in range(12)], (12, lie, 10))
+    assert better.beats(first)
+    assert best(2, *[(k, 1.1, 10) for k in range(12)], (12, 0.0, 10)).excess(first) > 0
+    worse = best(3, *[(k, 1.1, 10) for k in range(12)], (12, 0.0, 10))
+    assert not worse.beats(best(2, *[(k, 1.0, 10) for k in range(12)], (12, lie, 10)))
+
+
 def test_it_survives_a_checkpoint():
     state = ServerState.start(ADAPTER)
     state = ServerState(ADAPTER, best=best(4, (0, 0.25, 3), (5, 0.5, 7), fold_version=2), class_shares=(0.25, 0.75))

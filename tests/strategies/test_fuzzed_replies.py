@@ -192,6 +192,20 @@ def test_a_malformed_reply_leaves_no_trace(healthy: dict[str, torch.Tensor], gar
     assert report.client_loss == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [{"train-loss": 1e300}, {"eval-loss": -1.0}, {"eval-loss": 1e31}, {"eval-accuracy": 1.5}, {"eval-examples": -3.0}],
+)
+def test_numbers_beyond_any_meaning_are_rejected(healthy: dict[str, torch.Tensor], lie: dict[str, float]):
+    def garble(content: RecordDict) -> RecordDict:
+        content.metric_records[METRICS].update(lie)
+        return content
+
+    state, report = run(garble)
+    assert all(torch.equal(state[name], healthy[name]) for name in healthy)
+    assert report.clients == 3
+
+
 def test_a_good_reply_does_leave_one(healthy: dict[str, torch.Tensor]):
     state, report = run(lambda content: content)
     head = "current/tensors/head.weight"

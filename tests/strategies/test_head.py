@@ -7,11 +7,12 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from bora_fl.heads import ClassSums, release
+from bora_fl.heads import ClassSums, lda, release
 from bora_fl.privacy.gaussian import SeededRandomness
 from bora_fl.simulations.engine import identify
-from bora_fl.strategies.head import total
+from bora_fl.strategies.head import best, total
 from bora_fl.wire.records import to_arrays
+from bora_fl.wire.release import HeadLossesRelease
 from bora_fl.wire.schema import HEADS, REPLY, SCHEMA
 
 
@@ -24,7 +25,7 @@ def reply(node: int, sums: ClassSums) -> Message:
 
 def sums_of(client: int, dim: int = 8, examples: int = 40) -> ClassSums:
     g = torch.Generator().manual_seed(client)
-    x = torch.randn(examples, dim, generator=g) * 10.0**client
+    x = torch.randn(examples, dim, generator=g) * 1.7**client
     return ClassSums.of(x, torch.arange(examples) % 2, 2)
 
 
@@ -96,3 +97,47 @@ def test_memory_does_not_grow_with_the_clients():
     _, clients, _ = total(arriving(), (2, 31), 0)
     assert clients == 20
     assert max(alive) <= 2
+
+
+def labelled(seed: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (100,), generator=g)
+    x = torch.randn(100, 8, generator=g).double() + 2 * torch.nn.functional.one_hot(y, 8)
+    return x * scale, y
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1e6, 1e15])
+def test_a_client_with_features_of_another_scale_does_not_take_the_head_over(scale: float):
+    honest = [labelled(k) for k in range(4)]
+    x, y = labelled(4, scale)
+    replies = [reply(k, ClassSums.of(*data, 3)) for k, data in enumerate([*honest, (x, y)])]
+    sums, clients, rejected = total(replies, (3, 8), 0)
+    assert sums is not None
+    assert clients == 4
+    assert "times the median client's" in rejected["4"]
+    features, labels = (torch.cat(parts) for parts in zip(*honest, strict=True))
+    assert float((lda(sums)(features).argmax(1) == labels).double().mean()) > 0.8
+
+
+def test_features_of_nearly_the_same_scale_count():
+    replies = [reply(k, ClassSums.of(*labelled(k, scale), 3)) for k, scale in enumerate([1.0, 0.2, 1.0, 3.0])]
+    assert total(replies, (3, 8), 0)[1:] == (4, {})
+
+
+def losses(node: int, values: list[float], examples: int) -> Message:
+    message = reply(node, ClassSums.of(*labelled(0), 3))
+    message.content = HeadLossesRelease(values, node, examples).content()
+    return message
+
+
+@pytest.mark.parametrize("lie", [1e30, 1e3])
+def test_one_client_s_losses_do_not_choose_the_head(lie: float):
+    heads = dict.fromkeys(["trained", "x1", "x0.5"], lda(ClassSums.of(*labelled(0), 3)))
+    honest = [losses(k, [1.0, 0.8, 0.9], 50) for k in range(12)]
+    assert best(heads, honest)[0] == "x1"
+    assert best(heads, [*honest, losses(12, [0.0, lie, lie], 50)])[0] == "x1"
+    assert (
+        best(heads, [losses(k, [1.0, 0.8, 0.9], 50) for k in range(2)] + [losses(2, [0.0, 3.0, 3.0], 50)])[0]
+        == "trained"
+    )
+    assert "least 0" in best(heads, [losses(0, [1.0, 1e40, 0.9], 50)])[1]["0"]

@@ -1,0 +1,35 @@
+"""How much one client may say where no check of its reply can tell: as much as a few median clients."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+MEDIANS = 10.0
+"""How many median clients one counts for at most, in the scale of its features and in how its losses differ."""
+
+
+def of_another_scale(squares: Mapping[int, float]) -> dict[int, str]:
+    """Whose features have a mean square of more than `MEDIANS` times the median's, and that in words."""
+    median = statistics.median_low(squares.values()) if squares else 0.0
+    return {
+        who: f"the mean square of its features is {square:.3g}, more than {MEDIANS:g} times the median client's "
+        f"{median:.3g}"
+        for who, square in squares.items()
+        if square > MEDIANS * median
+    }
+
+
+def tempered(differences: Mapping[int, Sequence[float]]) -> dict[int, list[float]]:
+    """What clients say of how losses differ, with none of them counting for more than `MEDIANS` times the median.
+
+    Args:
+        differences: Client to its differences, all of the same losses.
+
+    Returns:
+        The same, scaled down where the largest of a client's is that much larger than the median client's largest.
+    """
+    sizes = {who: max(map(abs, found), default=0.0) for who, found in differences.items()}
+    most = MEDIANS * statistics.median_low(sizes.values()) if sizes else 0.0
+    return {
+        who: [value * most / sizes[who] for value in found] if sizes[who] > most else list(found)
+        for who, found in differences.items()
+    }
