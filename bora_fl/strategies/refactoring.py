@@ -6,6 +6,7 @@ from bora_fl.blocks import BlockFactors, factor_mean, merge, padded, refactorize
 from bora_fl.blocks.block_cores import compressed
 from bora_fl.blocks.left_fit import fit_left
 from bora_fl.blocks.svd import leading_svd
+from bora_fl.strategies.alignment import align
 from bora_fl.strategies.layer_merge import LayerMerge, LayerRound
 from bora_fl.strategies.products import size
 
@@ -16,8 +17,9 @@ def refactor(layer: LayerRound) -> LayerMerge:
     """Fit block factors of the adapter's rank to the mean of the products, or to `LayerRound.next_product` (ours).
 
     `min over (B, Sigma, A) of Σ_ij ‖M_ij − B_i diag(Sigma_ij) A_j‖²` with `M = Σ_k w_k delta_W^k`, started from the
-    factor mean and so never worse than it. For one block this is the truncated SVD of M. With
-    `strategy.refit = "B"` only B is solved for, which keeps A and Sigma where the clients train well.
+    factor mean and so never worse than it. For one block this is the truncated SVD of M, rotated to the factor mean's
+    factors where all clients have the adapter's rank. With `strategy.refit = "B"` only B is solved for, which keeps A
+    and Sigma where the clients train well.
     """
     return LayerMerge(block_fit(layer))
 
@@ -51,13 +53,18 @@ def florist(layer: LayerRound) -> LayerMerge:
 
 
 def block_fit(layer: LayerRound) -> BlockFactors:
-    """The best block factors of the adapter's rank, warm-started from the factor mean, in canonical form."""
+    """The best block factors of the adapter's rank, warm-started from the factor mean, in canonical form.
+
+    One block's are those of an SVD, whose last components are mostly noise; Adam moves every component by as much. They
+    are rotated to where the clients' were, unless some clients' ranks are smaller: what these get must hold the most
+    energy, which the SVD's first components do.
+    """
     start = padded(factor_mean(layer.updates, layer.weights), layer.rank)
     only_left = layer.settings.refit == "B" and layer.current.num_blocks > 1
     fit = fit_left(*layer.next_parts(), start, layer.sigma_transform) if only_left else None
     if fit is not None:
         return fit
-    return refactorize(
+    found = refactorize(
         layer.next_product(),
         layer.rank,
         start=start,
@@ -65,6 +72,8 @@ def block_fit(layer: LayerRound) -> BlockFactors:
         only_B=only_left,
         sweeps=layer.settings.sweeps,
     ).factors
+    equal = all(update.rank == layer.rank for update in layer.updates)
+    return align(found, start) if equal and layer.current.num_blocks == 1 else found
 
 
 def truncated_svd(layer: LayerRound) -> BlockFactors:

@@ -362,6 +362,33 @@ def test_refactor_of_one_block_is_the_truncated_svd(fleet, fleets):
     assert report["merge_error"] == pytest.approx(math.sqrt(np.sum(S[4:] ** 2) / np.sum(S**2)), rel=1e-6)
 
 
+@ONE_BLOCK
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 4)])
+def test_refactor_of_one_block_stays_where_the_clients_were_if_all_have_its_rank(fleet, ranks, fleets):
+    """Of the rotations of the truncated SVD; smaller clients need the components that hold the most."""
+    fed = fleets[fleet]
+    agg = fed.built("refactor")
+    start = fed.train(fed.initial(), frozenset({"B"}), 9)
+    state = ServerState.start(start)
+    updates = []
+    for k, rank in enumerate(ranks):
+        layers = {LAYER: at_rank(start.layers[LAYER], rank, fed.transform)}
+        updates.append(
+            ClientUpdate(k, 1.0, fed.train(AdapterState(layers, start.tensors), agg.trains(1), k, size=0.01))
+        )
+    after, _ = agg.aggregate(state, updates, 1)
+    received, B, A = start.layers[LAYER].A.numpy(), *(parts(after.current.layers[LAYER])[part] for part in (0, 2))
+    scales = np.linalg.svd(A, compute_uv=False)
+    close(scales, np.full(4, scales[0]), 1e-6)  # orthogonal rows of one length: a rotation of the SVD's
+    _, S, Vt = np.linalg.svd(dense(after.current.layers[LAYER]))
+    likeness = np.sum(A * received) / np.linalg.norm(A) / np.linalg.norm(received)
+    own = np.trace(Vt[:4] @ received.T) / 2 / np.linalg.norm(received)
+    if ranks == (4, 4, 4):
+        assert abs(own) < 0.5 < 0.9 < likeness
+    else:
+        close(np.linalg.norm(B, axis=0) / np.linalg.norm(B), S[:4] / np.linalg.norm(S[:4]), 1e-5)
+
+
 @pytest.mark.parametrize("fleet", ["bora exp_norm", "bora identity"])
 def test_refactor_is_never_worse_than_averaging(fleet, fleets):
     for power in range(6):
