@@ -188,6 +188,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return _read(path)[0]
 
 
+def num_unreadable(path: Path) -> int:
+    """How many lines are no rows."""
+    return len(_read(path)[1])
+
+
 def drop_rows_after(path: Path, last_round: int) -> None:
     """Drop rows after a round, so that a resumed run writes each round once; unreadable lines go to a file beside it.
 

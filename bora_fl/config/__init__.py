@@ -18,7 +18,7 @@ from bora_fl.config.groups import (
     StrategySettings,
     TrainSettings,
 )
-from bora_fl.config.run_config import describe, meaning, overrides, parse, suggest
+from bora_fl.config.run_config import describe, meaning, overrides, parse, read_config, suggest
 from bora_fl.config.settings import Settings
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "meaning",
     "overrides",
     "parse",
+    "read_config",
     "read_federation",
     "suggest",
 ]

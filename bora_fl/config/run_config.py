@@ -1,7 +1,9 @@
 """From a flat run config, or ``key=value`` pairs, to `Settings`; each error names key, value and remedy."""
 
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -37,6 +39,25 @@ def parse(run_config: Mapping[str, Scalar]) -> Settings:
         return Settings.model_validate(groups)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def read_config(folder: Path) -> dict[str, Scalar]:
+    """The run config in a run's output folder, as it was written; it may be of another version.
+
+    Raises:
+        ConfigError: If it is not there, or is no run config.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"run.output-dir = '{folder}': there is no config.json; name the folder of a run")
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+        lacking = [key for key in ("model.name", "data.name", "strategy.name") if key not in found]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it from a backup, or name another run") from None
+    if lacking or not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged, it has no {', '.join(lacking)}; restore it, or name another run")
+    return found
 
 
 def overrides(pairs: list[str] | None, base: Mapping[str, Scalar] | None = None) -> dict[str, Scalar]:

@@ -16,7 +16,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="comma-separated tasks or groups of lm-evaluation-harness")],
     rounds: Annotated[
         str,
-        typer.Option(help="comma-separated: base (the adapter off), last, or rounds that have a checkpoint; or all"),
+        typer.Option(help="comma-separated: base (before the run), last, or rounds that have a checkpoint; or all"),
     ] = "last",
     task_folder: Annotated[Path | None, typer.Option(help="folder of YAML files of your own tasks")] = None,
     limit: Annotated[int, typer.Option(help="examples of each task at most; 0 is all", min=0)] = 0,
@@ -33,7 +33,7 @@ def evaluate(
     """
     from bora_fl.config import ConfigError
     from bora_fl.evaluating.harness import Options, require_tasks, run_tasks
-    from bora_fl.predicting.opening import open_run, require_result, rounds_of
+    from bora_fl.predicting.opening import open_base, open_run, require_result, rounds_of
     from bora_fl.report import append_row
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -52,12 +52,11 @@ def evaluate(
         )
     found = {}
     for name in asked:
-        model, tokenizer = open_run(run, base, int(name) if name.isdigit() else None)
-        if name == "base" and hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                found[name] = run_tasks(model, tokenizer, options, manager)
+        if name == "base":
+            model, tokenizer = open_base(run, base)
         else:
-            found[name] = run_tasks(model, tokenizer, options, manager)
+            model, tokenizer = open_run(run, base, int(name) if name.isdigit() else None)
+        found[name] = run_tasks(model, tokenizer, options, manager)
         row = {"round": result.round if name == "last" else 0 if name == "base" else int(name), "model": name}
         where = run if (run / "adapter").is_dir() else run.parent
         append_row(where / EVALUATIONS, row | {"tasks": found[name], "limit": limit, "few_shot": few_shot})

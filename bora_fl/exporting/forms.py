@@ -3,19 +3,18 @@
 None of them needs the training data: a run's folder holds what there is to know of it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bora_fl.blocks import at_rank
-from bora_fl.config import ConfigError, extras, parse
+from bora_fl.config import ConfigError, extras, parse, read_config
 from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, Result, load_base, load_result, load_tokenizer, read_result
 from bora_fl.models.generating import stop_ids
 from bora_fl.models.pooling import PooledClassification
-from bora_fl.models.result import read_labels, write_labels
+from bora_fl.models.result import read_labels, result_tokenizer, write_labels
 from bora_fl.models.saving import save_pooled, save_sentence_transformers
 from bora_fl.predicting.opening import rounds_of
 from bora_fl.server.checkpoint import load_newest
@@ -37,14 +36,12 @@ def load_run(folder: Path, base: str = "", *, folded: bool = True) -> tuple[Fede
     Raises:
         ConfigError: If it holds no run with an adapter or a checkpoint, or one with folds against `folded`.
     """
-    from transformers import AutoTokenizer
-
     result = read_result(folder)
     newest = max(rounds_of(folder), default=0)
     if result is not None and result.round >= newest:
         if not folded and (result.folder / "folds.safetensors").is_file():
             raise _folded(folder)
-        return load_result(result, base, quantized=False), AutoTokenizer.from_pretrained(result.folder)
+        return load_result(result, base, quantized=False), result_tokenizer(result)
     return _from_checkpoint(folder, result, base, folded)
 
 
@@ -56,10 +53,7 @@ def _folded(folder: Path) -> ConfigError:
 
 
 def _from_checkpoint(folder: Path, result: Result | None, base: str, folded: bool) -> tuple[FederatedModel, Any]:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"run.output-dir = '{folder}': there is no config.json; name the folder of a run")
-    flat = json.loads(config.read_text())
+    flat = read_config(folder)
     settings = parse(flat)
     checkpoint = load_newest(folder / "checkpoints", flat)
     if checkpoint is None:

@@ -5,11 +5,12 @@ adapter, and the tokenizer has its own files.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from bora_fl.models.federated import FederatedModel
 from bora_fl.paths import write_atomically
 from bora_fl.state import AdapterState, unflatten_deltas
 
-ABOUT, LABELS = "bora_fl.json", "labels.json"
+ABOUT, LABELS, WEIGHTS = "bora_fl.json", "labels.json", "adapter_model.safetensors"
 _KEPT = (
     "model.",
     "adapter.",
@@ -84,12 +85,40 @@ def read_result(folder: Path) -> Result | None:
 
     Args:
         folder: A run's output folder, or the folder ``adapter`` in it.
+
+    Raises:
+        ConfigError: If what it says cannot be read.
     """
     for place in (folder / "adapter", folder):
         if (place / ABOUT).is_file():
-            about = json.loads((place / ABOUT).read_text(encoding="utf8"))
-            return Result(place, parse(about["settings"]), read_labels(place), int(about["round"]))
+            try:
+                about = json.loads((place / ABOUT).read_text(encoding="utf8"))
+                return Result(place, parse(about["settings"]), read_labels(place), int(about["round"]))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise _damaged(place, f"{ABOUT} or {LABELS}", error) from error
     return None
+
+
+def _damaged(folder: Path, what: str, error: Exception) -> ConfigError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return ConfigError(
+        f"{folder}: {what} cannot be used ({reason}); it is damaged, or of another version: restore it from a backup, "
+        "or delete the folder and resume the run (run.resume=true), which writes it again from its last checkpoint"
+    )
+
+
+def result_tokenizer(result: Result) -> Any:
+    """The tokenizer of a finished adapter.
+
+    Raises:
+        ConfigError: If its files are missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(result.folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(result.folder, "the tokenizer", error) from error
 
 
 def load_result(
@@ -106,6 +135,9 @@ def load_result(
         base: Another place of the same base model, as for ``model.name``.
         quantized: With the weights as the run's ``model.quantization`` has them; else in full precision.
         at: Another state of the same adapter, and the folds up to it, such as a checkpoint's.
+
+    Raises:
+        ConfigError: If the base model cannot be loaded, or the adapter's files are missing or damaged.
     """
     settings = result.settings
     model = settings.model.model_copy(update={"name": base} if base else {})
@@ -122,19 +154,45 @@ def load_result(
         own = loaded.read().tensors  # a head that does not train is in the state only where it was solved
         loaded.write(AdapterState(layers, {**own, **state.tensors}))
         return loaded
-    folds = result.folder / "folds.safetensors"
+    try:
+        _read_weights(loaded, result.folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _damaged(result.folder, "the weights", error) from error
+    return loaded
+
+
+def _read_weights(loaded: FederatedModel, folder: Path) -> None:
+    folds = folder / "folds.safetensors"
     if folds.is_file():
         flat = load_file(folds)
         for version in sorted({int(name.partition("/")[0]) for name in flat}):
             loaded.add_to_base(unflatten_deltas(flat, f"{version}/"))
-    if settings.adapter.method == "full":
-        for file in sorted(result.folder.glob("model*.safetensors")):  # a large model lies in several
-            loaded.model.load_state_dict(load_file(file), strict=False)
+    absent: set[str] | None = None
+    if loaded.adapter.method == "full":
+        for file in sorted(folder.glob("model*.safetensors")):  # a large model lies in several
+            lacking = set(loaded.model.load_state_dict(load_file(file), strict=False).missing_keys)
+            absent = lacking if absent is None else absent & lacking
+        if absent is None:
+            raise FileNotFoundError("there is no model.safetensors")
     else:
         from peft import load_peft_weights, set_peft_model_state_dict
 
-        set_peft_model_state_dict(loaded.model, load_peft_weights(str(result.folder), device="cpu"))
-    return loaded
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(f"there is no {WEIGHTS}")
+        weights = load_peft_weights(str(folder), device="cpu")
+        absent = set(set_peft_model_state_dict(loaded.model, weights).missing_keys)
+    missing = [names[0] for names in _trained_names(loaded.model) if absent.issuperset(names)]
+    if missing:
+        raise ValueError(f"{', '.join(missing[:3])} ({len(missing)} in all) are missing")
+
+
+def _trained_names(model: Any) -> Iterator[list[str]]:
+    """The names of each parameter that was trained; tied ones have several, and PEFT loads prompts apart."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and not name.startswith("prompt_encoder."):
+            names.setdefault(id(parameter), []).append(name)
+    yield from names.values()
 
 
 def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
@@ -151,9 +209,7 @@ def load(folder: str | Path, base: str = "") -> tuple[Any, Any]:
     Raises:
         ConfigError: If the folder holds no finished adapter, or the base model cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     result = read_result(Path(folder).expanduser())
     if result is None:
         raise ConfigError(f"{folder}: there is no adapter with a {ABOUT}; name the output folder of a finished run")
-    return load_result(result, base).model.eval(), AutoTokenizer.from_pretrained(result.folder)
+    return load_result(result, base).model.eval(), result_tokenizer(result)

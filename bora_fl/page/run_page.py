@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bora_fl.config import ConfigError, Settings
+from bora_fl.config import ConfigError, Settings, read_config
 from bora_fl.page import html
 from bora_fl.page.charts import Points, line_chart
-from bora_fl.report import read_rows
+from bora_fl.report import num_unreadable, read_rows
 from bora_fl.server.samples import SAMPLES
 from bora_fl.wire.refusals import Code
 
@@ -19,6 +19,9 @@ _CLIENT_COLUMNS = (
 )
 
 
+_NUMBERS = ("clients", "rejected", "bytes_up", "bytes_down", "seconds")  # of every round
+
+
 def run_page(folder: Path) -> str:
     """Write the page of a run.
 
@@ -26,22 +29,34 @@ def run_page(folder: Path) -> str:
         folder: The run's output folder.
 
     Raises:
-        ConfigError: If it holds no run.
+        ConfigError: If it holds no run, or one whose files are damaged.
     """
-    rows = read_rows(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    rows = read_rows(path)
     if not rows or not (folder / "config.json").is_file():
         raise ConfigError(
             f"RUN {folder}: there is no config.json with a metrics.jsonl; name the output folder of a run that has "
             "ended a round"
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    versions = folder / "versions.json"
+    config = Settings().flat() | read_config(folder)
+    whole = [row for row in rows if all(isinstance(row.get(key), int | float) for key in _NUMBERS)]
+    try:
+        return _page(folder, whole, config, num_unreadable(path) + len(rows) - len(whole))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"RUN {folder}: metrics.jsonl, samples.jsonl or config.json is damaged ({reason}); restore it from a backup"
+        ) from error
+
+
+def _page(folder: Path, rows: Sequence[Row], config: Row, unreadable: int) -> str:
     parts = [
         html.heading(folder.name, 1),
         html.note(
             f"{config['strategy.name']} on {config['model.name']}, {config['adapter.method']} of rank "
             f"{config['adapter.rank']}, data {config['data.name']}"
         ),
+        html.note(f"{unreadable} lines of metrics.jsonl are no rounds and left out.") if unreadable else "",
         _summary(rows, config),
         html.heading("Rounds"),
         _charts(rows),
@@ -58,10 +73,18 @@ def run_page(folder: Path) -> str:
         html.note("Bold: not the default."),
         _settings(config),
     ]
+    versions = folder / "versions.json"
     if versions.is_file():
-        found = json.loads(versions.read_text(encoding="utf8"))
-        parts += [html.heading("Versions"), html.table(["what", "version"], [[k, str(v)] for k, v in found.items()])]
+        parts += [html.heading("Versions"), _versions(versions)]
     return html.document(f"{folder.name}, a run of bora-fl", [part for part in parts if part])
+
+
+def _versions(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+        return html.table(["what", "version"], [[key, str(value)] for key, value in found.items()])
+    except (ValueError, AttributeError):
+        return html.note(f"{path.name} cannot be read.")
 
 
 def _summary(rows: Sequence[Row], config: Row) -> str:

@@ -1,8 +1,10 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bora_fl
 from bora_fl import data
@@ -64,8 +66,6 @@ def test_label_names_are_those_of_the_data_and_peft_opens_the_folder_with_them(t
 
 
 def test_the_base_model_may_lie_elsewhere_here(tiny_config, tiny_model: Path, tmp_path: Path):
-    import shutil
-
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(tiny_model, there)
     folder = simulate(tiny_config | RANDOM | {"model.name": str(there)}, 3)
@@ -80,3 +80,47 @@ def test_a_folder_without_a_finished_adapter_is_named(tmp_path: Path):
     assert read_result(tmp_path) is None
     with pytest.raises(ConfigError, match="finished run"):
         bora_fl.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {"model.name": str(tiny_model), "data.name": str(tiny_data), "adapter.rank": 2, "adapter.num-blocks": 4}
+    config |= {"run.num-rounds": 1, "run.threads": 1, "train.local-steps": 1, "train.precision": "fp32"}
+    return simulate(config | {"run.output-dir": str(tmp_path_factory.mktemp("finished") / "run")}, 3)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _without_a_layer(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("bora_fl.json", _cut, "bora_fl.json or labels.json cannot be used"),
+        ("bora_fl.json", lambda path: path.write_text("{}"), "KeyError: 'settings'"),
+        ("labels.json", _cut, "bora_fl.json or labels.json cannot be used"),
+        ("adapter_model.safetensors", _cut, "the weights cannot be used"),
+        ("adapter_model.safetensors", Path.unlink, "there is no adapter_model.safetensors"),
+        ("adapter_model.safetensors", _without_a_layer, r"\(1 in all\) are missing"),
+        ("tokenizer.json", _cut, "the tokenizer cannot be used"),
+    ],
+)
+def test_a_damaged_adapter_is_named_with_the_remedy(name: str, spoil, words: str, finished: Path, tmp_path: Path):
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    bora_fl.load(tmp_path)
+    spoil(tmp_path / "adapter" / name)
+    with pytest.raises(ConfigError, match=rf"adapter: .*{words}.*resume the run"):
+        bora_fl.load(tmp_path)
+
+
+def test_a_model_without_its_weights_is_not_the_base_model(tiny_config):
+    folder = simulate(tiny_config | {"run.num-rounds": 1, "adapter.method": "full"}, 3)
+    (folder / "adapter" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"there is no model\.safetensors"):
+        bora_fl.load(folder)

@@ -103,6 +103,33 @@ def test_a_code_of_the_closed_list_has_a_column_of_its_own(folder: Path):
     assert Tables(run_page(folder)).tables["Rejected replies"][-1][2] == "out-of-memory"
 
 
+def test_what_of_a_damaged_run_can_be_read_is_shown_and_the_rest_named(folder: Path):
+    whole = Tables(run_page(folder)).tables["Rounds"]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 9}\n{"round": 10, "clie')
+    (folder / "versions.json").write_text('{"bora_fl": ')
+    text = run_page(folder)
+    assert Tables(text).tables["Rounds"] == whole
+    assert "2 lines of metrics.jsonl are no rounds" in text
+    assert "versions.json cannot be read" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", '{"model.na', "config.json is damaged"),
+        ("config.json", "[1]", "config.json is damaged"),
+        ("config.json", "{}", "it has no model.name, data.name, strategy.name"),
+        ("metrics.jsonl", '{"round": 1}\n', "metrics.jsonl, samples.jsonl or config.json is damaged"),
+        ("samples.jsonl", '{"round": 1}\n', "metrics.jsonl, samples.jsonl or config.json is damaged"),
+    ],
+)
+def test_a_run_that_cannot_be_shown_is_named(name: str, content: str, words: str, folder: Path):
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        run_page(folder)
+
+
 def test_nothing_is_fetched_and_nothing_that_a_run_names_is_code(folder: Path):
     text = run_page(folder)
     page = Tables(text)

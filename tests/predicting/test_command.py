@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import bora_fl
@@ -11,6 +12,7 @@ from bora_fl.config import ConfigError
 from bora_fl.data.prompts import prompt_ids
 from bora_fl.exporting import export_merged
 from bora_fl.models.generating import complete
+from bora_fl.predicting.opening import open_base, open_run
 from bora_fl.predicting.prediction import classify
 from bora_fl.simulations.engine import simulate
 
@@ -69,6 +71,19 @@ def test_a_round_of_a_run_whose_head_does_not_train(init: str, tiny_config):
     by_round, end = (predict(str(run), "-", *options, given="\n".join(TEXTS)) for options in (["--round", "3"], []))
     assert by_round == end
     assert export_merged(run, run / "merged").is_dir()
+
+
+@pytest.mark.parametrize("config", [{"strategy.name": "fedex"}, {"adapter.method": "full"}], ids=str)
+def test_the_base_is_the_model_that_the_run_began_with(config, tiny_config, tiny_causal: Path):
+    causal = {"model.task": "causal-lm", "model.name": str(tiny_causal), "adapter.target-modules": "q_proj,v_proj"}
+    run = simulate(tiny_config | causal | {"run.num-rounds": 1} | config, 3)
+    original = AutoModelForCausalLM.from_pretrained(tiny_causal).state_dict()
+    base, finished = (model.state_dict() for model, _ in (open_base(run, ""), open_run(run, "", None)))
+    assert base.keys() == original.keys()
+    assert all(torch.equal(base[name], original[name]) for name in original)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (trained,) = (tensor for key, tensor in finished.items() if key.replace(".base_layer", "").endswith(name))
+    assert not torch.equal(trained, original[name])
 
 
 def test_a_folder_without_a_result_is_named(tmp_path: Path):
