@@ -3,6 +3,8 @@
 import logging
 import random
 import time
+from collections import Counter
+from collections.abc import Callable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -27,16 +29,19 @@ class Nodes:
     Args:
         settings: The strategy's settings.
         seed: The run's seed.
-
-    Attributes:
-        num_partitions: How many partitions there are, by the nodes' own word.
     """
 
     def __init__(self, settings: StrategySettings, seed: int) -> None:
         self._settings, self._seed = settings, seed
         self._partitions: dict[int, int] = {}
         self._names: dict[int, str] = {}
-        self.num_partitions = 1
+        self._claims: dict[int, int] = {}
+
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions there are, by the word of most nodes; the fewest of what equally many say."""
+        said = Counter(self._claims.values())
+        return min(said, key=lambda count: (-said[count], count), default=1)
 
     def partition(self, node: int) -> int | None:
         """The partition that a node serves; None for an unknown node."""
@@ -56,7 +61,7 @@ class Nodes:
         )
 
     def gather(self, grid: Grid) -> dict[str, str]:
-        """Wait before round 1 for ``strategy.min-nodes``, or for as many nodes as the first ones say there are.
+        """Wait before round 1 for ``strategy.min-nodes``, or for as many nodes as most say there are.
 
         Returns:
             Node id to the reason why the node is left out.
@@ -64,9 +69,22 @@ class Nodes:
         Raises:
             NodesMissingError: If the nodes do not connect within ``strategy.wait-seconds``.
         """
-        left_out = self.discover(grid)
-        wait_for_nodes(grid, self._settings.min_nodes or self.num_partitions, self._settings.wait_seconds)
-        return left_out | self.discover(grid)
+        left_out, known = dict[str, str](), 0
+
+        def wanted(there: int) -> int:
+            nonlocal known
+            if there > known and not self._settings.min_nodes:  # who has come may say another number
+                left_out.update(self.discover(grid))
+                known = there
+            return self._settings.min_nodes or self.num_partitions
+
+        wait_for_nodes(grid, wanted, self._settings.wait_seconds)
+        left_out |= self.discover(grid)
+        for node, count in self._claims.items():
+            if count != self.num_partitions:
+                text = "%s says that there are %d clients, where most say %d"
+                log.warning(text, self.called(node), count, self.num_partitions)
+        return left_out
 
     def discover(self, grid: Grid) -> dict[str, str]:
         """Ask each node that is new which partition it serves; forget those that are gone.
@@ -77,8 +95,9 @@ class Nodes:
         Raises:
             NodesMissingError: If fewer than ``strategy.min-nodes`` connect within ``strategy.wait-seconds``.
         """
-        nodes = wait_for_nodes(grid, max(self._settings.min_nodes, 1), self._settings.wait_seconds)
+        nodes = wait_for_nodes(grid, lambda _: max(self._settings.min_nodes, 1), self._settings.wait_seconds)
         self._partitions = {node: partition for node, partition in self._partitions.items() if node in nodes}
+        self._claims = {node: count for node, count in self._claims.items() if node in nodes}
         new = [node for node in nodes if node not in self._partitions]
         if not new:
             return {}
@@ -88,7 +107,7 @@ class Nodes:
         for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
             node = message.metadata.src_node_id
             try:
-                partition, self.num_partitions, self._names[node] = read_roll_call(message)
+                partition, self._claims[node], self._names[node] = read_roll_call(message)
                 if partition in self._partitions.values():
                     raise RejectedReplyError(node, f"another node serves partition {partition} already")
             except RejectedReplyError as rejected:
@@ -114,18 +133,23 @@ class Nodes:
         return sorted(sample, key=self._partitions.__getitem__)
 
 
-def wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
+def wait_for_nodes(grid: Grid, wanted: Callable[[int], int], seconds: float) -> list[int]:
     """Node ids, sorted, once there are enough of them.
+
+    Args:
+        grid: Flower's grid.
+        wanted: How many are enough, given how many there are.
+        seconds: How long to wait.
 
     Raises:
         NodesMissingError: If they do not connect in time.
     """
     deadline = time.monotonic() + seconds
-    while len(nodes := sorted(grid.get_node_ids())) < wanted:
+    while len(nodes := sorted(grid.get_node_ids())) < (enough := wanted(len(nodes))):
         if time.monotonic() > deadline:
             raise NodesMissingError(
-                f"{len(nodes)} of {wanted} nodes are connected after {seconds:.0f} s; start more SuperNodes, or lower "
-                f"strategy.min-nodes ({wanted}) or raise strategy.wait-seconds ({seconds:.0f})"
+                f"{len(nodes)} of {enough} nodes are connected after {seconds:.0f} s; start more SuperNodes, or lower "
+                f"strategy.min-nodes ({enough}) or raise strategy.wait-seconds ({seconds:.0f})"
             )
         time.sleep(0.2)
     return nodes

@@ -12,7 +12,7 @@ from bora_fl.strategies.base import FederatedStrategy
 from bora_fl.strategies.observer import Observer, RunFailedError
 from bora_fl.strategies.server_state import ServerState
 from bora_fl.wire.records import from_arrays, to_arrays
-from bora_fl.wire.schema import STATE
+from bora_fl.wire.schema import REPLY, SCHEMA, STATE
 from tests.strategies.four_nodes import CONFIG, SICK, Grid, adapter
 
 
@@ -179,3 +179,34 @@ def test_clients_evaluate_in_the_rounds_that_the_server_evaluates_in():
     )
     asked = [m.content.config_records["instruction"] for m in grid.seen if m.metadata.message_type == "train"]
     assert {(i["round"], i["evaluate"]) for i in asked} == {(1, False), (2, False), (3, True), (4, True)}
+
+
+@pytest.mark.parametrize("liar", [2, 3, 5])
+def test_one_node_does_not_say_how_many_there_are(liar: int, caplog):
+    """The server would wait for a million."""
+
+    class Late(Grid):
+        """Nodes connect one after the other, the liar first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.there = [liar]
+
+        def get_node_ids(self):
+            found = list(self.there)
+            self.there = [liar, *[node for node in (2, 3, 4, 5) if node != liar]][: len(self.there) + 1]
+            return found
+
+        def answer(self, message):
+            reply = super().answer(message)
+            if message.metadata.message_type == "query" and message.metadata.dst_node_id == liar:
+                reply.content.config_records[REPLY] = ConfigRecord(
+                    {"schema": SCHEMA, "partition": liar - 2, "num-partitions": 10**6}
+                )
+            return reply
+
+    watch = Watch()
+    chosen = settings(run__num_rounds=1, strategy__wait_seconds=4.0)
+    FederatedStrategy(chosen, build(chosen), "run", watch).run(Late(), ServerState.start(adapter(0)), [], 1)
+    assert watch.reports[0].clients == 4
+    assert "says that there are 1000000 clients, where most say 4" in caplog.text
