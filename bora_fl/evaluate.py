@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bora_fl.data import Encoded, Pairs
 
 IGNORE = -100
+_MINUS = re.compile(r"(?<!\w)[-\N{MINUS SIGN}](?=\.?\d)")
 DPO_BETA = 0.1
 
 
@@ -78,8 +80,12 @@ def perplexity(loss: float) -> float:
 
 
 def exact_match(response: str, reference: str) -> float:
-    """1 if two texts are the same words in the same order, whatever their case and punctuation; else 0."""
-    return float(_words(response) == _words(reference))
+    """1 if two texts are the same words in the same order, whatever their case and punctuation; else 0.
+
+    A number's minus counts, and texts without words are compared as they are.
+    """
+    ours, theirs = (_words(_MINUS.sub("minus ", text)) for text in (response, reference))
+    return float(ours == theirs if ours or theirs else response.strip() == reference.strip())
 
 
 def rouge_l(response: str, reference: str) -> float:
@@ -108,7 +114,9 @@ def has_form(response: str, form: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    """Runs of letters and digits, each with its marks: without them, words of many scripts are the same."""
+    plain = unicodedata.normalize("NFC", text.casefold())
+    return "".join(c if c == "_" or unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
 
 
 def evaluate(

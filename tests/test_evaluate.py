@@ -83,6 +83,33 @@ def test_rouge_is_the_f1_of_the_longest_common_subsequence():
     assert (exact_match("Yes, it is.", "yes it is"), exact_match("yes", "no")) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("response", "reference", "same"),
+    [
+        ("\u0915\u0940", "\u0915\u093e", False),  # Hindi, two vowel signs at one letter
+        ("caf\u00e9", "cafe\u0301", True),  # one text, composed and not
+        ("+", "-", False),
+        ("", "!", False),
+        (" \U0001f44d", "\U0001f44d\n", True),
+        ("-5", "5", False),
+        ("is -5.", "Is -5", True),
+        ("3-5", "3 5", True),
+    ],
+)
+def test_texts_are_the_same_words_in_every_script(response: str, reference: str, same: bool):
+    assert exact_match(response, reference) == same
+    if response[:1].isalpha():
+        assert rouge_l(response, reference) == same
+
+
+def test_rouge_is_that_of_rouge_score_on_english():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    random, words = np.random.default_rng(0), ["the", "Film", "was", "it's", "good,", "3.5", "(bad)", "a-b", "-1", "x"]
+    for _ in range(200):
+        ours, theirs = (" ".join(random.choice(words, size=random.integers(12))) for _ in range(2))
+        assert rouge_l(ours, theirs) == pytest.approx(scorer.score(theirs, ours)["rougeL"].fmeasure)
+
+
 def test_perplexity_is_the_exponential_of_the_loss_and_finite():
     assert perplexity(2.5) == pytest.approx(12.182493960703473)
     assert np.isfinite(perplexity(1e6))
