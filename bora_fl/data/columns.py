@@ -115,6 +115,27 @@ def _require_whole_rows(found: DataSettings, columns: Mapping[str, pa.DataType])
         )
 
 
+def require_response(settings: DataSettings, found: DataSettings, names: Sequence[str]) -> None:
+    """Refuse, for a language model, to take a prompt for the whole text because the rows have labels too.
+
+    Args:
+        settings: As the run config has them.
+        found: From `resolved`.
+        names: The data's columns.
+
+    Raises:
+        ConfigError: If there is a response that would be left out.
+    """
+    searched = settings.format == "auto" and settings.text_column == _DEFAULT.text_column
+    response = usual(RESPONSES, [name for name in names if name != found.label_column])
+    if searched and found.format == "text" and found.text_column.lower() in _ASKED and response:
+        raise ConfigError(
+            f"data.label-column = {settings.label_column!r} with model.task = 'causal-lm': the data has labels, and "
+            f"{found.text_column!r} would be trained without {response!r}; leave data.label-column empty, or set "
+            f"data.format to text for {found.text_column!r} alone"
+        )
+
+
 def _candidates(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> tuple[str, ...]:
     """What rows may be, the likeliest first; what is named is not searched for."""
     if settings.rejected_column:

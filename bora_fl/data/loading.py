@@ -30,6 +30,7 @@ _LOADING_FIELDS = {
     *("rejected_column", "format", "max_train_examples", "max_test_examples"),
 }
 _ROWS, _BYTES = 2048, 4 << 20  # that are Python objects at a time: enough for a tokenizer's threads, little memory
+_EXPECTED = 0.9  # share of rows that are complete; fewer are worth a warning
 _HELD_OUT, _MOST_HELD_OUT = 0.1, 1000
 _recent: tuple[str, "RawData"] | None = None
 
@@ -338,9 +339,9 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
         )
     if keep.all():
         return data
-    log.info(
-        "%s: %d of %d rows of split %s are incomplete and left out", settings.name, (~keep).sum(), len(keep), split
-    )
+    level = logging.INFO if keep.mean() > _EXPECTED else logging.WARNING
+    message = "%s: %d of %d rows of split %s are incomplete and left out"
+    log.log(level, message, settings.name, (~keep).sum(), len(keep), split)
     return data.select(np.flatnonzero(keep))
 
 

@@ -85,7 +85,14 @@ def held_out_prompts(raw: "Dataset", data: DataSettings, tokenizer: Any, count: 
         while not answers(messages[-1:]):  # a user's last word has no answer to compare with
             messages.pop()
         asked, reference = before_answer(messages)
+        if not asked:  # the assistant began
+            continue
         found.append(Prompt(conversation_ids(tokenizer, asked, read_tools(row.get(TOOLS))), asked, reference))
+    if not found:
+        raise ConfigError(
+            f"run.generate-every with data.text-column = {data.text_column!r}: in none of {len(rows)} held-out "
+            "conversations is an answer asked for; set run.generate-every to 0"
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings, extras
 from bora_fl.data import Encoded, Pairs, load_dataset, partition_picture, test_data
+from bora_fl.data.columns import require_response
 from bora_fl.data.general import general_text
 from bora_fl.data.prompts import Prompt, held_out_prompts
 from bora_fl.device import autocast, set_threads, settle
@@ -77,6 +78,8 @@ class Server(Observer):
                 "empty, or set model.task to causal-lm"
             )
         self._data = raw.settings
+        if not classifies:
+            require_response(settings.data, raw.settings, raw.train.column_names)
         if raw.settings.format == "preference":
             require_preferences(settings)
         self.label_names = raw.label_names if classifies else None

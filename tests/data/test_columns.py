@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data.columns import resolved
+from bora_fl.data.columns import require_response, resolved
 
 TEXT = pa.string()
 CHAT = pa.list_(pa.struct([("role", TEXT), ("content", TEXT)]))
@@ -70,3 +70,12 @@ def test_a_prompt_is_not_trained_alone_because_its_response_is_no_text(
         resolved(DataSettings(), columns)
     labelled = DataSettings(label_column=odd, text_column=alone)
     assert resolved(labelled, columns).format == "text"
+
+
+def test_a_language_model_is_not_trained_on_prompts_alone_because_the_rows_have_labels() -> None:
+    columns = {"question": TEXT, "answer": TEXT, "label": TEXT}
+    for given in ({"format": "text"}, {"text_column": "question"}, {"label_column": ""}, {"label_column": "answer"}):
+        settings = DataSettings(**given)
+        require_response(settings, resolved(settings, columns), list(columns))
+    with pytest.raises(ConfigError, match=r"'question' would be trained without 'answer'; leave"):
+        require_response(DataSettings(), resolved(DataSettings(), columns), list(columns))

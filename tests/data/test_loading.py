@@ -166,6 +166,17 @@ def test_incomplete_rows_are_left_out(tmp_path: Path) -> None:
     assert raw.train["q"][:] == ["a", "f"]
 
 
+@pytest.mark.parametrize(("blank", "level"), [(1, "INFO"), (8, "WARNING")])
+def test_many_incomplete_rows_are_a_warning(
+    blank: int, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "word,a\nword,b\n" * 10 + ",a\n" * blank)
+    load_dataset(DataSettings(name=str(tmp_path / "rows.csv"), test_split=""))
+    (said,) = (record for record in caplog.records if "incomplete and left out" in record.message)
+    assert (said.levelname, f"{blank} of {20 + blank} rows" in said.message) == (level, True)
+
+
 def test_subsamples_are_nested_in_the_data_and_stay(shop: DataSettings) -> None:
     whole = load_dataset(shop)
     small = load_dataset(shop.model_copy(update={"max_train_examples": 50, "max_test_examples": 7}))

@@ -12,6 +12,7 @@ import pytest
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
 from bora_fl.data import load_dataset
 from bora_fl.data.messages import encode, read_tools
+from bora_fl.data.prompts import held_out_prompts
 from bora_fl.data.tokenizing import tokenize
 from tests.data.conftest import CHAT
 
@@ -189,6 +190,16 @@ def test_a_content_of_text_parts_is_their_text(words: Any, tmp_path: Path) -> No
     parts[1]["content"].append({"type": "image", "image": "sun.png"})
     with pytest.raises(ConfigError, match="a content holds a part of type 'image'; models are trained on texts alone"):
         load_dataset(rows(tmp_path, [parts] * 4))
+
+
+def test_only_what_was_asked_for_is_generated(words: Any, tmp_path: Path) -> None:
+    began = [{"role": "assistant", "content": "sun"}, {"role": "user", "content": "moon"}]
+    raw = load_dataset(rows(tmp_path, [began, DIALOG, began]))
+    (prompt,) = held_out_prompts(raw.train, raw.settings, written(words, CHAT), 3)
+    assert prompt.asked == DIALOG[:-1]
+    raw = load_dataset(rows(tmp_path, [began] * 4))
+    with pytest.raises(ConfigError, match="in none of 3 held-out conversations is an answer asked for"):
+        held_out_prompts(raw.train, raw.settings, written(words, CHAT), 3)
 
 
 def test_an_answer_of_blanks_is_none(tmp_path: Path) -> None:
