@@ -3,20 +3,30 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.lost import keep_lost, recall_lost
+from bora_fl.client.lost import LOST, keep_lost, recall_lost
+from bora_fl.client.moments import MOMENTS
 from bora_fl.config import Settings
 from bora_fl.seeds import derive
 from bora_fl.state import AdapterState, flatten, unflatten
-from bora_fl.wire.records import Instruction, Pack, changes, from_arrays, keep, part_of, plain, to_arrays
+from bora_fl.wire.records import KEPT, Instruction, Pack, changes, from_arrays, keep, part_of, plain, to_arrays
 from bora_fl.wire.release import Release
 from bora_fl.wire.sparsity import keep_components, sparsify
 from bora_fl.wire.updates import Coding
 
-LOCAL = "local-factors"
+LOCAL, OWNER = "local-factors", "run"
+
+
+def own(memory: RecordDict, run_id: str) -> None:
+    """Forget what another run has left: Flower gives all runs of one series the same memory."""
+    mark = ConfigRecord({"run-id": run_id})
+    if memory.config_records.get(OWNER) != mark:
+        for name in (LOCAL, LOST, MOMENTS, KEPT):
+            memory.pop(name, None)
+        memory[OWNER] = mark
 
 
 def remember(memory: RecordDict, trained: AdapterState, instruction: Instruction) -> None:

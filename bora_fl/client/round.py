@@ -15,7 +15,7 @@ from bora_fl.blocks import at_rank
 from bora_fl.blocks.gram import Kind
 from bora_fl.client.grams import input_grams
 from bora_fl.client.identity import ClientIdentity
-from bora_fl.client.leaving import LOCAL, leave, recall
+from bora_fl.client.leaving import LOCAL, leave, own, recall
 from bora_fl.client.losses import prior_shift
 from bora_fl.client.moments import kept
 from bora_fl.client.optimizers import make_optimizer, round_factors
@@ -292,6 +292,7 @@ def receive(
 def understand(content: RecordDict, memory: RecordDict) -> tuple[Instruction, AdapterState]:
     """What a message asks, and the state that it carries, completed from what the client keeps."""
     instruction, flat = read_message(content, memory)
+    own(memory, instruction.run_id)
     with refuse_as(Code.MESSAGE_INVALID):
         return instruction, unflatten(flat)
 
