@@ -250,6 +250,8 @@ def _serve(
         try:
             task = connection.recv()
         except EOFError:
+            # There is nothing to clean up, and an exit that is cut short would print a traceback.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             return
         connection.send(work(task))
 

@@ -36,6 +36,15 @@ def test_a_dying_worker_loses_one_task():
     assert "exit code 3" in found[tasks[3]]
 
 
+def test_a_worker_that_is_ended_while_it_exits_says_nothing(capfd: pytest.CaptureFixture[str]):
+    with Pool(eval, 1, environment={}) as pool:
+        pool.run(["__import__('atexit').register(__import__('time').sleep, 20) and 0"], lambda *_: None)
+        (worker,) = pool._workers
+        worker.connection.close()
+        time.sleep(1)  # it has seen that no task will come, and is about to exit
+    assert capfd.readouterr().err == ""
+
+
 def test_workers_keep_their_memory_and_get_the_environment():
     remember = (
         "setattr(__import__('sys'), 'kept', getattr(__import__('sys'), 'kept', '') + 'x') or __import__('sys').kept"
