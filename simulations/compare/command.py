@@ -234,6 +234,7 @@ def _show_scenarios() -> None:
     for row in SCENARIOS.values():
         table.add_row(row.name, row.summary, str(row.num_clients or "--clients"))
     table.add_row("dirichlet-<alpha>", "label skew for any alpha", "--clients")
+    table.add_row("natural-<clients>", "so many silos by domain", "<clients>")
     console.print(table)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from bora_fl.config import ConfigError, Scalar, Settings, parse
 
 _DIRICHLET = re.compile(r"dirichlet-(\d*\.?\d+)")
+_NATURAL = re.compile(r"natural-([1-9]\d{0,3})")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ SCENARIOS: dict[str, Scenario] = {row.name: row for row in _ROWS}
 
 
 def scenario(name: str) -> Scenario:
-    """A row of `SCENARIOS`, or ``dirichlet-<alpha>`` for any alpha.
+    """A row of `SCENARIOS`, ``dirichlet-<alpha>`` for any alpha, or ``natural-<clients>`` for any number.
 
     Raises:
         ConfigError: For an unknown name, with near misses.
@@ -139,7 +140,12 @@ def scenario(name: str) -> Scenario:
     found = _DIRICHLET.fullmatch(name)
     if found and float(found[1]) > 0:
         return dirichlet(found[1])
-    raise ConfigError(f"--scenarios {name!r}: no such scenario; {near_misses(name, [*SCENARIOS, 'dirichlet-<alpha>'])}")
+    if silos := _NATURAL.fullmatch(name):
+        return replace(
+            SCENARIOS["natural"], name=name, summary=f"{silos[1]} silos by domain", num_clients=int(silos[1])
+        )
+    known = [*SCENARIOS, "dirichlet-<alpha>", "natural-<clients>"]
+    raise ConfigError(f"--scenarios {name!r}: no such scenario; {near_misses(name, known)}")
 
 
 def at_epsilon(row: Scenario, epsilon: str) -> Scenario:

@@ -28,6 +28,14 @@ def test_any_dirichlet_alpha_is_a_scenario():
     assert scenario("dirichlet-1") is SCENARIOS["dirichlet-1"]
 
 
+def test_natural_silos_of_any_number_are_a_scenario():
+    three = scenario("natural-3")
+    assert (three.clients(8), scenario("natural").clients(8)) == (3, 4)
+    assert three.settings(parse({})).data.partition == "natural"
+    with pytest.raises(ConfigError, match="--scenarios 'natural-0'"):
+        scenario("natural-0")
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("dirichlet0.1", "dirichlet-0.1"), ("many-step", "many-steps"), ("dirichlet-0", "dirichlet"), ("xyz", "natural")],
