@@ -57,6 +57,12 @@ def test_a_client_that_claims_a_huge_loss_does_not_choose_the_round(lie: float):
     assert not worse.beats(best(2, *[(k, 1.0, 10) for k in range(12)], (12, lie, 10)))
 
 
+def test_clients_that_see_no_difference_do_not_silence_the_others():
+    first = best(1, (0, 1.0, 10), (1, 1.0, 10), (2, 1.0, 10))
+    assert best(2, (0, 1.0, 10), (1, 1.0, 10), (2, 0.5, 10)).beats(first)
+    assert best(2, (0, 1.0, 10), (1, 1.0, 10), (2, 1.5, 10)).excess(first) == pytest.approx(0.5 / 3)
+
+
 def test_it_survives_a_checkpoint():
     state = ServerState.start(ADAPTER)
     state = ServerState(ADAPTER, best=best(4, (0, 0.25, 3), (5, 0.5, 7), fold_version=2), class_shares=(0.25, 0.75))
