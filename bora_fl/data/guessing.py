@@ -22,13 +22,14 @@ _CHARACTERS_A_TOKEN = 4
 _LOOKED_AT = 10_000  # rows for the length of an example
 
 
-def guess_task(name: str) -> str:
+def guess_task(name: str, label_column: str = "") -> str:
     """``causal-lm`` for local data of messages, of preference pairs, or of prompts with responses and no label.
 
     Args:
         name: As for ``data.name``; what a hub data set holds is not looked up.
+        label_column: The column of the classes, if it is known.
     """
-    found = _look(name) if looks_local(name) else None
+    found = _look(name) if looks_local(name) and not label_column else None
     if found is None:
         return "classification"
     settings = DataSettings(name=name, label_column="")

@@ -60,7 +60,7 @@ def federation(
     if task and task not in MODELS:
         raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
     data = data or _ask("data (file, folder or hub id)", DATA[task or "classification"])
-    task = task or _ask("task (classification, causal-lm)", guess_task(data))
+    task = task or _ask("task (classification, causal-lm)", guess_task(data, label_column))
     if task not in MODELS:
         raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
     model = model or _ask("model (hub id or folder)", MODELS[task])

@@ -58,6 +58,14 @@ def test_an_ordinary_file_needs_no_other_setting(here: Path, tiny_model: Path):
     assert settings["run.output-dir"] == "runs/my reviews"
 
 
+def test_a_label_column_that_is_named_tells_the_task(here: Path, tiny_model: Path):
+    data = write("scores.csv", question=["good", "bad"] * 10, answer=[1, 0] * 10)
+    settings = init("--data", data, "--model", str(tiny_model), "--clients", "2", "--label-column", "answer").run_config
+    assert (settings.get("model.task"), settings["data.label-column"]) == ("classification", "answer")
+    raw = load_dataset(parse(settings).data)
+    assert raw.label_names == ["0", "1"]
+
+
 def test_splits_and_natural_ids_of_a_file_are_seen(here: Path, tiny_model: Path, tiny_data: Path):
     few, many = (
         init("--data", str(tiny_data), "--model", str(tiny_model), "--clients", clients).run_config
