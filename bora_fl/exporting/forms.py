@@ -14,7 +14,7 @@ from bora_fl.data import load_dataset
 from bora_fl.models import FederatedModel, Result, load_base, load_result, load_tokenizer, read_result
 from bora_fl.models.generating import stop_ids
 from bora_fl.models.pooling import PooledClassification
-from bora_fl.models.result import read_labels, result_tokenizer, write_labels
+from bora_fl.models.result import ABOUT, read_labels, result_tokenizer, write_labels
 from bora_fl.models.saving import save_pooled, save_sentence_transformers
 from bora_fl.predicting.opening import rounds_of
 from bora_fl.server.checkpoint import load_newest
@@ -75,6 +75,18 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str, folded: boo
     return model, load_tokenizer(named)
 
 
+def require_target(target: Path) -> None:
+    """Refuse to write over a file or a run.
+
+    Raises:
+        ConfigError: If the target is a file, or the folder of a run or of its adapter.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"TARGET {target}: it is a file; name a folder")
+    if any((target / name).exists() for name in (ABOUT, "metrics.jsonl", "checkpoints")):
+        raise ConfigError(f"TARGET {target}: it holds a run, which would be written over; name another folder")
+
+
 def export_merged(folder: Path, target: Path, base: str = "", dtype: str = "") -> Path:
     """Write the fine-tuned model with everything merged into its weights, and its tokenizer.
 
@@ -89,6 +101,7 @@ def export_merged(folder: Path, target: Path, base: str = "", dtype: str = "") -
     Returns:
         The target.
     """
+    require_target(target)
     model, tokenizer = _merged(folder, base, dtype)
     if isinstance(model, PooledClassification):
         save_pooled(model, tokenizer, target)
@@ -110,6 +123,7 @@ def export_sentence_transformers(folder: Path, target: Path, base: str = "", dty
     Raises:
         ConfigError: If the model's head reads something else than pooled token states.
     """
+    require_target(target)
     model, tokenizer = _merged(folder, base, dtype)
     if not isinstance(model, PooledClassification):
         raise ConfigError(
@@ -138,6 +152,8 @@ def export_gguf(folder: Path, target: Path, base: str = "", dtype: str = "") -> 
     from bora_fl.exporting.gguf_file import write_gguf
 
     extras.require("llm", "--as gguf", "gguf")
+    if target.suffix != ".gguf":
+        require_target(target)
     model, tokenizer = _merged(folder, base, "")  # each tensor is cast as it is written
     file = target if target.suffix == ".gguf" else target / "model.gguf"
     write_gguf(model, tokenizer, file, folder.resolve().name, dtype)
@@ -172,6 +188,7 @@ def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = N
 
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank}: a LoRA adapter has rank 1 or more")
+    require_target(target)
     model, tokenizer = load_run(folder, base, folded=False)
     if model.adapter.method != "bora":
         raise ConfigError(f"adapter.method = '{model.adapter.method}': only BoRA adapters are converted; PEFT opens it")

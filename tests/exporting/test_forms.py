@@ -192,3 +192,17 @@ def test_what_was_folded_into_the_weights_cannot_be_a_lora(stopped: bool, tiny_c
 def test_a_folder_without_a_run_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"config\.json"):
         export_merged(tmp_path, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("form", ["merged", "lora", "sentence-transformers", "gguf"])
+def test_nothing_is_written_over_a_run_or_a_file(form: str, tiny_config, tmp_path: Path):
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    for name, holds in (("run", "metrics.jsonl"), ("adapter", "bora_fl.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / holds).write_text("{}")
+        with pytest.raises(ConfigError, match="it holds a run, which would be written over"):
+            bora_fl.export(tmp_path / "run", tmp_path / name, form)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="it is a file; name a folder"):
+        bora_fl.export(tmp_path / "run", tmp_path / "file", form)
