@@ -147,6 +147,7 @@ class DataSettings(Group):
     response_column: str = Field(
         "", description="answer (instruction data), or the response that was chosen; the loss covers it alone"
     )
+    context_column: str = Field("", description="what a prompt is about, such as input; follows it after a blank line")
     rejected_column: str = Field("", description="the response that was rejected (preference)")
     partition: Literal["iid", "dirichlet", "pathological", "natural", "linear", "square", "exponential", "local"] = (
         Field("natural", description="how examples are dealt to clients; local: every site has data of its own")

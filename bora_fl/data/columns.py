@@ -11,6 +11,7 @@ from bora_fl.data import messages
 TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment", "question", "title")
 PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
 RESPONSES = ("response", "output", "answer", "completion")
+CONTEXTS = ("input", "context")
 DIALOGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 CHOSEN, REJECTED = ("chosen", "preferred"), ("rejected", "dispreferred")
 IDS = (
@@ -25,9 +26,9 @@ _DEFAULT = DataSettings()
 
 def text_names(settings: DataSettings) -> frozenset[str]:
     """Columns that hold text, by their usual names and by the settings, whatever their values look like."""
-    usual_names = {*PROMPTS, *RESPONSES, *CHOSEN, *REJECTED, *DIALOGS}
+    usual_names = {*PROMPTS, *CONTEXTS, *RESPONSES, *CHOSEN, *REJECTED, *DIALOGS}
     spelt = {way for name in usual_names for way in (name, name.capitalize(), name.upper())}
-    named = {settings.text_column, settings.response_column, settings.rejected_column}
+    named = {settings.text_column, settings.response_column, settings.context_column, settings.rejected_column}
     return frozenset((spelt | named) - {"", settings.label_column})
 
 
@@ -79,6 +80,11 @@ def resolved(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> Data
     for kind in _candidates(settings, columns) if settings.format == "auto" else (settings.format,):
         if found := _find(kind, settings, columns):
             _require_whole_dialogs(found, columns)
+            if settings.context_column and kind != "prompt":
+                raise ConfigError(
+                    f"data.context-column = {settings.context_column!r} with data.format = {kind!r}: it goes with a "
+                    "prompt and its response; leave it empty, or name data.response-column"
+                )
             if settings.format == "auto" and kind == "text":
                 _require_whole_rows(found, columns)
             return found
@@ -164,6 +170,11 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
+def with_context(prompt: str, context: str | None) -> str:
+    """A prompt followed by what it is about, if there is anything."""
+    return f"{prompt}\n\n{context}" if context and context.strip() else prompt
+
+
 def num_missing(values: pa.ChunkedArray) -> int:
     """How many values are null, or blank, as an empty cell of a CSV file is."""
     blank = pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py() if is_text(values.type) else 0
@@ -191,7 +202,10 @@ def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType])
         return _of(settings, kind, text) if text else None
     response = settings.response_column or usual(RESPONSES, texts)
     text = given or usual(PROMPTS, [name for name in texts if name != response]) or ""
-    return _of(settings, kind, text, response) if text and response else None
+    others = [name for name in texts if name not in (text, response)]
+    context = settings.context_column or ("" if given else usual(CONTEXTS, others))
+    found = _of(settings, kind, text, response) if text and response else None
+    return found and found.model_copy(update={"context_column": context})
 
 
 def _pairs(settings: DataSettings, columns: Mapping[str, pa.DataType], given: str) -> DataSettings | None:

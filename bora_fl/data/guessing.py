@@ -78,6 +78,8 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
             _named(table, "text-column", kind.text_column)
         found |= {"data.format": kind.format, "data.text-column": kind.text_column}
         found |= {"data.label-column": "", "data.response-column": kind.response_column}
+        if kind.context_column:
+            found["data.context-column"] = kind.context_column
         if kind.rejected_column:
             found["data.rejected-column"] = kind.rejected_column
         texts = [name for name in (kind.text_column, kind.response_column) if name]

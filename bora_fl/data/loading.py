@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _LOADING_FIELDS = {
     *("name", "subset", "train_split", "test_split", "text_column", "label_column", "response_column"),
-    *("rejected_column", "format", "max_train_examples", "max_test_examples"),
+    *("context_column", "rejected_column", "format", "max_train_examples", "max_test_examples"),
 }
 _ROWS, _BYTES = 2048, 4 << 20  # that are Python objects at a time: enough for a tokenizer's threads, little memory
 _EXPECTED = 0.9  # share of rows that are complete; fewer are worth a warning
@@ -53,7 +53,8 @@ class RawData:
 
     def texts(self) -> list[str]:
         """Each training row as text; messages as JSON."""
-        found = self.train[self.settings.text_column or self.settings.response_column][:]
+        asked = self.settings.text_column
+        found = prompts(self.train, self.settings) if asked else self.train[self.settings.response_column][:]
         return [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in found]
 
 
@@ -130,6 +131,15 @@ def _source(key: str, name: str, subset: str) -> str:
 def column(data: "Dataset", name: str) -> pa.ChunkedArray:
     """One column of a data set as Arrow data."""
     return data.select_columns([name]).with_format("arrow")[:][name]
+
+
+def prompts(data: "Dataset", settings: DataSettings) -> list[Any]:
+    """The column of texts; a prompt with its context."""
+    texts: list[Any] = column(data, settings.text_column).to_pylist()
+    if not settings.context_column:
+        return texts
+    contexts = column(data, settings.context_column).to_pylist()
+    return [columns.with_context(*both) for both in zip(texts, contexts, strict=True)]
 
 
 def parts(data: "Dataset") -> "Iterator[Dataset]":
@@ -317,7 +327,8 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
     named = {"text": settings.text_column, "response": settings.response_column, "rejected": settings.rejected_column}
     named = {key: name for key, name in named.items() if name or (key == "text" and settings.format != "preference")}
     kinds = _kinds(data, settings)
-    for key, name in named.items():
+    context = {"context": settings.context_column} if settings.context_column else {}
+    for key, name in (named | context).items():
         if name not in kinds:
             raise _missing(f"{key}-column", name, data)
         found = kinds[name]

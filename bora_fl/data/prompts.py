@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data.columns import TOOLS
+from bora_fl.data.columns import TOOLS, with_context
 from bora_fl.data.messages import answers, by_template, clean, read_tools, require_template
 from bora_fl.data.preferences import read_pair
 from bora_fl.data.tokenizing import ending_ids, opening_ids, prompt_heads, token_ids
@@ -75,8 +75,9 @@ def held_out_prompts(raw: "Dataset", data: DataSettings, tokenizer: Any, count: 
     if data.format == "preference":
         return [_of_pair(tokenizer, data, row) for row in rows]
     if data.format == "prompt":
-        ids = prompt_ids(tokenizer, [row[data.text_column] for row in rows], dialog=True)
-        parts = [(row[data.text_column], row[data.response_column]) for row in rows]
+        texts = [with_context(row[data.text_column], row.get(data.context_column)) for row in rows]
+        ids = prompt_ids(tokenizer, texts, dialog=True)
+        parts = [(text, row[data.response_column]) for text, row in zip(texts, rows, strict=True)]
         return [Prompt(tokens, *part) for tokens, part in zip(ids, parts, strict=True)]
     require_template(tokenizer, "data.text-column", data.text_column)
     found = []

@@ -12,7 +12,7 @@ from bora_fl.data import messages, preferences
 from bora_fl.data.columns import TOOLS
 from bora_fl.data.encoded import Encoded
 from bora_fl.data.flat import Flat
-from bora_fl.data.loading import column, parts
+from bora_fl.data.loading import column, parts, prompts
 from bora_fl.data.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _examples(rows: "Dataset", data: DataSettings, model: ModelSettings, tokeniz
             room = max(map(len, responses))
             yield from (_fit(prompt + response, len(prompt), longest, bos, room=room) for response in responses)
         return
-    texts = column(rows, data.text_column).to_pylist()
+    texts = prompts(rows, data)
     if model.task == "classification":
         yield from (_Example(ids) for ids in token_ids(tokenizer, texts, truncation=True, max_length=longest))
     elif data.format == "messages":

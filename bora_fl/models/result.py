@@ -29,6 +29,7 @@ _KEPT = (
     "data.format",
     "data.text-column",
     "data.response-column",
+    "data.context-column",
     "data.rejected-column",
 )
 

@@ -31,7 +31,7 @@ def predict(
         raise ConfigError(f"--output {output}: name a file in a folder that exists")
     data = result.settings.data
     dialogs = data.format in ("messages", "preference")
-    texts = read_texts(file, text_column or data.text_column or "prompt", dialogs=dialogs)
+    texts = read_texts(file, text_column or data.text_column or "prompt", dialogs=dialogs, context=data.context_column)
     model, tokenizer = open_run(run, base, None if round < 0 else round)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output.open("w", encoding="utf8")) if output else sys.stdout

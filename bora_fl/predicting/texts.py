@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bora_fl.config import ConfigError
-from bora_fl.data.columns import TOOLS
+from bora_fl.data.columns import TOOLS, with_context
 from bora_fl.data.files import SUFFIXES, read_table
 from bora_fl.data.messages import clean, from_json, read_tools
 from bora_fl.data.prompts import before_answer
@@ -20,7 +20,7 @@ class Conversation(NamedTuple):
     tools: list[Any] | None = None
 
 
-def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
+def read_texts(source: str, column: str, *, dialogs: bool = False, context: str = "") -> list[Any]:
     """Read texts, or conversations.
 
     Args:
@@ -29,6 +29,8 @@ def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
         column: The column of the texts.
         dialogs: Whether a value may be a list of messages, or its JSON text, with functions in the column ``tools``.
 
+        context: Column of what a text is about, as for ``data.context-column``; rows may lack it.
+
     Returns:
         Texts, and a `Conversation` for each list of messages.
 
@@ -36,18 +38,18 @@ def read_texts(source: str, column: str, *, dialogs: bool = False) -> list[Any]:
         ConfigError: If there is no such file or column, or a value is no text.
     """
     if source == "-":
-        return _lines(utf8_lines(sys.stdin, "standard input"), "standard input", column, dialogs)
+        return _lines(utf8_lines(sys.stdin, "standard input"), "standard input", column, dialogs, context)
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"FILE {source}: there is no such file; give a file of texts, or - for standard input")
     if path.suffix.lower() not in SUFFIXES:
         with path.open(encoding="utf-8-sig") as file:
-            return _lines(utf8_lines(file, f"FILE {source}"), source, column, dialogs)
-    table = read_table(path, {column})
+            return _lines(utf8_lines(file, f"FILE {source}"), source, column, dialogs, context)
+    table = read_table(path, {column, context} - {""})
     if column not in table.column_names:
         raise _missing(source, column, table.column_names)
-    rows = table.select([name for name in table.column_names if name in (column, TOOLS)]).to_pylist()
-    return [_value(row, f"{source}, row {number}", column, dialogs) for number, row in enumerate(rows, 1)]
+    rows = table.select([name for name in table.column_names if name in (column, context, TOOLS)]).to_pylist()
+    return [_value(row, f"{source}, row {number}", column, dialogs, context) for number, row in enumerate(rows, 1)]
 
 
 def utf8_lines(lines: Iterable[str], where: str) -> Iterator[str]:
@@ -64,7 +66,7 @@ def utf8_lines(lines: Iterable[str], where: str) -> Iterator[str]:
         raise ConfigError(f"{where}: it is not UTF-8 ({error}); convert it, as with iconv -f latin1 -t utf8") from None
 
 
-def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool) -> list[Any]:
+def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool, context: str) -> list[Any]:
     texts = []
     for number, raw in enumerate(lines, 1):
         line = raw.strip()
@@ -80,12 +82,16 @@ def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool) -> lis
                 ) from None
             if column not in row:
                 raise _missing(f"{source}, line {number}", column, list(row))
-        texts.append(_value(row, f"{source}, line {number}", column, dialogs))
+        texts.append(_value(row, f"{source}, line {number}", column, dialogs, context))
     return texts
 
 
-def _value(row: Mapping[str, Any], where: str, column: str, dialogs: bool) -> Any:
-    value = row[column]
+def _value(row: Mapping[str, Any], where: str, column: str, dialogs: bool, context: str) -> Any:
+    value, about = row[column], row.get(context)
+    if isinstance(value, str) and about is not None:
+        if not isinstance(about, str):
+            raise ConfigError(f"{where}: {context} = {about!r} is no text; give a string")
+        value = with_context(value, about)
     if dialogs and isinstance(value, str):
         value = from_json(value) or value
     try:

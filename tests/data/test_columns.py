@@ -79,3 +79,30 @@ def test_a_language_model_is_not_trained_on_prompts_alone_because_the_rows_have_
         require_response(settings, resolved(settings, columns), list(columns))
     with pytest.raises(ConfigError, match=r"'question' would be trained without 'answer'; leave"):
         require_response(DataSettings(), resolved(DataSettings(), columns), list(columns))
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "expected"),
+    [
+        (("instruction", "input", "output"), {}, ("instruction", "output", "input")),
+        (("instruction", "context", "response", "category"), {}, ("instruction", "response", "context")),
+        (("input", "output"), {}, ("input", "output", "")),
+        (("prompt", "completion"), {}, ("prompt", "completion", "")),
+        (("instruction", "input", "output"), {"text_column": "instruction", "response_column": "output"},
+         ("instruction", "output", "")),
+        (("q", "about", "a"), {"text_column": "q", "response_column": "a", "context_column": "about"},
+         ("q", "a", "about")),
+    ],
+)  # fmt: skip
+def test_what_a_prompt_is_about(
+    columns: tuple[str, ...], given: dict[str, Any], expected: tuple[str, str, str]
+) -> None:
+    kinds = dict.fromkeys(columns, TEXT)
+    found = resolved(DataSettings(**given), kinds)
+    assert (found.text_column, found.response_column, found.context_column) == expected
+    assert resolved(found, kinds) == found
+
+
+def test_a_context_goes_with_a_prompt() -> None:
+    with pytest.raises(ConfigError, match=r"data.context-column = 'input' with data.format = 'text'"):
+        resolved(DataSettings(context_column="input"), {"text": TEXT, "input": TEXT})

@@ -202,6 +202,23 @@ def test_only_what_was_asked_for_is_generated(words: Any, tmp_path: Path) -> Non
         held_out_prompts(raw.train, raw.settings, written(words, CHAT), 3)
 
 
+def test_a_prompt_goes_on_with_what_it_is_about(words: Any, tmp_path: Path) -> None:
+    found = [{"instruction": "sun", "input": about, "output": "moon"} for about in ("sea tree", "", None, " ")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, found)))
+    data, chat = DataSettings(name=str(tmp_path / "rows.jsonl"), test_split=""), written(words, CHAT)
+    with_it, without = ("<user> sun sea tree <end> <assistant> moon <end>", "<user> sun <end> <assistant> moon <end>")
+    assert [whole for whole, _ in labels(data, chat, 32)] == [with_it, without, without, without]
+    raw = load_dataset(data)
+    assert [prompt.asked for prompt in held_out_prompts(raw.train, raw.settings, chat, 4)] == ["sun\n\nsea tree"] + [
+        "sun"
+    ] * 3
+    missing = data.model_copy(
+        update={"text_column": "instruction", "response_column": "output", "context_column": "about"}
+    )
+    with pytest.raises(ConfigError, match=r"data.context-column = 'about': columns are"):
+        load_dataset(missing)
+
+
 def test_an_answer_of_blanks_is_none(tmp_path: Path) -> None:
     blank = [DIALOG[1], {"role": "assistant", "content": " \n"}]
     assert len(load_dataset(rows(tmp_path, [DIALOG, blank, DIALOG])).train) == 2

@@ -119,3 +119,16 @@ def test_standard_input_in_another_encoding_is_named(errors: str, monkeypatch: p
     monkeypatch.setattr("sys.stdin", given)
     with pytest.raises(ConfigError, match=r"standard input: it is not UTF-8 .*iconv"):
         read_texts("-", "text")
+
+
+def test_a_prompt_goes_on_with_what_it_is_about(tmp_path: Path):
+    lines = [{"instruction": "was it", "input": "the film"}, {"instruction": "was it", "input": ""}]
+    (tmp_path / "asked.txt").write_text("\n".join(map(json.dumps, lines)) + '\n{"instruction": "was it"}\nwas it\n')
+    expected = ["was it\n\nthe film", "was it", "was it", "was it"]
+    assert read_texts(str(tmp_path / "asked.txt"), "instruction", context="input") == expected
+    pd.DataFrame(lines).to_csv(tmp_path / "asked.csv", index=False)
+    assert read_texts(str(tmp_path / "asked.csv"), "instruction", context="input") == expected[:2]
+    assert read_texts(str(tmp_path / "asked.csv"), "input", context="none") == ["the film", ""]
+    (tmp_path / "asked.txt").write_text('{"instruction": "was it", "input": 3}')
+    with pytest.raises(ConfigError, match="line 1: input = 3 is no text"):
+        read_texts(str(tmp_path / "asked.txt"), "instruction", context="input")
