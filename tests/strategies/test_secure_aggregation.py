@@ -1,5 +1,6 @@
 """SecAgg+ over a whole federation: the plain mean, nothing but it, and clients that vanish in each stage."""
 
+import copy
 import math
 from collections import Counter
 
@@ -337,6 +338,31 @@ def twice(record, node: int) -> None:
 def test_a_server_that_asks_for_both_secrets_of_a_client_is_refused(change, secure):
     with pytest.raises(RunFailedError, match="protocol-mismatch"):
         asking(change, **secure | {"data.partition": "iid"})
+
+
+@pytest.mark.parametrize("stage", Stage.all()[1:])
+def test_a_stage_is_answered_once(stage: str, secure):
+    """A mask that is on two vectors is on none: their difference is in the clear."""
+    settings = parse(secure | {"data.partition": "iid", "run.num-rounds": 2})
+    again, keys = [], []
+
+    class Twice(InProcessGrid):
+        def _handle(self, message):
+            replayed = copy.deepcopy(message)
+            reply = super()._handle(message)
+            record = replayed.content.config_records.get(RECORD_KEY_CONFIGS, {})
+            if record.get(Key.STAGE) == stage:
+                again.append(super()._handle(replayed))
+            elif record.get(Key.STAGE) == Stage.SETUP:
+                answer = reply.content.config_records[RECORD_KEY_CONFIGS]
+                keys.extend([answer[Key.PUBLIC_KEY_1], answer[Key.PUBLIC_KEY_2]])
+            return reply
+
+    folder = Server(settings).run(Twice(app, 3, settings.flat()))
+    assert [row["clients"] for row in training_rows(folder / "metrics.jsonl")] == [3, 3]
+    assert len(again) == 2 * 3
+    assert all("protocol-mismatch" in reply.error.reason for reply in again)
+    assert len(set(keys)) == len(keys) == 2 * 3 * 2
 
 
 @pytest.mark.parametrize("clients", range(2, 12))
