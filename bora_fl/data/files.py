@@ -169,7 +169,8 @@ def _read_one(path: Path, texts: Collection[str]) -> pa.Table:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         if odd := [row for row in rows if not isinstance(row, dict)]:
             raise ValueError(f"it is a list with {str(odd[0])[:40]!r} in the place of a row, which is an object")
-        return pa.Table.from_pylist(rows)
+        names = dict.fromkeys(name for row in rows for name in row)  # pyarrow would take those of the first row alone
+        return pa.table({name: [row.get(name) for row in rows] for name in names})
     return read_json(path)
 
 

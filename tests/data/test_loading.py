@@ -333,6 +333,13 @@ def test_a_split_without_labels_has_no_usable_row(tmp_path: Path) -> None:
         load_dataset(DataSettings(name=str(tmp_path)))
 
 
+def test_a_field_that_the_first_row_of_an_array_lacks_is_read(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b", "split": "test"}, {"text": "c", "split": "train"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = load_dataset(DataSettings(name=str(tmp_path / "rows.json"), label_column=""))
+    assert (found.train["text"][:], found.test and found.test["text"][:]) == (["c"], ["b"])
+
+
 def test_cells_and_strings_that_look_like_numbers_or_dates_are_text_as_they_are_written(tmp_path: Path) -> None:
     answers = ["007", "1.50", "true", "2024-01-01", "12"]
     for answer in answers:  # alone, so that it decides the column's type
