@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from bora_fl.config import ConfigError
-from bora_fl.data.mapped import csv_options, in_utf8, mapped, read_json, simple
+from bora_fl.data.mapped import csv_options, in_utf8, mapped, read_json, require_columns, simple
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 LARGE = 256 << 20  # bytes of files above which their rows stay on the disk
@@ -103,6 +106,8 @@ def _rows(data: "Dataset", which: str, split: str) -> "Dataset":
     import pyarrow.compute as pc
 
     names = data.data.column("split").cast(pa.string())
+    if names.null_count and which == "train":
+        log.warning("%d of %d rows have no split and are left out", names.null_count, len(names))
     rows = np.flatnonzero(pc.fill_null(pc.equal(names, split), False).to_numpy())
     if len(rows) == 0:
         known = pc.unique(names.drop_null()).to_pylist()
@@ -164,7 +169,9 @@ def _read_one(path: Path, texts: Collection[str]) -> pa.Table:
     if suffix in (".csv", ".tsv"):
         from pyarrow import csv
 
-        return in_utf8(csv.read_csv(path, **csv_options(suffix, dict.fromkeys(texts, pa.string()))))
+        table = csv.read_csv(path, **csv_options(suffix, dict.fromkeys(texts, pa.string())))
+        require_columns(table.schema)
+        return in_utf8(table)
     if _is_array(path):
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         if odd := [row for row in rows if not isinstance(row, dict)]:

@@ -85,6 +85,7 @@ def _csv_pieces(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.Tab
     from pyarrow import csv
 
     with csv.open_csv(path, **csv_options(path.suffix.lower(), types)) as reader:
+        require_columns(reader.schema)
         yield from (simple(in_utf8(pa.Table.from_batches([batch]))) for batch in reader)
 
 
@@ -147,6 +148,20 @@ def in_utf8(table: pa.Table) -> pa.Table:
                 f"column {name} is not UTF-8; convert the file, as with iconv -f latin1 -t utf8"
             ) from error
     return table
+
+
+def require_columns(schema: pa.Schema) -> None:
+    """Refuse a CSV file whose columns cannot be told apart.
+
+    Raises:
+        pa.ArrowInvalid: If two have one name, or something else than commas is between them.
+    """
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise pa.ArrowInvalid(f"it has several columns named {name!r}; rename them")
+    (only, *others) = schema.names
+    if not others and (mark := next((mark for mark in ";\t|" if mark in only), "")):
+        raise pa.ArrowInvalid(f"its columns are separated by {mark!r}; write commas, or tabs in a .tsv file")
 
 
 def csv_options(suffix: str, types: Mapping[str, pa.DataType]) -> dict[str, Any]:

@@ -262,6 +262,9 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path) -> None:
         ),
         ("d.json", '[{"text": "caf\u00e9", "label": "x"}]'.encode("latin1"), "cannot be read as json"),
         ("d.json", b"[1, 2]", "in the place of a row"),
+        ("d.csv", b"text;label\na film;x\n", "its columns are separated by ';'; write commas"),
+        ("d.csv", b"text\tlabel\na film\tx\n", "its columns are separated by .*; write commas"),
+        ("d.csv", b"text,text,label\na film,,x\n", "it has several columns named 'text'; rename them"),
     ],
 )
 @pytest.mark.parametrize("large", [False, True])
@@ -333,10 +336,11 @@ def test_a_split_without_labels_has_no_usable_row(tmp_path: Path) -> None:
         load_dataset(DataSettings(name=str(tmp_path)))
 
 
-def test_a_field_that_the_first_row_of_an_array_lacks_is_read(tmp_path: Path) -> None:
+def test_a_field_that_the_first_row_of_an_array_lacks_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"text": "a"}, {"text": "b", "split": "test"}, {"text": "c", "split": "train"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = load_dataset(DataSettings(name=str(tmp_path / "rows.json"), label_column=""))
+    assert "1 of 3 rows have no split and are left out" in caplog.text
     assert (found.train["text"][:], found.test and found.test["text"][:]) == (["c"], ["b"])
 
 
