@@ -29,6 +29,9 @@ def predict(
     result = require_result(run)
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise ConfigError(f"--output {output}: name a file in a folder that exists")
+    given = Path(file).expanduser()
+    if output and output.exists() and given.exists() and output.samefile(given):
+        raise ConfigError(f"--output {output}: it is the file of the texts, which would be written over; name another")
     data = result.settings.data
     dialogs = data.format in ("messages", "preference")
     texts = read_texts(file, text_column or data.text_column or "prompt", dialogs=dialogs, context=data.context_column)

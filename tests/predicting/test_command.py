@@ -36,6 +36,9 @@ def test_labels_are_those_of_each_text_alone_and_need_no_data(tiny_config, tiny_
     rows = predict(str(folder), "-", given="\n".join(TEXTS))
     with pytest.raises(ConfigError, match=r"--output .*name a file in a folder that exists"):
         predict(str(folder), "-", "--output", str(tmp_path / "no" / "rows.jsonl"), given="a")
+    (tmp_path / "texts.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"--output .*texts\.txt: it is the file of the texts"):
+        predict(str(folder), str(tmp_path / "texts.txt"), "--output", str(tmp_path / "texts.txt"))
     model, tokenizer = bora_fl.load(folder)
     assert [row["text"] for row in rows] == TEXTS
     for row in rows:
