@@ -21,7 +21,6 @@ from bora_fl.wire.refusals import Code, Refused
 
 log = logging.getLogger(__name__)
 
-
 Shapes = Mapping[str, tuple[int, int, int]]
 """Of adapted layers, by name: rows, columns and blocks."""
 

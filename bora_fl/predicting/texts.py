@@ -28,7 +28,6 @@ def read_texts(source: str, column: str, *, dialogs: bool = False, context: str 
             line that is a JSON object stands for its `column`.
         column: The column of the texts.
         dialogs: Whether a value may be a list of messages, or its JSON text, with functions in the column ``tools``.
-
         context: Column of what a text is about, as for ``data.context-column``; rows may lack it.
 
     Returns:
