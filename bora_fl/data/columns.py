@@ -12,6 +12,7 @@ TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment",
 PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
 RESPONSES = ("response", "output", "answer", "completion")
 CONTEXTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
 DIALOGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 CHOSEN, REJECTED = ("chosen", "preferred"), ("rejected", "dispreferred")
 IDS = (
@@ -119,6 +120,17 @@ def _require_whole_rows(found: DataSettings, columns: Mapping[str, pa.DataType])
             f"data.name = {found.name!r}: column {other!r} holds {columns[other]}, not text, and {alone!r} would be "
             f"trained without it; write {other!r} as text, or set data.format to text for {alone!r} alone"
         )
+
+
+def left_out(found: DataSettings, names: Sequence[str]) -> str:
+    """The column of system prompts that stands beside prompts and responses, which no setting takes; else empty.
+
+    Args:
+        found: From `resolved`.
+        names: The data's columns.
+    """
+    named = (found.text_column, found.response_column, found.context_column)
+    return usual(SYSTEMS, [name for name in names if name not in named]) if found.format == "prompt" else ""
 
 
 def require_response(settings: DataSettings, found: DataSettings, names: Sequence[str]) -> None:

@@ -169,6 +169,8 @@ def _load(settings: DataSettings) -> RawData:
     with quiet():
         train, test = _read(settings)
         settings = columns.resolved(settings, _kinds(train, settings))
+        if system := columns.left_out(settings, train.column_names):
+            log.warning("column %r is not trained on; write rows as messages (data.format) to train with it", system)
         splits = {settings.train_split: train} | ({} if test is None else {settings.test_split: test})
         splits, names = _encode_labels(splits, settings)
         checked = {name: _drop_incomplete(data, name, settings, names is not None) for name, data in splits.items()}

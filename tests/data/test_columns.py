@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from bora_fl.config import ConfigError, DataSettings
-from bora_fl.data.columns import require_response, resolved
+from bora_fl.data.columns import left_out, require_response, resolved
 
 TEXT = pa.string()
 CHAT = pa.list_(pa.struct([("role", TEXT), ("content", TEXT)]))
@@ -101,6 +101,20 @@ def test_what_a_prompt_is_about(
     found = resolved(DataSettings(**given), kinds)
     assert (found.text_column, found.response_column, found.context_column) == expected
     assert resolved(found, kinds) == found
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "expected"),
+    [
+        (("system_prompt", "question", "response"), {}, "system_prompt"),
+        (("System", "instruction", "output"), {}, "System"),
+        (("system", "instruction", "output"), {"context_column": "system"}, ""),
+        (("instruction", "output"), {}, ""),
+        (("system", "text"), {}, ""),
+    ],
+)
+def test_a_column_of_system_prompts_is_named(columns: tuple[str, ...], given: dict[str, Any], expected: str) -> None:
+    assert left_out(resolved(DataSettings(**given), dict.fromkeys(columns, TEXT)), columns) == expected
 
 
 def test_a_context_goes_with_a_prompt() -> None:
