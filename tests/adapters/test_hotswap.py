@@ -52,6 +52,7 @@ def test_the_other_adapter_speaks_and_nothing_is_compiled_again(tmp_path: Path) 
         ({"bora_alpha": 3}, "bora_alpha"),
         ({"target_modules": ["first"]}, "target_modules"),
         ({"sigma_transform": "identity"}, "sigma_transform"),
+        ({"exclude_modules": ["second"]}, r"second\.bora_adapter\.A is in the model alone"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(options: dict[str, Any], word: str, tmp_path: Path) -> None:
@@ -60,6 +61,26 @@ def test_what_does_not_fit_changes_nothing(options: dict[str, Any], word: str, t
     with torch.no_grad():
         before = model(x)
         with pytest.raises(ValueError, match=word):
+            hotswap_adapter(model, tmp_path)
+        torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+def test_layers_that_the_model_has_not_adapted_are_refused(tmp_path: Path) -> None:
+    adapted(2).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"second\.bora_adapter\.A is in .* alone"):
+        hotswap_adapter(adapted(1, exclude_modules=["second"]), tmp_path)
+
+
+def test_a_module_to_save_of_another_shape_changes_nothing(tmp_path: Path) -> None:
+    """As a head for another number of classes: PEFT loads what fits before it finds what does not."""
+    model, x = adapted(1, target_modules=["first"], modules_to_save=["second"]), torch.randn(3, 8)
+    other = Net()
+    other.second = nn.Linear(12, 5)
+    settings = BoraConfig(r=2, num_blocks=4, target_modules=["first"], modules_to_save=["second"], init_weights=False)
+    get_peft_model(other, settings).save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        before = model(x)
+        with pytest.raises(ValueError, match=r"second\.weight is \[8, 12\], that of .* \[5, 12\]"):
             hotswap_adapter(model, tmp_path)
         torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
