@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,15 +92,16 @@ class BoraModel(BaseTuner):  # type: ignore[misc]
         by_adapter = {name: read_factors(self, name) for name in adapters}
         factors = weighted_factors(by_adapter, dict(zip(adapters, weights, strict=True)), combination_type, rank)
         ranks = {layer: found.rank for layer, found in factors.items()}
+        patterns = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items()}  # a whole name: "0" ends "1.0" too
         first: BoraConfig = self.peft_config[adapters[0]]
         self.peft_config[adapter_name] = replace(
             first,
             r=max(ranks.values()),
             bora_alpha=max(ranks.values()),
             use_rslora=False,
-            rank_pattern=ranks,
-            alpha_pattern=dict(ranks),
-            target_modules=sorted(ranks),
+            rank_pattern=patterns,
+            alpha_pattern=dict(patterns),
+            target_modules="|".join(map(re.escape, sorted(ranks))),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,

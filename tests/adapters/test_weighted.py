@@ -60,6 +60,27 @@ def test_the_new_adapter_is_the_weighted_sum(num_blocks: int, options: dict[str,
     torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", ["0|1[.]0", "0"])
+def test_layers_whose_name_ends_as_another_ones_are_kept_apart(targets: str, tmp_path) -> None:
+    """A name alone is what PEFT takes for the end of one: `0` is `1.0` too, of whichever rank comes first."""
+
+    def nested() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+
+    ranks = {"0": 2} if targets == "0" else {"0": 2, "1.0": 4}
+    pattern = {f"^{layer}": rank for layer, rank in ranks.items()}
+    settings = BoraConfig(num_blocks=2, rank_pattern=pattern, target_modules=targets, init_weights=False)
+    model = get_peft_model(nested(), settings)
+    expected = {layer: 2 * delta for layer, delta in deltas(model, "default").items()}
+    model.add_weighted_adapter(["default"], [2.0], "twice")
+    assert {layer: f.rank for layer, f in read_factors(model, "twice").items()} == ranks
+    torch.testing.assert_close(deltas(model, "twice"), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["twice"])
+    again = PeftModel.from_pretrained(nested(), str(tmp_path / "twice"))
+    torch.testing.assert_close(deltas(again, "default"), expected)
+
+
 @pytest.mark.parametrize(
     ("adapters", "weights", "options", "message"),
     [
