@@ -90,9 +90,9 @@ class RavanCores(nn.Module):
         self.scales = nn.Parameter(torch.ones(pairs))
 
     def forward(self, u: Tensor) -> Tensor:
-        """Map `u [..., h, r]` to `z [..., h, r]`."""
+        """Map `u [..., h, r]` to `z [..., h, r]`, in u's dtype."""
         form = "...hr,hsr->...hs" if self.H.dim() == 3 else "...jr,ijsr->...is"
-        return torch.einsum(form, u, self.scaled())
+        return torch.einsum(form, u, self.scaled().to(u.dtype))
 
     def scaled(self) -> Tensor:
         """The cores with their scales, `s ∘ H`."""
@@ -199,7 +199,12 @@ class RavanLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         bases = RavanBases(self.in_features, self.out_features, config).train(self.training)
         self.ravan_bases[adapter_name] = bases
         self.ravan_cores[adapter_name] = RavanCores(config.r, config.num_heads, bases.structure)
+        right, left = bases.right, bases.left
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        # Over a base in half precision PEFT takes the cores back to float32, but no buffers; rounded, the bases would
+        # not be orthonormal.
+        like = bases.right.new_empty(0, dtype=torch.promote_types(bases.right.dtype, torch.float32))
+        bases.right, bases.left = right.to(like), left.to(like)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -142,6 +142,27 @@ def test_merged_unmerged_saved_and_loaded_it_computes_the_same(structure, tmp_pa
     torch.testing.assert_close(model.merge_and_unload()(x), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("structure", ["heads", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_over_a_base_of_another_dtype_the_adapter_computes_in_float32_at_least(structure, dtype):
+    torch.manual_seed(0)
+    base = Small().to(dtype)
+    model = get_peft_model(base, RavanConfig(r=2, num_heads=2, structure=structure, target_modules=["first", "second"]))
+    drawn(model)
+    x = torch.randn(3, 12, dtype=dtype)
+    layer = base.first
+    branch = layer.bases("default")(x, layer.cores("default"))
+    exact = x.double() @ layer.delta("default").double().T
+    torch.testing.assert_close(branch.double(), exact, rtol=1e-5, atol=1e-6)
+    flat = layer.bases("default").left.double()[0]
+    torch.testing.assert_close(flat.T @ flat, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    wanted = base.first.base_layer(x).double() + exact
+    torch.testing.assert_close(base.first(x), wanted.to(dtype), rtol=2e-2, atol=2e-2)
+    assert model(x).dtype == dtype
+    model.to(dtype)  # all of it
+    assert model(x).dtype == dtype
+
+
 def test_two_adapters_have_bases_of_their_own():
     _, model = adapted()
     model.add_adapter("other", RavanConfig(r=3, num_heads=1, target_modules=["first"]))
