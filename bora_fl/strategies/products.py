@@ -28,8 +28,9 @@ def gram_of_changes(states: Sequence[AdapterState], reference: AdapterState, sha
     """`G[k, l] = <d_k, d_l>` with `d_k` the k-th state's change against the reference.
 
     Args:
-        states: K clients' states, of any ranks. reference: What they were sent. shares: The parts that leave the
-        clients. Where B is not among them there is no product to compare, and a layer's
+        states: K clients' states, of any ranks.
+        reference: What they were sent.
+        shares: The parts that leave the clients. Where B and Sigma stay there is no product to compare, and a layer's
             change is that of A.
 
     Returns:
@@ -39,7 +40,7 @@ def gram_of_changes(states: Sequence[AdapterState], reference: AdapterState, sha
     gram = torch.zeros(len(everyone), len(everyone), dtype=torch.float64)
     for layer in reference.layers:
         factors = [state.layers[layer] for state in everyone]
-        gram += gram_of_products(factors) if "B" in shares else _gram([f.A for f in factors])
+        gram += gram_of_products(factors) if shares & {"B", "sigma"} else _gram([f.A for f in factors])
     for name in reference.tensors:
         gram += _gram([state.tensors[name] for state in everyone])
     own, cross = gram[-1, -1], gram[:-1, -1]

@@ -105,9 +105,11 @@ def _shortened(update: ClientUpdate, robust: RobustRound, bound: float) -> Clien
     # The norm grows like a power of the share: a secant in logarithms, kept between a share that is too short and one
     # that is too long.
     state, low, high = moved(0.0)[0], 0.0, 1.0
+    if bound == 0:  # most clients changed nothing
+        return replace(update, state=state)
     last, power = math.log(moved(1.0)[1] / bound), 1.0
     guess = math.exp(-last)
-    for _ in range(_MOST_TRIALS if bound > 0 else 0):
+    for _ in range(_MOST_TRIALS):
         candidate, norm = moved(guess)
         excess = math.log(max(norm / bound, 1e-300))
         if excess > 0:

@@ -39,6 +39,27 @@ def test_distances_are_those_of_the_dense_products(fleet, fleets):
     np.testing.assert_allclose(squared_distances(gram).numpy(), wanted, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["fed-sb", "ffa", "rolora"])
+def test_distances_are_those_of_the_products_where_one_factor_is_shared(name, fleets):
+    agg = fleets["bora exp_norm"].built(name)
+    state, updates = fleets["bora exp_norm"].round(agg, clients=3)
+    vectors = [dense_vector(u.state) - dense_vector(state.current) for u in updates]
+    gram = gram_of_changes([u.state for u in updates], state.current, agg.shares())
+    np.testing.assert_allclose(
+        gram.numpy(), np.array([[a @ b for b in vectors] for a in vectors]), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_an_update_is_clipped_to_nothing_where_most_clients_changed_nothing(fleets):
+    agg = fleets["bora exp_norm"].built("fedavg", robust="norm-clip")
+    state, updates = fleets["bora exp_norm"].round(agg, clients=1)
+    idle = [ClientUpdate(8, 1.0, state.current), ClientUpdate(9, 1.0, state.current)]
+    after, report = agg.aggregate(state, [*updates, *idle], 1)
+    assert report["clients"] == 3
+    assert report["update_norm"] == pytest.approx(0, abs=1e-9)
+    np.testing.assert_allclose(dense_vector(after.current), dense_vector(state.current), rtol=1e-9, atol=1e-12)
+
+
 def test_krum_scores_follow_their_definition(fleets):
     state, updates = fleets["bora exp_norm"].round(fleets["bora exp_norm"].built("fedavg"), clients=7)
     vectors = [dense_vector(u.state) for u in updates]
