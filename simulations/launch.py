@@ -111,7 +111,8 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
     if code != 0:
         raise LaunchError(f"the run ended with code {code}: {reason(process.text())} (the whole log: {process.log})")
     rows = read_rows(folder / "metrics.jsonl")
-    if not rows or rows[-1]["round"] != settings.run.num_rounds or not (folder / "adapter").is_dir():
+    whole = bool(rows) and (rows[-1]["round"] == settings.run.num_rounds or settings.run.patience > 0)
+    if not whole or not (folder / "adapter").is_dir():
         raise LaunchError(f"the run ended without a result; the last lines of {process.log}:\n{process.tail(25)}")
     return Outcome(process.log, folder, rows)
 

@@ -113,13 +113,13 @@ class CompareRun(grid.Run):
 
     @property
     def cost(self) -> float:
-        """Client steps in all."""
+        """Client steps in all; of a run without rounds, as many as a round has."""
         s = self.settings
         a_round = max(1.0, s.strategy.fraction_train * self.num_clients) * max(s.train.local_steps, 1)
-        return s.run.num_rounds * a_round
+        return max(s.run.num_rounds, 1) * a_round
 
     def work(self) -> grid.Result:
-        """Run the federation; the result is its ``metrics.jsonl``.
+        """Run the federation; the result is its ``metrics.jsonl``, and how many rows that has.
 
         Config, ledgers and log stay too; checkpoints and the adapter go, since nothing reads them and full
         fine-tuning's are large.
@@ -128,15 +128,15 @@ class CompareRun(grid.Run):
             simulate(self.run_settings, self.num_clients, node_configs=self.node_configs)
         for name in ("checkpoints", "adapter"):
             delete(self.folder / name)
-        return {}
+        return {"rows": self._rounds()}
 
     def progress(self) -> float:
         """Its rounds so far, round 0 among them."""
         return self._rounds() / (1 + self.settings.run.num_rounds)
 
     def stands(self, result: grid.Result) -> bool:
-        """Whether every round is in ``metrics.jsonl``."""
-        return self._rounds() == 1 + self.settings.run.num_rounds
+        """Whether every round is in ``metrics.jsonl``; with ``run.patience`` there may be fewer than were planned."""
+        return self._rounds() == result.get("rows", 1 + self.settings.run.num_rounds)
 
     def _rounds(self) -> int:
         return len(read_rows(self.folder / "metrics.jsonl"))

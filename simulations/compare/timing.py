@@ -39,6 +39,8 @@ def _two_rounds(run: CompareRun) -> tuple[float, float]:
             "run.num-rounds": 2,
             "run.evaluate-every": 2,
             "run.keep-best": False,
+            "run.patience": 0,  # it needs keep-best
+            "run.restart-margin": 0.0,
             "head.solve-again": "never",
             "privacy.ledger-dir": f"{folder}/ledger",
         }

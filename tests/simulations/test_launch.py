@@ -105,6 +105,13 @@ def test_a_simulation_gives_the_adapter_of_one_process_and_leaves_nothing_behind
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_whose_patience_ends_has_a_result(tiny_config):
+    given = {"run.num-rounds": 9, "run.keep-best": True, "run.patience": 1, "train.learning-rate": 1e-9}
+    outcome = run(ROOT, tiny_config | given, Simulation(2), show=lambda line: None)
+    assert 1 < outcome.rows[-1]["round"] < 9
+    assert (outcome.folder / "adapter").is_dir()
+
+
 def test_data_and_model_are_checked_before_the_federation_starts(tiny_config):
     lines: list[str] = []
     wrong = {"adapter.target-modules": "nowhere", "train.batch-size": 1000}

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -5,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from bora_fl.config import ConfigError, Settings
+from bora_fl.simulations import grid
 from bora_fl.simulations.compare.plan import METHODS, Plan, Variant, plan
+
+from . import made_up
 
 ROOT = Path("somewhere")
 
@@ -125,3 +129,14 @@ def test_every_epsilon_is_a_scenario_of_its_own_with_ledgers_of_its_own():
     ledgers = {run.run_settings.privacy.ledger_dir for run in found.runs}
     assert len(ledgers) == len(found.runs) == 3 * 2 * 2
     assert all(Path(run.run_settings.privacy.ledger_dir).parent == run.folder for run in found.runs)
+
+
+def test_a_run_that_its_patience_ended_is_not_run_again(tmp_path):
+    (run,) = made_up.lay_out(tmp_path, {"run.num-rounds": 5, "run.patience": 1}, seeds=1, strategies=["fedavg"]).runs
+    made_up.finish(run, 0.5)  # after one round
+    assert not grid.is_finished(run)
+    path = run.folder / grid.FINISHED
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"result": {"rows": 2}}))
+    assert grid.is_finished(run)
+    (run.folder / "metrics.jsonl").write_text("")
+    assert not grid.is_finished(run)

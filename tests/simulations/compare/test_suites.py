@@ -106,6 +106,14 @@ def test_a_run_solves_its_head_and_is_evaluated_as_often_as_its_settings_say(aga
     assert scale * one.cost == pytest.approx(2.0 * 17)
 
 
+def test_a_run_without_rounds_and_one_with_patience_are_timed_too(tiny_config, tmp_path, monkeypatch):
+    config = {k: v for k, v in tiny_config.items() if k not in ("strategy.name", "run.output-dir")}
+    config |= {"train.local-steps": 1, "run.keep-best": True, "head.init": "auto"}
+    for own in ({"run.num-rounds": 0}, {"run.num-rounds": 5, "run.patience": 1}):
+        runs = lay_out(tmp_path, config | own, clients=2, seeds=1, strategies=["fedavg"]).runs
+        assert seconds_left(runs, 1) > 0
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"), [(5, "1 min"), (3540, "59 min"), (3600, "1 h 00 min"), (12000, "3 h 20 min")]
 )
