@@ -17,8 +17,8 @@ class Row:
         strategy: Name of the strategy.
         seed: Run seed.
         round: From 1; 0 is what training starts from.
-        accuracy: Of the server's model on the central test set; None in rounds without evaluation, and for strategies
-            whose result lies with the clients.
+        accuracy: Of the server's model on the central test set; None without one, in rounds without evaluation, and for
+            strategies whose result lies with the clients.
         loss: Likewise.
         train_loss: Mean over clients of the loss while training.
         client_accuracy: Mean over clients, by examples, on what each held out, after the merge.
@@ -75,7 +75,7 @@ def rows_of(run: CompareRun) -> list[Row]:
     seconds = server_seconds = 0.0
     rows = []
     for found in read_rows(run.folder / "metrics.jsonl"):
-        central = run.settings.run.evaluates(found["round"]) and not run.variant.personal
+        central = found["evaluated"] == "central" and not run.variant.personal
         clients = [m["eval-accuracy"] for m in found["per_client"].values() if m.get("eval-examples")]
         up, down = up + found["bytes_up"], down + found["bytes_down"]
         seconds, server_seconds = seconds + found["seconds"], server_seconds + found["server_seconds"]

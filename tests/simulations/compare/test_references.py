@@ -86,6 +86,18 @@ def test_references_that_were_not_run_are_left_open(tmp_path):
     assert "zero rounds 50.0, local only -, IID federated -, central -" in report.markdown(collected)
 
 
+def test_what_the_clients_measured_stands_in_no_column_of_the_central_test_set(tmp_path):
+    found = lay_out(tmp_path, {"data.test-split": ""})
+    beside = reference_runs(found, FEDAVG)
+    for run in [*found.runs, *beside]:
+        finish(run, 0.6, evaluated="clients")
+    collected = results.collect(found, [(run, grid.outcome(run)) for run in found.runs], FEDAVG)
+    for summary in collected.summaries:
+        assert [summary.accuracy, summary.loss, summary.gain, summary.retention, summary.of_central] == [None] * 5
+    assert {row.accuracy for row in collected.rows} == {None}
+    assert "local only -, IID federated -, central -" in report.markdown(collected)
+
+
 def test_references_run(tiny_config, tmp_path):
     config = {k: v for k, v in tiny_config.items() if k not in ("strategy.name", "run.output-dir")}
     found = lay_out(tmp_path, config | {"run.num-rounds": 1, "train.local-steps": 1}, clients=2, seeds=1)
