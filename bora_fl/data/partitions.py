@@ -31,9 +31,8 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
       ten times, while a client gets fewer than two examples.
     - ``pathological``: each client holds `classes_per_client` classes, the first of them in turn so that none is left
       out while there are as many clients as classes.
-    - ``natural``: client i holds the i-th id (sorted) of the column `partition_by`, or, where that is not set, of the
-      first column with a usual name of an id (`IDS`). With fewer clients than ids every
-      client holds whole ids, dealt from the largest to whoever has least.
+    - ``natural``: client i holds the i-th id (sorted) of the column that `id_column` names. With fewer clients than ids
+      every client holds whole ids, dealt from the largest to whoever has least.
     - ``local``: nothing is dealt; a site's rows are all its own.
 
     Where the data has no labels, ``dirichlet`` and ``pathological`` deal the values of `partition_by` in their stead.
@@ -78,15 +77,27 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
         raise ConfigError(_refusal(settings, num_partitions, rows)) from error
 
 
+def id_column(settings: DataSettings, raw: RawData) -> str:
+    """The column of the natural ids, which may be missing: `partition_by`, or the first with a usual name of an id.
+
+    The latter where `partition_by` has its default and there is no such column. A column of labels or texts is taken
+    only if it is named.
+    """
+    name, read = settings.partition_by, raw.settings
+    if name != DataSettings().partition_by or name in raw.train.column_names:
+        return name
+    learned = {read.text_column, read.response_column, read.context_column, read.rejected_column}
+    learned |= set() if raw.label_names is None else {read.label_column}
+    return usual(IDS, [column for column in raw.train.column_names if column not in learned]) or name
+
+
 def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
     """Each training row's natural id as a position in the sorted list of ids, and that list.
 
     Raises:
         ConfigError: If there is no such column or a row lacks an id.
     """
-    name = settings.partition_by
-    if name == DataSettings().partition_by and name not in raw.train.column_names:
-        name = usual(IDS, raw.train.column_names) or name
+    name = id_column(settings, raw)
     if name not in raw.train.column_names:
         raise ConfigError(
             f"data.partition-by = {name!r} with data.partition = {settings.partition!r}: columns are "
@@ -122,7 +133,7 @@ def _owners(settings: DataSettings, raw: RawData, num_partitions: int) -> NDArra
     if num_partitions > len(ids):
         some = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
         raise ConfigError(
-            f"data.partition-by = {settings.partition_by!r}: {len(ids)} ids ({some}) cannot be dealt to "
+            f"data.partition-by = {id_column(settings, raw)!r}: {len(ids)} ids ({some}) cannot be dealt to "
             f"{num_partitions} clients; use at most {len(ids)} clients (data.num-partitions or the federation's size), "
             "or set data.partition to dirichlet or iid"
         )

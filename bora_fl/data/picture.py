@@ -1,20 +1,22 @@
 """Who holds what: the partition as a table and as a picture."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bora_fl.config import DataSettings
+from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data.loading import RawData, load_dataset
-from bora_fl.data.partitions import classes_or_ids, natural_ids, partition
+from bora_fl.data.partitions import classes_or_ids, id_column, natural_ids, partition
 
 _MOST_IN_LEGEND = 25
 _MOST_NAMED = 12
+_MOST_IDS = 4  # that are named below a bar
 
 
 def partition_picture(settings: DataSettings, num_partitions: int, seed: int, path: str | Path) -> Path:
-    """Draw one bar per client, stacked by class, or by natural id where the data has no classes.
+    """Draw one bar per client, stacked by class, or, where the data has no classes and few natural ids, by these.
 
     Args:
         settings: Which data, and how it is dealt.
@@ -34,9 +36,7 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
 
     raw = load_dataset(settings)
     parts = partition(settings, num_partitions, seed)
-    groups, names = np.zeros(len(raw.train), dtype=np.int64), ["examples"]
-    if raw.label_names or _has_ids(settings, raw):
-        groups, names = classes_or_ids(settings, raw)
+    groups, names = _groups(settings, raw)
     counts = np.stack([np.bincount(groups[rows], minlength=len(names)) for rows in parts])
     figure = Figure(figsize=(min(16.0, 5 + 0.25 * num_partitions), 4), layout="constrained")
     axes = figure.subplots()
@@ -44,11 +44,11 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     colors = [palette(i if len(names) <= 10 else i / (len(names) - 1)) for i in range(len(names))]
     for i, (bottom, name) in enumerate(zip(_bottoms(counts), names, strict=True)):
         axes.bar(np.arange(num_partitions), counts[:, i], bottom=bottom, color=colors[i], label=name, width=0.9)
-    axes.set(xlabel="client", ylabel="training examples", title=f"{settings.name}, {_how(settings)}, seed {seed}")
+    axes.set(xlabel="client", ylabel="training examples", title=f"{settings.name}, {_how(settings, raw)}, seed {seed}")
     if settings.partition == "natural" and num_partitions <= _MOST_NAMED:
         ids, id_names = natural_ids(settings, raw)
-        held = ["\n".join(id_names[i] for i in np.unique(ids[rows])) for rows in parts]
-        axes.set_xticks(range(num_partitions), held)
+        held = [[id_names[i] for i in np.unique(ids[rows])] for rows in parts]
+        axes.set_xticks(range(num_partitions), ["\n".join(_named(found)) for found in held])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if 1 < len(names) <= _MOST_IN_LEGEND:
@@ -61,8 +61,13 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     return path
 
 
-def _has_ids(settings: DataSettings, raw: RawData) -> bool:
-    return settings.partition_by in raw.train.column_names
+def _groups(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
+    """Each row's part of its bar, and the names of the parts."""
+    with contextlib.suppress(ConfigError):  # a deal that needs no ids may lack them
+        groups, names = classes_or_ids(settings, raw)
+        if raw.label_names or len(names) <= _MOST_IN_LEGEND:
+            return groups, names
+    return np.zeros(len(raw.train), dtype=np.int64), ["examples"]
 
 
 def _bottoms(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -70,12 +75,17 @@ def _bottoms(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return (counts.cumsum(axis=1) - counts).T
 
 
-def _how(settings: DataSettings) -> str:
+def _named(ids: list[str]) -> list[str]:
+    """The lines below a bar: few ids by name, of many how many there are."""
+    return ids if len(ids) <= _MOST_IDS else [*ids[: _MOST_IDS - 1], f"and {len(ids) - _MOST_IDS + 1} more"]
+
+
+def _how(settings: DataSettings, raw: RawData) -> str:
     match settings.partition:
         case "dirichlet":
             return f"Dirichlet, alpha {settings.alpha:g}"
         case "pathological":
             return f"{settings.classes_per_client} classes a client"
         case "natural":
-            return f"by {settings.partition_by}"
+            return f"by {id_column(settings, raw)}"
     return settings.partition

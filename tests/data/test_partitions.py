@@ -198,3 +198,46 @@ def test_the_ids_are_found_where_no_column_is_named(tmp_path: Path) -> None:
     for name, words in (("task", "columns are text, Source, tags"), ("tags", "holds list.*no id")):
         with pytest.raises(ConfigError, match=words):
             partition(change(settings, partition_by=name), 2, 0)
+
+
+def test_what_is_learned_is_no_id_unless_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = {"text": list("abcd"), "topic": ["x", "y"] * 2, "language": ["de", "de", "en", "en"]}
+    pq.write_table(pa.table(columns), path)
+    settings = DataSettings(name=str(path), test_split="", label_column="topic")
+    assert [part.tolist() for part in partition(settings, 2, 0)] == [[0, 1], [2, 3]]
+    assert [part.tolist() for part in partition(change(settings, partition_by="topic"), 2, 0)] == [[0, 2], [1, 3]]
+    with pytest.raises(ConfigError, match=r"partition-by = 'language': 2 ids \(de, en\)"):
+        partition(settings, 3, 0)
+    pq.write_table(pa.table(columns).drop_columns("language"), path)
+    with pytest.raises(ConfigError, match=r"data.partition-by = 'domain'.*columns are text, topic"):
+        partition(settings, 2, 0)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The axes of the pictures that are saved."""
+    from matplotlib.figure import Figure
+
+    found: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.append(figure.axes[0]))
+    return found
+
+
+@pytest.mark.parametrize("label", ["label", ""])
+def test_a_picture_names_the_ids_column_and_few_of_its_ids(label: str, tmp_path: Path, drawn: list[Any]) -> None:
+    path, users = tmp_path / "rows.parquet", [f"u{i:02}" for i in range(60)]
+    pq.write_table(pa.table({"text": users, "label": [0, 1] * 30, "user": users}), path)
+    settings = DataSettings(name=str(path), test_split="", label_column=label)
+    partition_picture(settings, 3, 0, tmp_path / "split.png")
+    (axes,) = drawn
+    assert ", by user, seed 0" in axes.get_title()
+    assert [tick.get_text().split("\n") for tick in axes.get_xticklabels()][0] == ["u00", "u03", "u06", "and 17 more"]
+    assert len(axes.patches) == 3 * (2 if label else 1)
+
+
+def test_a_picture_of_a_deal_without_ids_does_without_them(tmp_path: Path, drawn: list[Any]) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": list("abcd"), "domain": ["x", None, "x", "y"]}), path)
+    partition_picture(DataSettings(name=str(path), test_split="", partition="iid"), 2, 0, tmp_path / "split.png")
+    assert len(drawn[0].patches) == 2
