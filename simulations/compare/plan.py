@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bora_fl.config import ConfigError, Scalar, Settings, extensions, parse
+from bora_fl.data import source_fingerprint
 from bora_fl.models import peft_config
 from bora_fl.paths import delete, state_in
 from bora_fl.report import read_rows
@@ -119,24 +120,32 @@ class CompareRun(grid.Run):
         return max(s.run.num_rounds, 1) * a_round
 
     def work(self) -> grid.Result:
-        """Run the federation; the result is its ``metrics.jsonl``, and how many rows that has.
+        """Run the federation; the result is its ``metrics.jsonl``, how many rows that has, and a digest of the data.
 
         Config, ledgers and log stay too; checkpoints and the adapter go, since nothing reads them and full
         fine-tuning's are large.
         """
+        data = self._data()
         with state_in(self.folder / "state"):  # simulated sites leave no trace in the user's own state
             simulate(self.run_settings, self.num_clients, node_configs=self.node_configs)
         for name in ("checkpoints", "adapter"):
             delete(self.folder / name)
-        return {"rows": self._rounds()}
+        return {"rows": self._rounds(), "data": data}
 
     def progress(self) -> float:
         """Its rounds so far, round 0 among them."""
         return self._rounds() / (1 + self.settings.run.num_rounds)
 
     def stands(self, result: grid.Result) -> bool:
-        """Whether every round is in ``metrics.jsonl``; with ``run.patience`` there may be fewer than were planned."""
-        return self._rounds() == result.get("rows", 1 + self.settings.run.num_rounds)
+        """Whether every round is in ``metrics.jsonl``, and the data's files are what they were.
+
+        With ``run.patience`` there may be fewer rounds than were planned.
+        """
+        whole = self._rounds() == result.get("rows", 1 + self.settings.run.num_rounds)
+        return whole and ("data" not in result or result["data"] == self._data())
+
+    def _data(self) -> str:
+        return source_fingerprint(self.settings.data, 0)
 
     def _rounds(self) -> int:
         return len(read_rows(self.folder / "metrics.jsonl"))

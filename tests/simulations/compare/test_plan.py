@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bora_fl.config import ConfigError, Settings
+from bora_fl.data import source_fingerprint
 from bora_fl.simulations import grid
 from bora_fl.simulations.compare.plan import METHODS, Plan, Variant, plan
 
@@ -139,4 +140,18 @@ def test_a_run_that_its_patience_ended_is_not_run_again(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"result": {"rows": 2}}))
     assert grid.is_finished(run)
     (run.folder / "metrics.jsonl").write_text("")
+    assert not grid.is_finished(run)
+
+
+def test_a_run_on_files_that_have_changed_is_run_again(tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label\na,0\nb,1\n")
+    (run,) = made_up.lay_out(tmp_path, {"data.name": str(data)}, seeds=1, strategies=["fedavg"]).runs
+    made_up.finish(run, 0.5)
+    assert grid.is_finished(run)  # of an earlier version, which did not say what it read
+    path = run.folder / grid.FINISHED
+    result = {"rows": 2, "data": source_fingerprint(run.settings.data, 0)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"result": result}))
+    assert grid.is_finished(run)
+    data.write_text("text,label\na,1\nb,0\nc,1\n")
     assert not grid.is_finished(run)
