@@ -24,6 +24,14 @@ _IID: dict[str, Scalar] = {
     "data.alpha": DataSettings().alpha,  # other scenarios' twins are the same run
     "data.classes-per-client": DataSettings().classes_per_client,
 }
+# What only several clients can keep to; under it one alone would not train.
+_ALONE: dict[str, Scalar] = {
+    "strategy.fraction-train": 1.0,
+    "strategy.min-nodes": 1,
+    "strategy.min-replies": 1,
+    "strategy.robust": "none",
+    "privacy.secure-aggregation": False,
+}
 
 
 @dataclass(frozen=True)
@@ -45,25 +53,25 @@ def central(run: CompareRun) -> CompareRun:
     """One client with all the data, and the steps of all clients of a round."""
     settings = run.settings
     a_round = max(1, int(settings.strategy.fraction_train * run.num_clients + 0.5))
-    own: dict[str, Scalar] = {"train.local-steps": settings.train.local_steps * a_round, "strategy.fraction-train": 1.0}
-    flat = settings.flat() | _IID | own
+    own: dict[str, Scalar] = {"train.local-steps": settings.train.local_steps * a_round, "strategy.min-nodes": 0}
+    flat = settings.flat() | _IID | _ALONE | own
     return replace(run, scenario="central", purpose="reference", num_clients=1, settings=parse(flat), node_configs={})
 
 
 def local(run: CompareRun) -> list[CompareRun]:
-    """A few of the clients, each in a federation of its own."""
-    every = max(1, run.num_clients // MOST_LOCAL)
-    own: dict[str, Scalar] = {"strategy.min-nodes": 1, "strategy.fraction-train": 1.0}
-    settings = parse(run.settings.flat() | own)
+    """A few of the clients, each in a federation of its own, at the rank that it has in the comparison's."""
+    settings, count = parse(run.settings.flat() | _ALONE), min(run.num_clients, MOST_LOCAL)
     return [
         replace(
             run,
             purpose=f"local-{client}",
             num_clients=1,
             settings=settings,
-            node_configs={0: {"partition-id": client, "num-partitions": run.num_clients}},
+            node_configs={
+                0: {**run.node_configs.get(client, {}), "partition-id": client, "num-partitions": run.num_clients}
+            },
         )
-        for client in list(range(0, run.num_clients, every))[:MOST_LOCAL]
+        for client in (number * run.num_clients // count for number in range(count))
     ]
 
 

@@ -42,6 +42,31 @@ def test_clients_alone_have_the_data_that_they_have_together(tmp_path):
     assert len(local(lay_out(tmp_path, clients=3).runs[0])) == 3
 
 
+@pytest.mark.parametrize(
+    ("clients", "alone"),
+    [(8, [0, 1, 2, 3, 4, 5, 6, 7]), (12, [0, 1, 3, 4, 6, 7, 9, 10]), (20, [0, 2, 5, 7, 10, 12, 15, 17])],
+)
+def test_clients_alone_are_spread_over_all(clients, alone, tmp_path):
+    found = local(lay_out(tmp_path, clients=clients).runs[0])
+    assert [one.node_configs[0]["partition-id"] for one in found] == alone
+
+
+def test_a_client_alone_has_its_rank(tmp_path):
+    (run,) = lay_out(tmp_path, scenarios=["mixed-ranks"], strategies=["flora"], seeds=1).runs
+    assert [one.node_configs[0]["rank"] for one in local(run)] == [2, 4, 8, 2]
+    assert central(run).node_configs == {}
+
+
+def test_what_asks_for_several_clients_is_not_asked_of_one(tmp_path):
+    asked = {"strategy.min-nodes": 4, "strategy.min-replies": 2, "strategy.robust": "trimmed-mean"}
+    run = lay_out(tmp_path, asked, strategies=["fedavg"], seeds=1).runs[0]
+    for one in (central(run), *local(run)):
+        strategy = one.settings.strategy
+        assert (strategy.min_nodes <= 1, strategy.min_replies, strategy.robust) == (True, 1, "none")
+    secure = lay_out(tmp_path, {"privacy.secure-aggregation": True}, strategies=["fedavg"], seeds=1).runs[0]
+    assert not central(secure).settings.privacy.secure_aggregation
+
+
 def test_every_reference_is_run_once(tmp_path):
     found = lay_out(tmp_path, scenarios=["dirichlet-1", "dirichlet-0.1", "iid"])
     runs = reference_runs(found, FEDAVG)
