@@ -35,15 +35,21 @@ def tuning_runs(plan: Plan, factors: Sequence[float], seeds: int) -> list[Compar
     """One run for each scenario, variant, factor and tuning seed; both learning rates are scaled.
 
     Raises:
-        ConfigError: If there is no seed.
+        ConfigError: If there is no seed, or one is a reported run's.
     """
     if seeds < 1:
         raise ConfigError(f"--tune-seeds {seeds}: give at least 1")
+    chosen_on = range(FIRST_SEED, FIRST_SEED + seeds)
+    if reported := {run.seed for run in plan.runs}.intersection(chosen_on):
+        raise ConfigError(
+            f"--first-seed {min(run.seed for run in plan.runs)} with --tune: rates are chosen on seed {min(reported)}, "
+            f"which would be reported too; give seeds outside {FIRST_SEED} to {chosen_on[-1]}"
+        )
     templates = {(run.scenario, run.variant): run for run in plan.runs}
     return [
         _at_rate(replace(run, purpose="tune", seed=seed), run.settings.train.learning_rate * factor)
         for run in templates.values()
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
+        for seed in chosen_on
         for factor in factors
     ]
 

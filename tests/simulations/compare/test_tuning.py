@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from bora_fl.config import ConfigError
@@ -87,3 +89,11 @@ def test_tuning_needs_a_seed(tmp_path):
     assert tuning.factors_of("3,0.3,1,1") == [0.3, 1.0, 3.0]
     with pytest.raises(ConfigError, match="--tune-seeds 0"):
         tuning.tuning_runs(lay_out(tmp_path), [1.0], 0)
+
+
+def test_no_seed_is_both_tuned_on_and_reported(tmp_path):
+    found = lay_out(tmp_path)
+    runs = [replace(run, seed=run.seed + 1001) for run in found.runs]
+    assert tuning.tuning_runs(replace(found, runs=runs), [1.0], 1)
+    with pytest.raises(ConfigError, match=r"--first-seed 1001 with --tune: .* seed 1001.*outside 1000 to 1001"):
+        tuning.tuning_runs(replace(found, runs=runs), [1.0], 2)
