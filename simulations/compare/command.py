@@ -140,7 +140,7 @@ def compare(
     from bora_fl.simulations.compare.run import Comparison, baseline_of
     from bora_fl.simulations.compare.timing import in_words
 
-    chosen, base, named = overrides(run_config), {**(QUICK if quick else BASE)}, named_suite(suite) if suite else None
+    base, named = {**(QUICK if quick else BASE)}, named_suite(suite) if suite else None
     if named:
         strategies, scenarios = strategies or named.strategies, scenarios or named.scenarios
         seeds, tune, baselines = seeds or named.seeds, tune or named.tune, baselines or ",".join(named.baselines)
@@ -152,7 +152,11 @@ def compare(
     method = str(own.get("adapter.method", "bora"))
     own = {key: value for key, value in own.items() if key not in AXES}
     base |= own
+    chosen = overrides(run_config, base)
     factors = tuning.factors_of(rates)
+    if not tune and (tune_seeds or factors not in ([1], tuning.factors_of(tuning.RATES))):
+        given = f"--tune-seeds {tune_seeds}" if tune_seeds else f"--rates {rates}"
+        raise ConfigError(f"{given}: it says how --tune searches; give --tune too, or leave it out")
     if not 0 <= target <= 1:
         raise ConfigError(f"--target {target:g}: an accuracy is between 0 and 1; 0 takes the baseline's own")
     if workers < 0:

@@ -63,3 +63,22 @@ def test_a_comparison_by_name_is_its_own(planned: dict[str, Any], option: list[s
     assert planned["base"].get("model.name") != "somewhere"
     assert planned["methods"] == ["bora"]
     assert planned["clients"] != 3 or option == ["--quick"]
+
+
+def test_what_is_given_is_judged_together_with_the_suite(planned: dict[str, Any]):
+    given = ["-c", "data.packing=true", "-c", "run.generate-every=2"]
+    done = CliRunner().invoke(cli, ["compare", "--suite", "language", *given])
+    assert isinstance(done.exception, PlannedError)
+    assert planned["chosen"] == {"data.packing": True, "run.generate-every": 2}
+    done = CliRunner().invoke(cli, ["compare", "--suite", "standard", *given])
+    assert "model.task" in str(done.exception)
+
+
+@pytest.mark.parametrize("option", [["--rates", "0.5,1"], ["--tune-seeds", "1"]])
+def test_options_of_a_search_need_one(planned: dict[str, Any], option: list[str]):
+    done = CliRunner().invoke(cli, ["compare", *option])
+    assert f"{' '.join(option)}: it says how --tune searches" in str(done.exception)
+    done = CliRunner().invoke(cli, ["compare", "--tune", *option])
+    assert isinstance(done.exception, PlannedError)
+    done = CliRunner().invoke(cli, ["compare", "--rates", "1"])
+    assert isinstance(done.exception, PlannedError)
