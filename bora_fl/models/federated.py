@@ -99,8 +99,11 @@ class FederatedModel:
 
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(seed, "adapter"))
+                config = peft_config(adapter, model)
+                if model.task == "classification" and (heads := _unknown_heads(base)):
+                    config.modules_to_save = [*(config.modules_to_save or []), *heads]
                 try:
-                    self.model = get_peft_model(base, peft_config(adapter, model))
+                    self.model = get_peft_model(base, config)
                 except ValueError as error:
                     if "No modules were targeted" in str(error) or "not found in the base model" in str(error):
                         linear = {name.rpartition(".")[2] for name, m in base.named_modules() if _is_linear(m)}
@@ -341,6 +344,22 @@ class FederatedModel:
 
         for name, base in saved.items():
             restore_base(self._layers[name], base)
+
+
+def _unknown_heads(base: Any) -> list[str]:
+    """A classifier's modules beside its body that are its head, under names that PEFT does not know.
+
+    PEFT trains what ends as `classifier` or `score`, `pre_classifier` among them, and leaves other heads, such as T5's
+    and BART's `classification_head`, as they are drawn.
+    """
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    body = getattr(base, "base_model_prefix", "")
+    if not hasattr(base, body or "-"):
+        return []
+    found = [name for name, child in base.named_children() if name != body and any(True for _ in child.parameters())]
+    known = [name for name in found if name.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
+    return [name for name in known or found if name not in SEQ_CLS_HEAD_NAMES]
 
 
 def _require_whole(model: Any, adapter: AdapterSettings) -> None:

@@ -1,7 +1,12 @@
-"""A base delta and an adapter say the same, on a model whose weights lie transposed."""
+"""A base delta and an adapter say the same, on a model whose weights lie transposed; which head is trained."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -119,3 +124,43 @@ def test_the_mean_of_cores_is_the_mean_of_the_products(method: str, weights: tup
         torch.testing.assert_close(product, wanted[name], rtol=1e-5, atol=1e-5)
     assert all(bool((scales == 1).all()) for scales in server._scales.values())
     assert server.num_trained == sum(p.numel() + p.shape[:-2].numel() for p in start.tensors.values())
+
+
+SMALL = {"vocab_size": 12, "num_labels": 3}
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Bart": ("classification_head", {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}),
+    "T5": ("classification_head", {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}),
+    "XLNet": ("sequence_summary logits_proj", {"d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8}),
+    "DistilBert": ("pre_classifier classifier", {"dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 2}),
+    "GPT2": ("score", {"n_embd": 8, "n_layer": 1, "n_head": 2}),
+}
+MORE = {"Bart": {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}}
+MORE |= {"T5": {"decoder_start_token_id": 0, "eos_token_id": 2}, "GPT2": {"bos_token_id": 0, "eos_token_id": 2}}
+
+
+def classifier(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **HEADS[kind][1], **MORE.get(kind, {}), pad_token_id=1)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+
+
+@pytest.mark.parametrize("kind", list(HEADS))
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_the_head_is_trained_and_saved_whatever_its_name(kind: str, tmp_path: Path) -> None:
+    adapter = AdapterSettings(method="lora", rank=2, target_modules="all-linear")
+    model = FederatedModel(classifier(kind), adapter, ModelSettings(task="classification"), seed=0)
+    assert {name.partition(".")[0] for name in model.read().tensors} == set(HEADS[kind][0].split())
+    assert not any(name.startswith(tuple(HEADS[kind][0].split())) for name in model.read().layers)
+    with torch.no_grad():
+        for parameter in model.trained_parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save(tmp_path, [])
+    fresh = classifier(kind)
+    with torch.no_grad():
+        for name in HEADS[kind][0].split():  # a head is drawn anew by whoever loads the base model
+            for parameter in fresh.get_submodule(name).parameters():
+                parameter.zero_()
+        ids = torch.tensor([[4, 5, 6, 2], [7, 4, 9, 2]])
+        expected = model.model.eval()(input_ids=ids).logits
+        found = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
