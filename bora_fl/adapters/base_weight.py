@@ -7,6 +7,7 @@ write weights. A delta is always `[m, n]` = `[out_features, in_features]`; only 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -67,6 +68,25 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, *, finite: bool = False) -
         weight.copy_(total)
     else:
         backend.set_base_weight(layer, total)
+
+
+def untie(model: nn.Module) -> None:
+    """Give an adapted layer whose weight is another module's too a weight of its own, equal to it.
+
+    So it is with an output layer and the embedding: what is added to the one would be added to the other. Where there
+    are such, the model's config says that they are no longer tied.
+
+    Args:
+        model: A model with adapters.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        base: Any = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, nn.Parameter) and owners[id(weight)] > 1:
+            owners[id(weight)] -= 1
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def save_base(layer: BaseTunerLayer) -> Tensor | nn.Module:

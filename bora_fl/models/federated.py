@@ -97,6 +97,8 @@ class FederatedModel:
         else:
             from peft import get_peft_model
 
+            from bora_fl.adapters.base_weight import untie
+
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(seed, "adapter"))
                 config = peft_config(adapter, model)
@@ -116,6 +118,7 @@ class FederatedModel:
                         f"adapter.num-blocks = {adapter.num_blocks}: {error}"
                     ) from error
             _require_whole(self.model, adapter)
+            untie(self.model)
         self.forward: Any = self.model  # what a training step calls
         # The module tree is walked here and never again: read and write are called for every client and round.
         modules = {_plain(name): m for name, m in self.model.named_modules()}

@@ -164,3 +164,28 @@ def test_the_head_is_trained_and_saved_whatever_its_name(kind: str, tmp_path: Pa
         expected = model.model.eval()(input_ids=ids).logits
         found = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()(input_ids=ids).logits
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", ["bora", "lora"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's, as it adapts the layer
+def test_an_output_layer_that_shares_the_embeddings_weight_is_adapted_alone(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    base = transformers.LlamaForCausalLM(config).eval()
+    adapter = AdapterSettings(method=method, rank=2, num_blocks=2, target_modules="q_proj,lm_head")
+    model = FederatedModel(base, adapter, ModelSettings(task="causal-lm"), seed=0)
+    start, moved, before = model.read(), drawn(model), logits(model)
+    model.write(moved)
+    adapted = logits(model)
+    assert (adapted - before).abs().max() > 0.1
+    model.write(start)
+    saved = {name: model.save_base(name) for name in moved.layers}
+    model.add_to_base(moved.layers)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
+    model.restore_base(saved)
+    model.write(moved)
+    model.model.merge_and_unload().save_pretrained(tmp_path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    found = merged(input_ids=torch.arange(8).view(2, 4)).logits.detach().double()
+    torch.testing.assert_close(found, adapted, rtol=1e-4, atol=1e-4)
