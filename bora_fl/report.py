@@ -99,7 +99,8 @@ class RoundReport:
     """What happened in a round; one line of ``metrics.jsonl``. Round 0 is what training starts from.
 
     ``loss`` and ``accuracy`` are those of the merged adapter on the central test set (``evaluated`` is ``central``),
-    or, in rounds without central evaluation, the clients' own on their held-out parts before training (``clients``).
+    or, in rounds without central evaluation, the clients' own on their held-out parts (``clients``): of what they were
+    sent to train from, or of the round's result where they evaluate that too.
     ``perplexity`` is that of a language model's loss. Of preference pairs, ``loss`` is DPO's, ``accuracy`` the share
     whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``general_loss`` is
     the loss on ``data.general-text``. ``effective_rank`` is the mean over layers of how many directions the adapter's

@@ -37,6 +37,7 @@ def model_card(
     label_names: Sequence[str] | None,
     pooling: str | None,
     test_examples: int = 0,
+    merged_last: bool = False,
 ) -> str:
     """Write the card.
 
@@ -46,6 +47,7 @@ def model_card(
         label_names: The class names; None for a language model.
         pooling: What the head reads, where that is not what transformers' own class does.
         test_examples: Examples of the central test set.
+        merged_last: Whether clients measured the last round's result, and not what that round began with.
     """
     kind = "text-classification" if label_names is not None else "text-generation"
     sections = [
@@ -54,7 +56,7 @@ def model_card(
         "Trained by a federation with bora_fl ([BoRA](https://arxiv.org/abs/2508.06953)): clients sent what they had "
         "trained, never their records.",
         _table(settings, rows, label_names, pooling, test_examples),
-        _metrics(rows, test_examples if label_names is not None else None),
+        _metrics(rows, test_examples if label_names is not None else None, merged_last),
         _loading(settings, kind, pooling),
         "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
@@ -103,7 +105,7 @@ def _table(
         "labels": ", ".join(f"`{name}`" for name in label_names or ()),
         "adapter": f"{adapter.method}, rank {adapter.rank}{blocks}, alpha {adapter.alpha:g}, "
         f"on {adapter.target_modules}",
-        "clients": f"{max(row['clients'] for row in rows)} in a round, {how}",
+        "clients": f"{max(row['clients'] for row in rows[1:] or rows)} in a round, {how}",
         "examples": _examples(rows, test_examples),
         "strategy": f"{strategy.name}, residual {strategy.residual}",
         "rounds": str(rows[-1]["round"]),
@@ -116,8 +118,8 @@ def _table(
 
 def _examples(rows: Sequence[Mapping[str, Any]], test_examples: int) -> str:
     """How many there are, as far as clients said so."""
-    reported = {client: told.get("num-examples") for row in rows for client, told in row["per_client"].items()}
-    sizes = [int(size) for size in reported.values() if size]
+    reported = [told for row in rows for told in row["per_client"].items()]
+    sizes = list({client: int(told["num-examples"]) for client, told in reported if told.get("num-examples")}.values())
     parts = [f"{sum(sizes)} to train on, {min(sizes)} to {max(sizes)} a client"] if sizes else []
     return "; ".join(parts + ([f"{test_examples} in the central test set"] if test_examples else []))
 
@@ -140,11 +142,12 @@ def _privacy(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int | None) -> str:
+def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int | None, merged_last: bool) -> str:
     lines = ["## Metrics", "", "| round | loss | accuracy | measured on |", "|---|---|---|---|"]
     shown = [row for row in rows if row["round"] == 0 and row.get("loss") is not None][:1]
     shown += [row for row in rows[-1:] if row["round"] != 0]
-    where = {"central": "central test set", "clients": "clients' held-out parts, before the round's training"}
+    moment = "after the last merge" if merged_last else "before the round's training"
+    where = {"central": "central test set", "clients": f"clients' held-out parts, {moment}"}
     intervals = False
     for row in shown:
         loss, accuracy = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("loss", "accuracy"))

@@ -37,6 +37,7 @@ from bora_fl.server.samples import SAMPLES, generate
 from bora_fl.server.versions import versions
 from bora_fl.state import AdapterState, unflatten_deltas
 from bora_fl.strategies.base import FederatedStrategy
+from bora_fl.strategies.best import keeps_best
 from bora_fl.strategies.head import HeadLayout
 from bora_fl.strategies.merge_report import mean_effective_rank
 from bora_fl.strategies.observer import Observer, RunFailedError
@@ -168,7 +169,8 @@ class Server(Observer):
         settings = self.settings.model_copy(update={"data": self._data})  # with the columns that were found
         write_result(adapter, self.tokenizer, settings, self.label_names, rows[-1]["round"])
         test = 0 if self.test is None else len(self.test)
-        card = model_card(self.settings, rows, self.label_names, self.pooling, test)
+        after = self.settings.strategy.fraction_evaluate > 0 or keeps_best(self.settings, self.aggregator.shares())
+        card = model_card(self.settings, rows, self.label_names, self.pooling, test, after)
         write_atomically(adapter / "README.md", card)
         if extras.missing("report", "matplotlib"):
             log.info("rounds.png is not drawn: matplotlib is not installed; run `%s`", extras.remedy("report"))

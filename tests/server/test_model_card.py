@@ -12,7 +12,7 @@ from bora_fl.simulations.engine import simulate
 
 
 def rows(**last: object) -> list[dict]:
-    start = RoundReport(0, loss=1.25, accuracy=0.5, evaluated="central", clients=3)
+    start = RoundReport(0, loss=1.25, accuracy=0.5, evaluated="central", clients=9)  # all solve the head
     return [start.row(), RoundReport(1, clients=4).row(), RoundReport(2, **{"clients": 2, **last}).row()]
 
 
@@ -58,6 +58,20 @@ def test_the_card_has_the_data_s_size_and_how_sure_its_accuracy_is():
     assert "| examples |" not in unknown
     assert "Wilson" not in unknown
     assert "Wilson" not in model_card(parse({"model.task": "causal-lm"}), told, None, None, 40)  # tokens depend
+
+
+def test_a_client_that_only_evaluates_in_its_last_round_has_its_examples_all_the_same():
+    trained, evaluated = ClientMetrics(0, num_examples=10.0), ClientMetrics(eval_loss=1.0, eval_examples=3.0)
+    told = [RoundReport(0).row(), RoundReport(1, per_client={0: trained, 1: trained}).row()]
+    told += [RoundReport(2, per_client={0: evaluated, 1: trained}).row()]
+    assert "| examples | 20 to train on, 10 to 10 a client |" in model_card(parse({}), told, ["no", "yes"], None)
+
+
+@pytest.mark.parametrize(("keeps", "words"), [(True, "after the last merge"), (False, "before the round's training")])
+def test_the_card_says_what_the_clients_measured(keeps: bool, words: str, tiny_config):
+    given = {"run.num-rounds": 1, "data.test-split": "", "run.keep-best": keeps}
+    folder = simulate(tiny_config | given, 2)
+    assert f"| clients' held-out parts, {words} |" in (folder / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
