@@ -246,6 +246,13 @@ def _run(
         raise ConfigError("--simulate runs on this machine; leave out the connection and --attach")
     from bora_fl.deployment import launch
 
+    if attach and run_config:
+        raise ConfigError(
+            f"--run-config {run_config[0]!r} with --attach {attach}: the run has its settings; leave it out"
+        )
+    simulated = [name for name, given in (("--cpus", cpus != 1), ("--gpus", gpus), ("--backend", backend)) if given]
+    if attach and simulated:
+        raise ConfigError(f"{', '.join(simulated)} with --attach {attach}: they are for --simulate; leave them out")
     if attach:
         with _watching(as_json) as show:
             ending = partial(_stops, show, connection or "", on_interrupt)
@@ -255,6 +262,8 @@ def _run(
     federation = read_federation(Path.cwd())
     settings = {**federation.run_config, **overrides(run_config, federation.run_config)}
     where = connection or ("" if simulate else federation.connection)
+    if where and simulated:
+        raise ConfigError(f"{', '.join(simulated)} with connection {where!r}: they are for --simulate; leave them out")
     if where:
         with _watching(as_json) as show:
             ending = partial(_stops, show, where, on_interrupt)
@@ -296,12 +305,13 @@ def demo(
 
     console.print("fetching the default data ...")
     fetch_data("embedded:sentiment4")
-    if output.exists():
+    given = overrides(run_config)
+    if output.exists() and not given.get("run.resume"):
         number = 2
         while (fresh := output.with_name(f"{output.name}-{number}")).exists():
             number += 1
         output = fresh
-    _simulate(app, {**DEMO, "run.output-dir": str(output), **overrides(run_config)}, Simulation(4))
+    _simulate(app, {**DEMO, "run.output-dir": str(output), **given}, Simulation(4))
 
 
 def _show(line: str) -> None:

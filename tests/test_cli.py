@@ -152,6 +152,20 @@ def test_run_goes_to_the_deployment_that_the_file_names(started: list[tuple]):
     assert started == [({}, "hospitals"), ({}, 2)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--attach", "5", "-c", "run.num-rounds=3"], r"--run-config 'run.num-rounds=3' with --attach 5"),
+        (["--attach", "5", "--cpus", "2"], r"--cpus with --attach 5"),
+        (["hospitals", "--gpus", "0.5", "--backend", "ray"], r"--gpus, --backend with connection 'hospitals'"),
+    ],
+)
+def test_what_a_deployment_s_run_would_ignore_is_refused(arguments: list[str], words: str, started: list[tuple]):
+    with pytest.raises(ConfigError, match=words):
+        call("run", *arguments)
+    assert started == []
+
+
 def test_run_without_anything_to_run_says_how(started: list[tuple]):
     Path("federation.toml").unlink()
     with pytest.raises(ConfigError, match=r"nothing to run: .*--simulate.*bora-fl init"):
@@ -172,6 +186,8 @@ def test_demo_runs_the_default_model_and_data_in_a_folder_that_is_free(tmp_path,
 
     monkeypatch.setattr(launch, "run", run)
     (tmp_path / "demo").mkdir()
+    assert call("demo", "--output", str(tmp_path / "demo"), "-c", "run.resume=true")[0] == 0
+    assert asked.pop()[0]["run.output-dir"] == str(tmp_path / "demo")
     assert call("demo", "--output", str(tmp_path / "demo"), "-c", "run.num-rounds=2")[0] == 0
     ((config, simulation),) = asked
     assert config["run.output-dir"] == str(tmp_path / "demo-2")
