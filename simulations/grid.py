@@ -21,11 +21,13 @@ from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import bora_fl
 from bora_fl.config import ConfigError
 from bora_fl.paths import delete, write_atomically
+from bora_fl.server.output_folder import make
 from bora_fl.simulations.pool import run_all
 
 log = logging.getLogger(__name__)
@@ -155,9 +157,9 @@ def run_grid(
         Each run and how it ended, those that were finished before included.
 
     Raises:
-        ConfigError: If another process is at work in the folder.
+        ConfigError: If another process is at work in the folder, or nothing can be written to it.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make(root, "--output")
     try:
         with FileLock(root / ".lock").acquire(timeout=0):
             _run([run for run in runs if not is_finished(run)], len(runs), workers, threads, console, title)
@@ -199,7 +201,7 @@ def _run(todo: list[AnyRun], planned: int, workers: int, threads: int, console: 
             done, ended = done + run.cost, ended + 1
             if reason:
                 write_atomically(run.folder / FAILED, json.dumps({"reason": reason}, indent=1) + "\n")
-                progress.print(f"[red]failed[/] {run}: {reason}", highlight=False)
+                progress.print(f"[red]failed[/] {escape(f'{run}: {reason}')}", highlight=False)
             elif (line := run.line(outcome(run).result)) or not console.is_terminal:
                 text = f"{ended}/{len(todo)} {run}" + (f": {line}" if line else "")
                 progress.print(text, highlight=False, markup=False)

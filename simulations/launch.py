@@ -18,6 +18,7 @@ from bora_fl.deployment.processes import Service, exit_on_sigterm
 from bora_fl.deployment.progress import pass_on
 from bora_fl.granted import grant, num_cores
 from bora_fl.report import read_rows
+from bora_fl.server.output_folder import make
 
 MISTAKE = "bora-fl | error: "  # what `process` begins such a line with
 BACKENDS = ("processes", "ray")
@@ -75,7 +76,7 @@ def run(app: Path, run_config: Mapping[str, Scalar], simulation: Simulation, *, 
 
         tried(settings)
     folder = output_folder(app, run_config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     backend = simulation.backend or ("ray" if os.environ.get("RAY_ADDRESS") else "processes")
     if backend == "ray":
         extras.require("ray", "--backend ray")

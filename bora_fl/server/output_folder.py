@@ -16,6 +16,25 @@ from bora_fl.paths import write_atomically
 LOCK, HOLDER = ".lock", ".lock.json"
 
 
+def make(folder: Path, setting: str = "run.output-dir =") -> None:
+    """Make a folder for results, if it is missing.
+
+    Args:
+        folder: The folder.
+        setting: The setting or option that names it, for the message.
+
+    Raises:
+        ConfigError: If it cannot be made, or nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "it is read-only"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ConfigError(f"{setting} '{folder}': nothing can be written there ({reason}); name another folder")
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold an output folder while a run writes to it. The lock ends with the process, however it ends.
@@ -24,9 +43,9 @@ def held(folder: Path) -> Iterator[None]:
         folder: Made if it is missing.
 
     Raises:
-        ConfigError: If another run holds it, naming the run's process.
+        ConfigError: If another run holds it, naming the run's process, or nothing can be written to it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     try:
         lock = FileLock(folder / LOCK, mode=0o600).acquire(timeout=0)
     except Timeout:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bora_fl.config import ConfigError
 from bora_fl.report import training_rows
 from bora_fl.server.output_folder import held, refuse_another_run
+from bora_fl.simulations import grid, launch
 from bora_fl.simulations.engine import simulate
 
 HOLD = """
@@ -35,6 +37,26 @@ def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_killed(tmp_
         finally:
             process.kill()
     with held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_folder_that_cannot_be_is_said(below: str, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"run.output-dir = '.*file.*': nothing can be written there \(\w"),
+        held(tmp_path / "file" / below),
+    ):
+        pass
+    with pytest.raises(ConfigError, match=r"run\.output-dir ="):
+        launch.run(Path(), {"run.output-dir": str(tmp_path / "file" / below)}, launch.Simulation(2))
+    with pytest.raises(ConfigError, match="--output '"):
+        grid.run_grid([], tmp_path / "file" / below, workers=1, threads=1, console=Console(), title="")
+
+
+def test_a_read_only_folder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="it is read-only"), held(tmp_path):
         pass
 
 
