@@ -83,6 +83,13 @@ def test_what_is_finished_is_skipped_and_what_failed_is_run_again(toy: ModuleTyp
     assert go([good], tmp_path)[0][0].status == "finished"
 
 
+def test_a_reason_with_brackets_is_said_as_it_is(toy: ModuleType, tmp_path: Path):
+    odd = toy.Toy("odd", "{}['[/tmp] [red]']", tmp_path)
+    (end,), said = go([odd], tmp_path)
+    assert end.status == "failed"
+    assert "failed odd: KeyError: '[/tmp] [red]'" in said
+
+
 @pytest.mark.parametrize("damage", ["{", '{"identity": {}, "seconds": 1, "versions": {}, "result": {}}', "[]"])
 def test_a_run_without_its_own_whole_mark_is_run_again(toy: ModuleType, tmp_path: Path, damage: str):
     run = toy.Toy("good", "3", tmp_path)
