@@ -50,7 +50,7 @@ def read_federation(folder: Path) -> Federation:
     if not path.is_file():
         return Federation()
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{FEDERATION_FILE}: it is no TOML ({error}); strings stand in double quotes") from None
     try:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from bora_fl.config import ConfigError, DataSettings, Scalar
 from bora_fl.data.columns import IDS, TEXTS, is_text, kinds, num_missing, resolved, text_names, usual
 from bora_fl.data.embedded import PREFIX
-from bora_fl.data.files import data_files, is_saved, looks_local, read_tables
+from bora_fl.data.files import SUFFIXES, data_files, is_saved, looks_local, read_tables
 
 LABELS = ("label", "labels", "class", "category", "sentiment", "topic", "target", "rating", "stars")
 _EMBEDDED_IDS = 4  # natural ids that each embedded data set has at least
@@ -68,7 +68,9 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     rows = _look(name)
     if rows is None:
         path = Path(name).expanduser().absolute()
-        raise ConfigError(f"data.name = {name!r}: {path} holds no data; give an existing file or folder")
+        raise ConfigError(
+            f"data.name = {name!r}: {path} holds no data; give a file or a folder of files {', '.join(SUFFIXES)}"
+        )
     table = rows.table
     if causal:
         named = {key.replace("-", "_"): _named(table, key, value) for key, value in given.items()}
@@ -142,7 +144,7 @@ def _look(name: str) -> _Rows | None:
         parts = saved if isinstance(saved, DatasetDict) else {}
         train = parts.get(splits.train_split, next(iter(parts.values()))) if parts else saved
         return _Rows(train.data.table, not parts, splits.test_split in parts)
-    files = data_files(path) if path.exists() else []
+    files = [file for file in data_files(path) if file.suffix.lower() in SUFFIXES] if path.exists() else []
     if not files:
         return None
     first = next((file for file in files if splits.train_split in file.stem), files[0])

@@ -317,6 +317,8 @@ def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.Chunke
     if pa.types.is_floating(kind):
         labels = pc.if_else(pc.is_nan(labels), None, labels)
     try:
+        if pa.types.is_temporal(kind):  # which arrow would cast too
+            raise pa.ArrowInvalid(str(kind))
         return labels.cast(pa.int64())
     except pa.ArrowException:
         raise ConfigError(

@@ -67,7 +67,10 @@ def federation(
     if model.startswith("embedded:"):
         extras.require_model(model)
     if not connection:
-        clients = clients or int(_ask("clients to simulate", "4"))
+        number = str(clients) if clients else _ask("clients to simulate", "4").strip()
+        if not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"clients to simulate: {number!r} is no number of clients; write 1 or more")
+        clients = int(number)
     strategy = strategy or _ask("strategy", "refactor")
     columns = {"text-column": text_column, "label-column": label_column, "response-column": response_column}
     given = {key: value for key, value in columns.items() if value}
@@ -105,6 +108,7 @@ def proposal(
 
     find(strategy, "--strategy")
     stem = Path(data.partition(":")[2] if data.startswith("embedded:") else data).stem
+    stem = stem if stem.strip(".") else Path(data).resolve().name  # of the working folder
     default = Settings().flat()
     found = {key: default[key] for key in SHOWN} | guess_settings(data, task == "causal-lm", clients, columns)
     found |= {"model.task": task, "strategy.name": strategy, "run.output-dir": f"runs/{stem}"}

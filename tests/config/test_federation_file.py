@@ -24,6 +24,11 @@ def test_every_setting_can_stand_in_the_file(tmp_path: Path):
     assert "# r\nrank = 8" in text
 
 
+def test_a_file_of_windows_is_read(tmp_path: Path):
+    (tmp_path / FEDERATION_FILE).write_bytes(b"\xef\xbb\xbf[federation]\r\nsimulate = 2\r\n")
+    assert read_federation(tmp_path).simulate == 2
+
+
 def test_a_folder_without_the_file_says_nothing(tmp_path: Path):
     assert read_federation(tmp_path) == Federation()
 

@@ -145,14 +145,31 @@ def test_a_deployment_has_data_at_its_sites(here: Path):
         (["--data", "odd.csv", "--label-column", "wat"], "--label-column wat: columns are text, what"),
         (["--data", "two.csv"], r"data\.text-column: none of the columns a, b, label .*--text-column"),
         (["--clients", "2", "--connection", "x"], "--clients 2 with --connection x"),
+        (["--data", "table.xlsx"], r"data\.name = 'table.xlsx': .* give a file or a folder of files .parquet"),
     ],
 )
 def test_a_wrong_choice_is_named_and_writes_nothing(arguments: list[str], message: str, here: Path):
     write("odd.csv", text=["a", "b"], what=[0, 1])
     write("two.csv", a=["a", "b"], b=["c", "d"], label=[0, 1])
+    Path("table.xlsx").write_bytes(b"PK")
     with pytest.raises(ConfigError, match=message):
         init(*arguments)
     assert not (here / "federation.toml").exists()
+
+
+def test_the_working_folder_s_results_have_its_name(here: Path, tiny_model: Path):
+    write("train.csv", text=["a", "b"] * 4, label=["x", "y"] * 4)
+    settings = init("--data", ".", "--model", str(tiny_model), "--clients", "2").run_config
+    assert settings["run.output-dir"] == "runs/here"
+
+
+@pytest.mark.parametrize("answer", ["few", "0", "-2"])
+def test_a_number_of_clients_that_is_none_is_said(answer: str, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "bora_fl.deployment.init._ask", lambda question, default: answer if "clients" in question else default
+    )
+    with pytest.raises(ConfigError, match=rf"clients to simulate: '{answer}' is no number"):
+        init()
 
 
 def test_a_file_is_never_overwritten(here: Path):
