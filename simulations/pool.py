@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
 from bora_fl.client.worker.address import LONGEST_PATH
@@ -167,7 +167,7 @@ class Pool(Generic[Task, Result]):
         here, there = context.Pipe()
         variables = {**self._environment, **self._places[place]}
         process = context.Process(target=_serve, args=(there, self._work, self._prepare, variables), daemon=True)
-        with _environment(self._environment):
+        with _environment(self._environment), _without_script():
             process.start()
         there.close()  # so that the end of the process is the end of the pipe
         return _Worker(place, process, here)
@@ -232,6 +232,18 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Let processes start without the script that runs here, which they would execute: no task is defined in it."""
+    script = sys.modules["__main__"]
+    if not (script.__spec__ and script.__spec__.name.startswith("bora_fl.")):
+        sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _serve(

@@ -138,6 +138,17 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def test_workers_do_not_execute_the_script_that_starts_them(tmp_path: Path):
+    (tmp_path / "script.py").write_text(
+        "print('again', flush=True)\nfrom bora_fl.simulations.pool import Pool\n"
+        "for preload in (None, ['json']):\n"
+        "    with Pool(eval, 1, environment={}, preload=preload) as pool:\n"
+        "        pool.run(['6 * 7'], lambda _, result: print(result, flush=True))\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["again", "42", "42"]
+
+
 PID = "str(__import__('os').getpid())"
 PLACE = "__import__('os').environ['BORA_FL_POOL_PLACE']"
 
