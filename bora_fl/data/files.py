@@ -32,10 +32,14 @@ def is_saved(path: Path) -> bool:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that a path stands for, sorted; one file, or all in a folder and below it."""
+    """The data files that a path stands for, sorted; one file, or all in a folder and below it but for hidden ones.
+
+    Hidden are those that programs keep beside the data, such as Jupyter's copies in ``.ipynb_checkpoints``.
+    """
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".arrow") and p.is_file())
+    found = (p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".arrow") and p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
 
 
 def read_local(

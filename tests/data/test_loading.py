@@ -363,3 +363,12 @@ def test_cells_and_strings_that_look_like_numbers_or_dates_are_text_as_they_are_
     (tmp_path / "pairs.csv").write_text("prompt,completion\n" + "what,0\nwhat,1\n" * 4)
     labelled = DataSettings(name=str(tmp_path / "pairs.csv"), text_column="prompt", label_column="completion")
     assert load_dataset(labelled).label_names == ["0", "1"]
+
+
+def test_copies_that_jupyter_keeps_of_a_file_are_not_read(tmp_path: Path) -> None:
+    hidden = tmp_path / ".data" / ".ipynb_checkpoints"
+    hidden.mkdir(parents=True)
+    (tmp_path / ".data" / "train.csv").write_text("text,label\na,0\nb,1\n")
+    (hidden / "train-checkpoint.csv").write_text("text,label\nold,0\n")
+    raw = load_dataset(DataSettings(name=str(tmp_path / ".data"), test_split=""))
+    assert list(raw.train["text"]) == ["a", "b"]
