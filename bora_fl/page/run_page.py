@@ -1,6 +1,7 @@
 """The page of a run, from what lies in its folder; of a run that goes on, what it has so far."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _charts(rows: Sequence[Row]) -> str:
 
 
 def _points(rows: Sequence[Row], key: str) -> Points:
-    return [(row["round"], row[key]) for row in rows if row.get(key) is not None]
+    return [(row["round"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
 
 
 def _rounds(rows: Sequence[Row]) -> str:

@@ -104,4 +104,4 @@ def _at_rate(run: CompareRun, rate: float) -> CompareRun:
 def _loss(run: CompareRun) -> float:
     last = read_rows(run.folder / "metrics.jsonl")[-1]
     found = last["client_loss"] if last["client_loss"] is not None else last["loss"]
-    return math.inf if found is None else float(found)
+    return float(found) if found is not None and math.isfinite(found) else math.inf

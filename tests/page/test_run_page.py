@@ -1,6 +1,7 @@
 """The page of a run, read as a browser would: structure, content, and that nothing is fetched."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -95,6 +96,13 @@ def test_the_page_shows_rounds_clients_privacy_rejections_settings_and_versions(
     assert settings["strategy.name"] == "<script>alert(1)</script>"
     assert ["code", "0123abcd"] in tables["Versions"]
     assert "largest epsilon per record" in run_page(folder)
+
+
+def test_a_loss_that_is_no_number_stands_in_the_table_and_in_no_chart(folder: Path):
+    append_row(folder / "metrics.jsonl", RoundReport(9, math.nan, 0.25, "central", clients=2).row())
+    page = run_page(folder)
+    assert Tables(page).tables["Rounds"][-1][:4] == ["9", "-", "nan", "0.25"]
+    assert "central test set, round 9: nan" not in page
 
 
 def test_a_code_of_the_closed_list_has_a_column_of_its_own(folder: Path):

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -97,3 +98,8 @@ def test_no_seed_is_both_tuned_on_and_reported(tmp_path):
     assert tuning.tuning_runs(replace(found, runs=runs), [1.0], 1)
     with pytest.raises(ConfigError, match=r"--first-seed 1001 with --tune: .* seed 1001.*outside 1000 to 1001"):
         tuning.tuning_runs(replace(found, runs=runs), [1.0], 2)
+
+
+def test_a_loss_that_is_no_number_is_never_the_least(tmp_path):
+    ends, rate = tried(tmp_path, {0.3: (math.nan, 0.1), 1.0: (1.0, 1.6)})
+    assert tuning.choose(ends)["dirichlet-1", FEDAVG] == pytest.approx(rate)
