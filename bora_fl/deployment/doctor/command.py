@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from bora_fl.client.worker.address import Address, WorkerSettings
-from bora_fl.config import ConfigError, overrides
+from bora_fl.config import FEDERATION_FILE, ConfigError, overrides, read_federation
 from bora_fl.deployment.doctor.examination import Role, Setup, connection, examine
 
 console = Console()
@@ -33,7 +33,10 @@ def doctor(
     client_key: Annotated[Path | None, typer.Option(help="its key")] = None,
     run_config: Annotated[list[str] | None, typer.Option("--run-config", "-c", help="key=value of the run")] = None,
 ) -> None:
-    """Look for what would make a run fail, before it starts; exit 1 if something would."""
+    """Look for what would make a run fail, before it starts; exit 1 if something would.
+
+    A federation.toml in the working folder says what is to run; what is given here wins.
+    """
     if role not in get_args(Role):
         raise ConfigError(f"--role {role}: use one of {', '.join(get_args(Role))}")
     if name:
@@ -42,10 +45,13 @@ def doctor(
         superlink, root_certificates = superlink or known, root_certificates or authority
     if bool(client_certificate) != bool(client_key):
         raise ConfigError("--client-certificate and --client-key: give both or none")
+    settings = read_federation(Path.cwd()).run_config
+    if settings:
+        console.print(f"the run is that of {FEDERATION_FILE}", highlight=False)
     chosen: Role = next(r for r in get_args(Role) if r == role)
     setup = Setup(
         chosen,
-        overrides(run_config),
+        {**settings, **overrides(run_config, settings)},
         superlink,
         root_certificates,
         certificate,

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from bora_fl.cli import cli
 from bora_fl.client.worker.address import Address, WorkerSettings
-from bora_fl.config import ConfigError
+from bora_fl.config import FEDERATION_FILE, ConfigError, Federation, federation_text
 from bora_fl.deployment.certificates import make_server, make_site
 from bora_fl.deployment.doctor import machine
 from bora_fl.deployment.doctor.examination import Setup, connection, examine, split
@@ -108,6 +108,16 @@ def test_the_command_fails_where_a_run_would(tiny_config):
     bad = CliRunner().invoke(cli, ["doctor", "--role", "server", *pairs, "-c", "data.text-column=txt"])
     assert bad.exit_code == 1
     assert "fail  data" in bad.output
+
+
+def test_the_command_examines_the_run_of_the_folder(tiny_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path(FEDERATION_FILE).write_text(federation_text(Federation(2, "", tiny_config | {"data.text-column": "txt"})))
+    bad = CliRunner().invoke(cli, ["doctor", "--role", "server"])
+    assert FEDERATION_FILE in bad.output
+    assert f"data {tiny_config['data.name']}: data.text-column = 'txt'" in bad.output
+    good = CliRunner().invoke(cli, ["doctor", "--role", "server", "-c", "data.text-column=text"])
+    assert good.exit_code == 0, good.output
 
 
 def test_a_connection_of_flowers_config(tmp_path: Path):
