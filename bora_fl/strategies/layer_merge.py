@@ -45,33 +45,35 @@ class LayerRound:
 
     def mean_parts(self) -> tuple[list[BlockFactors], list[float]]:
         """Updates and weights whose weighted sum is `mean_product`."""
-        extra = [] if self.carried is None else [self.carried]
-        return [*self.updates, *extra], [*self.weights, *[1.0] * len(extra)]
+        return self._and_carried(list(self.updates), list(self.weights))
 
     def mean_product(self) -> BlockFactors:
-        """The mean of the clients' products plus what was carried, stacked: `M = Σ_k w_k delta_W^k + carried`."""
+        """The mean of the clients' products plus what was carried, stacked: `Σ_k w_k delta_W^k + carried`."""
         return merge(*self.mean_parts())
 
     def next_parts(self) -> tuple[list[BlockFactors], list[float]]:
-        """Updates and weights whose weighted sum is where a step from the received product `X` towards `M` leads.
+        """Updates and weights whose weighted sum is where a step from the received product `X` towards the mean leads.
 
-        `M` itself by default. With `Δ = M − X`, a = ``strategy.product-step`` and β = ``strategy.product-momentum``,
-        Nesterov's momentum on the product (as server momentum: Hsu et al., arXiv:1909.06335; the look-ahead: Sutskever
-        et al., ICML 2013):
+        `mean_product` by default. With `Δ = Σ_k w_k delta_W^k − X`, a = ``strategy.product-step`` and β =
+        ``strategy.product-momentum``, Nesterov's momentum on the product (as server momentum: Hsu et al.,
+        arXiv:1909.06335; the look-ahead: Sutskever et al., ICML 2013):
 
-            V ← β V + Δ,    X ← X + a (Δ + β V)
+            V ← β V + Δ,    X ← X + carried + a (Δ + β V)
 
-        β = 0 is the moving average `a M + (1 − a) X`.
+        β = 0 is the moving average of mean and X. What was carried is part of where the server stands, as X is, and no
+        part of the step: else a step beyond the mean would make it grow from round to round.
         """
         a, beta = self.settings.product_step, self.settings.product_momentum
-        parts, weights = self.mean_parts()
         if a == 1 and beta == 0:
-            return parts, weights
+            return self.mean_parts()
         reach = a * (1 + beta)
-        parts, weights = [*parts, self.current], [*(reach * weight for weight in weights), 1 - reach]
+        parts, weights = [*self.updates, self.current], [*(reach * weight for weight in self.weights), 1 - reach]
         if self.velocity is not None:
             parts, weights = [*parts, self.velocity], [*weights, a * beta**2]
-        return parts, weights
+        return self._and_carried(parts, weights)
+
+    def _and_carried(self, parts: list[BlockFactors], weights: list[float]) -> tuple[list[BlockFactors], list[float]]:
+        return (parts, weights) if self.carried is None else ([*parts, self.carried], [*weights, 1.0])
 
     def next_product(self) -> BlockFactors:
         """The sum of `next_parts`, stacked."""

@@ -27,11 +27,11 @@ def refactor(layer: LayerRound) -> LayerMerge:
 def flexlora(layer: LayerRound) -> LayerMerge:
     """Truncate the SVD of the mean product to the adapter's rank (FlexLoRA, arXiv:2402.11505).
 
-    `M = U S Vᵀ`, `B = U_r S_r`, `A = V_rᵀ`, Sigma = 1. For more than one block the result is plain LoRA of rank r
-    written in block form: optimal among matrices of rank r, but a block adapter's product has up to rank b·r, so its
-    diversity is lost; that is the published method, and what `refactor` improves on. What differs: M is never formed,
-    the SVD is that of its cores; a component without energy gets B = 0 and the clients' mean A, so that it can be
-    trained.
+    M is the mean product, or `LayerRound.next_product` (ours): `M = U S Vᵀ`, `B = U_r S_r`, `A = V_rᵀ`, Sigma = 1. For
+    more than one block the result is plain LoRA of rank r written in block form: optimal among matrices of rank r, but
+    a block adapter's product has up to rank b·r, so its diversity is lost; that is the published method, and what
+    `refactor` improves on. What differs: M is never formed, the SVD is that of its cores; a component without energy
+    gets B = 0 and the clients' mean A, so that it can be trained.
     """
     return LayerMerge(truncated_svd(layer))
 
@@ -46,7 +46,7 @@ def florist(layer: LayerRound) -> LayerMerge:
     """
     fit = truncated_svd(layer) if layer.current.num_blocks == 1 else block_fit(layer)
     energy = fit.component_energy().sort(descending=True).values.cumsum(0)
-    total = max(size(layer.mean_product()) ** 2, float(energy[-1]))
+    total = max(size(layer.next_product()) ** 2, float(energy[-1]))
     reached = energy >= layer.settings.threshold * total * (1 - 1e-9)
     rank = int(reached.nonzero()[0]) + 1 if total > 0 and bool(reached.any()) else fit.rank
     return LayerMerge(truncate(fit, rank))
@@ -77,8 +77,8 @@ def block_fit(layer: LayerRound) -> BlockFactors:
 
 
 def truncated_svd(layer: LayerRound) -> BlockFactors:
-    """The mean product's best approximation by a matrix of the adapter's rank: `B = U_r S_r`, `A = V_rᵀ`, Sigma = 1."""
-    target, scaling = layer.mean_product(), layer.current.scaling
+    """The next product's best approximation by a matrix of the adapter's rank: `B = U_r S_r`, `A = V_rᵀ`, Sigma = 1."""
+    target, scaling = layer.next_product(), layer.current.scaling
     whole = compressed(target)
     svd = leading_svd(whole.target, layer.rank)
     values = svd.sigma[0, 0]
@@ -102,12 +102,12 @@ def keep_rest(layer: LayerRound, fit: BlockFactors) -> LayerMerge:
 
 
 def _velocity(layer: LayerRound) -> BlockFactors | None:
-    """``V ← β V + M − X`` of `LayerRound.next_product`, cut to the rank budget; None without momentum."""
+    """``V ← β V + Δ`` of `LayerRound.next_product`, cut to the rank budget; None without momentum."""
     beta = layer.settings.product_momentum
     if beta == 0:
         return None
     before = [] if layer.velocity is None else [layer.velocity]
-    target = merge([layer.mean_product(), *before], [1.0, *[beta] * len(before)])
+    target = merge([*layer.updates, *before], [*layer.weights, *[beta] * len(before)])
     return residual(target, layer.current, layer.settings.residual_rank)
 
 

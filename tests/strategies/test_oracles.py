@@ -454,13 +454,44 @@ def test_steps_of_the_product_follow_nesterov(fleet, step, momentum, fleets):
         trained = [fed.train(state.current, agg.trains(round), 10 * round + k) for k in range(3)]
         updates = [ClientUpdate(k, 1.0 + k, s) for k, s in enumerate(trained)]
         mean = mean_of_products(np.array([1.0, 2.0, 3.0]) / 6, [parts(s.layers[LAYER]) for s in trained])
-        mean = mean + (dense(state.carried[LAYER]) if state.carried else 0.0)
         before = dense(state.current.layers[LAYER])
         velocity = momentum * velocity + mean - before
-        wanted = before + step * (mean - before + momentum * velocity)
+        stands = before + (dense(state.carried[LAYER]) if state.carried else 0.0)
+        wanted = stands + step * (mean - before + momentum * velocity)
         state, _ = agg.aggregate(ServerState.from_tensors(state.to_tensors(), 0), updates, round)
         close(total(state) + (dense(state.carried[LAYER]) if state.carried else 0.0), wanted, 1e-6)
     assert bool(state.velocity) == (momentum > 0)
+
+
+@ALL_FLEETS
+@pytest.mark.parametrize("options", [{"product_step": 1.5}, {"product_step": 0.5}, {"product_momentum": 0.5}])
+def test_what_is_carried_stays_where_clients_move_nothing(fleet, options, fleets):
+    fed = fleets[fleet]
+    agg = fed.built("refactor", residual="carry", residual_rank=64, sweeps=200, **options)
+    state, updates = fed.round(agg, clients=3)
+    state, _ = agg.aggregate(state, updates, 1)
+    norms = []
+    for round in range(2, 12):
+        state, report = agg.aggregate(state, [ClientUpdate(0, 1.0, state.current)], round)
+        norms.append(report["carried_norm"])
+    assert norms[-1] == pytest.approx(norms[-2], rel=0.02)  # of the momentum is .5 ** 10 left
+    assert norms[-1] < 3 * norms[0]
+
+
+@ALL_FLEETS
+@pytest.mark.parametrize("name", ["flexlora", "florist", "refactor"])
+def test_a_step_of_the_product_is_taken_by_every_strategy_that_fits_one(name, fleet, fleets):
+    fed = fleets[fleet]
+    options = {"threshold": 1.0} if name == "florist" else {}
+    agg = fed.built(name, product_step=0.5, residual="carry", residual_rank=64, **options)
+    state, updates = fed.round(agg, clients=3)
+    _, report = agg.aggregate(state, updates, 1)
+    assert report["merge_error"] < 1e-5
+    beyond, _ = fed.built(name, **options).aggregate(state, updates, 1)
+    weights = np.array([u.weight for u in updates]) / sum(u.weight for u in updates)
+    mean = mean_of_products(weights, [parts(u.state.layers[LAYER]) for u in updates])
+    halfway = (mean + dense(state.current.layers[LAYER])) / 2
+    assert report["carried_norm"] < 0.98 * np.linalg.norm(total(beyond) - halfway)
 
 
 def test_the_products_velocity_is_kept_at_the_rank_budget(fleets):
