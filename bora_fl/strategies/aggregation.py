@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bora_fl.blocks import BlockFactors, merge, normalize_sigma
+from bora_fl.blocks import BlockFactors, normalize_sigma
 from bora_fl.config import AdapterSettings, ConfigError, Settings, StrategySettings
 from bora_fl.seeds import derive
 from bora_fl.state import ALL, PARTS, AdapterState, ClientUpdate
@@ -114,13 +114,9 @@ class Aggregator:
         }
         layers = {name: layer.current for name, layer in merges.items()}
         current = self._normalized(AdapterState(layers, state.current.tensors), trains)
-        added = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
-        if not added:
+        fold = {name: layer.fold for name, layer in merges.items() if layer.fold is not None}
+        if not fold:
             return replace(state, current=current)
-        fold = dict(state.fold) | {
-            name: merge([state.fold[name], extra], [1.0, 1.0]) if name in state.fold else extra
-            for name, extra in added.items()
-        }
         return replace(state, current=current, fold=fold, fold_version=state.fold_version + 1)
 
     def aggregate(

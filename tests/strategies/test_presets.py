@@ -1,6 +1,7 @@
 """The table, what a strategy says of itself, and what cannot be built."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from bora_fl.blocks import BlockFactors
 from bora_fl.config import AdapterSettings, Settings, StrategySettings
 from bora_fl.state import ALL, AdapterState, ClientUpdate
 from bora_fl.strategies.aggregation import build
+from bora_fl.strategies.layer_merge import LayerMerge
 from bora_fl.strategies.presets import PRESETS
 from bora_fl.strategies.server_state import ServerState
 
@@ -155,6 +157,19 @@ def test_the_schedules():
     assert trained("fed-sb", 2, num_blocks=1) == ["sigma", "sigma"]
     for name in ("fedavg", "refactor", "flora"):
         assert build(Settings(strategy=StrategySettings(name=name))).trains(1) == ALL
+
+
+def test_a_base_delta_before_a_round_does_not_hold_the_one_of_the_merge(fleets):
+    """Clients have that one already, as the version before."""
+    fed = fleets["bora exp_norm"]
+    agg = fed.built("flora")
+    agg = replace(agg, preset=replace(agg.preset, prepare=lambda layer: LayerMerge(layer.current, fold=extra)))
+    state, updates = fed.round(fed.built("flora"), clients=2)
+    extra = updates[1].state.layers["query"]
+    merged, _ = agg.aggregate(state, updates, 1)
+    ready = agg.prepare(merged, 2)
+    assert (merged.fold_version, ready.fold_version) == (1, 2)
+    torch.testing.assert_close(ready.fold["query"].dense(), extra.dense())
 
 
 def test_several_layers_are_merged_each_on_its_own(fleets):
