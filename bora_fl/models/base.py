@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +128,7 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                     model = kind.from_pretrained(source, **options)
                 finally:
                     transformers_logging.set_verbosity(verbosity)
+            _settle_padding(model, settings)
         except ConfigError:
             raise
         except ImportError as error:
@@ -143,10 +145,24 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
         # On CPUs with bf16 instructions, evaluating would repack a Linear4bit and round its scales, for training too.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id
     model.config.use_cache = False
     return model
+
+
+def _settle_padding(model: Any, settings: ModelSettings) -> None:
+    """Let the model's config name the token that batches are filled up with.
+
+    A decoder with a classification head reads its last token that is another one. Tokenizer and config need not agree.
+    """
+    ends = model.config.eos_token_id
+    pad = model.config.pad_token_id
+    if pad is None:
+        pad = ends[0] if isinstance(ends, list) else ends
+    if settings.task == "classification":
+        with suppress(OSError, ValueError):  # a folder may be without a tokenizer; whoever needs one is told
+            tokenizer = load_tokenizer(settings)
+            pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
 
 
 def without_dropout(model: Any) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, LlamaModel
 
 from bora_fl.config import AdapterSettings, ConfigError, ModelSettings
-from bora_fl.models import FederatedModel, load_base
+from bora_fl.models import FederatedModel, load_base, load_tokenizer
 from bora_fl.models.base import require_whole
+from bora_fl.predicting.prediction import classify
 
 
 def sees_ahead(model: torch.nn.Module) -> bool:
@@ -94,6 +95,42 @@ def test_the_attention_is_the_one_that_is_asked_for(tiny_causal: Path) -> None:
     assert eager.config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match=r"model.attention = 'flash_attention_2': .*set model.attention to auto"):
         load_base(settings.model_copy(update={"attention": "flash_attention_2"}), None, 0)
+
+
+@pytest.mark.parametrize("known", [None, 3, 1], ids=["none", "another", "the end's"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_decoders_head_reads_the_same_token_alone_and_in_a_batch(
+    padded: bool, known: int | None, tiny_causal: Path, tmp_path: Path
+) -> None:
+    """Whatever the model's config says of padding: the tokenizer is what fills batches up."""
+    source = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    source.config.pad_token_id = known
+    source.config.eos_token_id = source.generation_config.eos_token_id = [6, 1]
+    source.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_causal)
+    if not padded:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path))
+    model, tokenizer = load_base(settings, ["a", "b", "c"], 0).eval(), load_tokenizer(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+    (alone,) = classify(model, tokenizer, ["film is"], 16)
+    first, _ = classify(model, tokenizer, ["film is", "the film is good or bad or the film"], 16)
+    assert first == (alone[0], pytest.approx(alone[1], rel=1e-4))
+
+
+def test_a_language_model_with_several_ends_is_loaded_and_saved(tiny_causal: Path, tmp_path: Path) -> None:
+    """As Llama 3's models for conversations."""
+    source = AutoModelForCausalLM.from_pretrained(tiny_causal)
+    source.config.pad_token_id, source.config.eos_token_id = None, [6, 1]
+    source.save_pretrained(tmp_path)
+    model = load_base(causal(tmp_path), None, 0)
+    assert model.config.pad_token_id == 6
+    assert model.config.eos_token_id == [6, 1]
+    model.save_pretrained(tmp_path / "again")
+    assert load_base(causal(tmp_path / "again"), None, 0).config.eos_token_id == [6, 1]
 
 
 def test_modules_that_are_trained_whole_are_part_of_the_state(tiny_causal: Path) -> None:
