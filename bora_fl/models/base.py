@@ -154,8 +154,7 @@ def _settle_padding(model: Any, settings: ModelSettings) -> None:
 
     A decoder with a classification head reads its last token that is another one. Tokenizer and config need not agree.
     """
-    ends = model.config.eos_token_id
-    pad = model.config.pad_token_id
+    pad, ends = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))  # Funnel has neither
     if pad is None:
         pad = ends[0] if isinstance(ends, list) else ends
     if settings.task == "classification":
