@@ -14,7 +14,7 @@ console = Console()
 def server_certificates(
     host: Annotated[list[str], typer.Option(help="DNS name or IP address that the sites dial; may be given again")],
     into: Annotated[Path, typer.Option(help="folder to write")] = Path("certificates"),
-    days: Annotated[int, typer.Option(help="how long they are valid", min=1)] = 365,
+    days: Annotated[int, typer.Option(help="how long they are valid", min=1, max=36500)] = 365,
 ) -> None:
     """Make an authority, the server's certificate and its SuperExec secret; ca.crt goes to every site."""
     from bora_fl.deployment.certificates import make_server
@@ -49,7 +49,7 @@ def sign_client(
     requests: Annotated[list[Path], typer.Argument(help="NAME.csr of sites or operators", metavar="NAME.csr ...")],
     role: Annotated[str, typer.Option(help="site or operator: which of the server's doors opens")],
     authority: Annotated[Path, typer.Option(help="folder of ca.crt and ca.key")] = Path("certificates"),
-    days: Annotated[int, typer.Option(help="how long it is valid", min=1)] = 365,
+    days: Annotated[int, typer.Option(help="how long it is valid", min=1, max=36500)] = 365,
 ) -> None:
     """Certify clients to the server's proxy; each NAME.crt, beside its request, goes back to its client."""
     from bora_fl.config import ConfigError

@@ -41,10 +41,11 @@ def make_server(folder: Path, hosts: Sequence[str], days: int = 365) -> list[Pat
         ``ca.crt`` (goes to every site), ``ca.key``, ``server.pem``, ``server.key``, ``superexec.secret`` (stay here).
 
     Raises:
-        ConfigError: If no host is given or a file is there already.
+        ConfigError: If no host is given, one is no DNS name or IP address, or a file is there already.
     """
     if not hosts:
         raise ConfigError("--host: name at least one DNS name or IP address that the sites dial")
+    names = [_alternative(host) for host in hosts]
     paths = [folder / name for name in ("ca.crt", "ca.key", "server.pem", "server.key", SECRET)]
     _refuse_to_overwrite(paths)
     lifetime = datetime.timedelta(days=days)
@@ -52,7 +53,7 @@ def make_server(folder: Path, hosts: Sequence[str], days: int = 365) -> list[Pat
     authority = _authority(authority_key, lifetime)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     leaf = _leaf(server_key.public_key(), subject, authority, ExtendedKeyUsageOID.SERVER_AUTH, lifetime)
-    leaf = leaf.add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), False)
+    leaf = leaf.add_extension(x509.SubjectAlternativeName(names), False)
     server = leaf.sign(authority_key, hashes.SHA384())
     contents = (_pem(authority), _private(authority_key), _pem(server), _private(server_key), secrets.token_bytes(32))
     for path, content in zip(paths, contents, strict=True):
@@ -71,8 +72,9 @@ def make_site(folder: Path, name: str) -> list[Path]:
         ``site.key`` (never leaves the site), ``<name>.key.pub`` (goes to the server), ``superexec.secret`` (stays).
 
     Raises:
-        ConfigError: If a file is there already.
+        ConfigError: If the name cannot stand in a certificate, or a file is there already.
     """
+    _client_name(name)  # before anything is written, since `make_client` takes the same name
     paths = [folder / "site.key", folder / f"{name}.key.pub", folder / SECRET]
     _refuse_to_overwrite(paths)
     key = ec.generate_private_key(ec.SECP384R1())
@@ -203,6 +205,9 @@ def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})", host):
+            text = "is no DNS name or IP address; leave out scheme and port, and write other alphabets as xn--..."
+            raise ConfigError(f"--host {host!r}: {text}") from None
         return x509.DNSName(host)
 
 

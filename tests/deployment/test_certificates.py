@@ -128,3 +128,16 @@ def test_a_supernode_takes_the_uplinks_certificate(tmp_path: Path):
 def test_a_server_needs_a_name(tmp_path: Path):
     with pytest.raises(ConfigError, match="--host"):
         make_server(tmp_path, [])
+
+
+@pytest.mark.parametrize("host", ["https://fed.example.org", "fed.example.org:8443", "köln.example.org", "", "a b"])
+def test_what_is_no_host_is_said_before_anything_is_written(host: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"--host '.*is no DNS name or IP address"):
+        make_server(tmp_path, ["localhost", host])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_site_s_name_that_is_none_leaves_nothing_behind(tmp_path: Path):
+    with pytest.raises(ConfigError, match="'köln': a client's name has letters"):
+        make_site(tmp_path, "köln")
+    assert not list(tmp_path.iterdir())
