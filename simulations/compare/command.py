@@ -249,21 +249,9 @@ def _show(found: "Results") -> None:
     for scenario in found.plan.scenarios:
         if not (summaries := found.of(scenario.name)):
             continue
-        table = Table(title=f"{scenario.name}: {scenario.summary}", box=box.SIMPLE)
-        for name in (
-            "strategy",
-            "accuracy %",
-            "difference",
-            "over round 0",
-            "retention %",
-            "rate",
-            "loss",
-            "MB",
-            "epsilon",
-        ):
-            table.add_column(name, no_wrap=True, justify="left" if name == "strategy" else "right")
-        for s in summaries:
-            table.add_row(
+        names = ("strategy", "accuracy %", "difference", "over round 0", "retention %", "rate", "loss", "MB", "epsilon")
+        rows = [
+            (
                 found.plan.label(s.variant),
                 interval(s.accuracy, 100),
                 interval(s.difference, 100, sign=True),
@@ -274,5 +262,14 @@ def _show(found: "Results") -> None:
                 interval(s.megabytes, digits=2),
                 "-" if s.epsilon is None else f"{s.epsilon:.2f} per {s.epsilon_unit}",
             )
-        console.print(table)
+            for s in summaries
+        ]
+        measured = [place for place in range(len(names)) if any(row[place] != "-" for row in rows)]
+        table = Table(title=f"{scenario.name}: {scenario.summary}", box=box.SIMPLE)
+        for place in measured:
+            table.add_column(names[place], overflow="fold", justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*(row[place] for place in measured))
+        # What is no terminal has lines as long as they need to be.
+        console.print(table, width=None if console.is_terminal else 200, crop=False)
         console.print(f"  {against_what(found, scenario.name)}", highlight=False, soft_wrap=True)

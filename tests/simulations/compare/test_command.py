@@ -1,14 +1,19 @@
 """What the command hands to the plan."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bora_fl.cli import cli
 from bora_fl.config import Federation, federation_text
-from bora_fl.simulations.compare import plan
+from bora_fl.simulations import grid
+from bora_fl.simulations.compare import command, plan, results
+
+from .made_up import finish, lay_out
 
 SETTINGS = {
     "adapter.method": "ravan",
@@ -82,3 +87,21 @@ def test_options_of_a_search_need_one(planned: dict[str, Any], option: list[str]
     assert isinstance(done.exception, PlannedError)
     done = CliRunner().invoke(cli, ["compare", "--rates", "1"])
     assert isinstance(done.exception, PlannedError)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_in_the_terminal_leaves_nothing_out(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    console = Console(width=80, file=io.StringIO(), force_terminal=terminal, no_color=True, record=True)
+    monkeypatch.setattr(command, "console", console)
+    found = lay_out(tmp_path)
+    for run in found.runs:
+        finish(run, 0.6 + run.seed / 100)
+    baseline = found.variants[0]
+    command._show(results.collect(found, [(run, grid.outcome(run)) for run in found.runs], baseline))
+    said = console.export_text()
+    words = "".join(said.split())
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    assert "retention" not in said  # which nothing was measured of
+    for word in ("60.5±6.4", "refactor", "1.000", "overround0"):
+        assert word in words
+    assert terminal or "60.5 ± 6.4" in said  # on one line
