@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import BoraConfig
 from .layer import BoraLayer
 from .mixed_batch import rows_with_adapters
-from .state import read_factors, write_factors
+from .state import named_layers, read_factors, write_factors
 from .weighted import check_request, weighted_factors
 
 _MODULES_SHOWN = 5
@@ -109,6 +109,8 @@ class BoraModel(BaseTuner):  # type: ignore[misc]
             sigma_init="auto",
         )
         self.inject_adapter(self.model, adapter_name)
+        for layer, module in named_layers(self, adapter_name):  # PEFT gives it the base's dtype, which may be narrower
+            module.adapter(adapter_name).to(factors[layer].A.dtype)
         write_factors(self, factors, adapter_name)
 
     def _prepare_model(self, peft_config: BoraConfig, model: nn.Module) -> None:

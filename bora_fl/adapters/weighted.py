@@ -32,7 +32,7 @@ def weighted_factors(
         holders = [adapter for adapter in weights if layer in layers[adapter]]
         parts = [layers[adapter][layer] for adapter in holders]
         stack = merge(parts, [weights[adapter] for adapter in holders])
-        fitted = rank or max(part.rank for part in parts)
+        fitted = max(part.rank for part in parts) if rank is None else rank
         found[layer] = stack if combination == "cat" else refactorize(stack, fitted).factors
     return found
 

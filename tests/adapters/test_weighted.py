@@ -60,6 +60,14 @@ def test_the_new_adapter_is_the_weighted_sum(num_blocks: int, options: dict[str,
     torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)
 
 
+def test_over_a_base_in_half_precision_the_sum_is_in_float32_as_its_parts_are() -> None:
+    settings = BoraConfig(num_blocks=2, r=2, target_modules=["0", "2"], init_weights=False)
+    model = get_peft_model(base().bfloat16(), settings)
+    expected = {layer: 2 * delta for layer, delta in deltas(model, "default").items()}
+    model.add_weighted_adapter(["default"], [2.0], "twice", combination_type="cat")
+    torch.testing.assert_close(deltas(model, "twice"), expected)  # dtypes too
+
+
 @pytest.mark.parametrize("targets", ["0|1[.]0", "0"])
 def test_layers_whose_name_ends_as_another_ones_are_kept_apart(targets: str, tmp_path) -> None:
     """A name alone is what PEFT takes for the end of one: `0` is `1.0` too, of whichever rank comes first."""
@@ -87,6 +95,7 @@ def test_layers_whose_name_ends_as_another_ones_are_kept_apart(targets: str, tmp
         (["first", "c"], [1, 1], {}, r"\['c'\] of \['first', 'second', 'one_layer'\]"),
         (["first", "second"], [1], {}, "one weight for each"),
         (["first", "second"], [1, 1], {"combination_type": "ties"}, "use one of refactorize, cat"),
+        (["first", "second"], [1, 1], {"rank": 0}, "rank is 0"),
     ],
 )
 def test_wrong_arguments_are_refused(adapters, weights, options, message: str) -> None:
