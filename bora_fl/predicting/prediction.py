@@ -3,9 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bora_fl.config import Settings
+from bora_fl.data import Encoded
+from bora_fl.data.tokenizing import token_ids
 from bora_fl.device import settle
 
 
@@ -41,15 +45,25 @@ def classify(
     """
     device, names = settle(model), model.config.id2label
     for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            list(texts[start : start + batch_size]),
-            truncation=True,
-            max_length=max_length,
-            padding=True,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        ).to(device)
+        ids = token_ids(tokenizer, list(texts[start : start + batch_size]), truncation=True, max_length=max_length)
+        inputs = {name: tensor.to(device) for name, tensor in _padded(ids, tokenizer, max_length).items()}
         with torch.inference_mode():
-            likely = model(**batch).logits.float().softmax(-1).max(-1)
+            likely = model(**inputs).logits.float().softmax(-1).max(-1)
         for index, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
             yield names[index], probability
+
+
+def _padded(ids: Sequence[Sequence[int]], tokenizer: Any, max_length: int) -> dict[str, Tensor]:
+    """A batch as in training: padded on the right, whatever the tokenizer does, and of one column at least."""
+    lengths = np.array([len(row) for row in ids], np.int64)
+    none = np.zeros(len(ids), np.int64)
+    batch = Encoded(
+        tokens=np.array([token for row in ids for token in row], np.int32),
+        begin=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        prompts=none,
+        classes=none,
+        pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
+        max_length=max_length,
+    ).batch(np.arange(len(ids)))
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}

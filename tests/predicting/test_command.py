@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 from typer.testing import CliRunner
 
 import bora_fl
@@ -52,6 +52,26 @@ def test_labels_are_those_of_each_text_alone_and_need_no_data(tiny_config, tiny_
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     small = list(classify(model, tokenizer, TEXTS, 16, batch_size=1))
     assert [label for label, _ in small] == [row["label"] for row in rows]
+
+
+def test_texts_are_padded_as_in_training_whatever_the_tokenizer_does(tiny_causal: Path):
+    """On the right: learned positions, as GPT-2's, would else be other ones. A text without tokens has a class too."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_causal, padding_side="left")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=3, pad_token_id=tokenizer.pad_token_id))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    together = list(classify(model.eval(), tokenizer, [*TEXTS, ""], 16))
+    assert together == [
+        (label, pytest.approx(probability, rel=1e-5))
+        for text in [*TEXTS, ""]
+        for label, probability in classify(model, tokenizer, [text], 16)
+    ]
+    assert together[2][1] == pytest.approx(
+        float(model(**tokenizer(TEXTS[2], return_tensors="pt", return_token_type_ids=False)).logits.softmax(1).max()),
+        rel=1e-5,
+    )
 
 
 @pytest.mark.parametrize("response", ["", "label_name"])
