@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bora_fl.config import ConfigError
-from bora_fl.data import fetch
+from bora_fl.data import fetch, partition
 from bora_fl.granted import num_cores
 from bora_fl.simulations.compare import report, results, tuning
 from bora_fl.simulations.compare.plan import CompareRun, Plan, Variant
@@ -100,7 +100,7 @@ class Comparison:
                 fetch(data)
 
     def check(self) -> None:
-        """Refuse what no run could use: each data set and model of the plan is looked at once.
+        """Refuse what no run could use: each data set and model of the plan is looked at once, and each deal.
 
         Raises:
             ConfigError: With a line for each finding.
@@ -112,6 +112,16 @@ class Comparison:
             first.setdefault((run.settings.data.name, run.settings.model.name), run)
         for run in first.values():
             preflight(run.settings)
+        # Whether a Dirichlet deal can be depends on the seed.
+        dealt = {run.scenario: run for run in self.plan.runs if run.settings.data.partition != "dirichlet"}
+        impossible = []
+        for name, run in sorted(dealt.items(), key=lambda item: item[1].settings.data.name):
+            try:
+                partition(run.settings.data, run.num_clients, run.seed)
+            except ConfigError as error:
+                impossible.append(f"--scenarios {name}: {error}")
+        if impossible:
+            raise ConfigError("\n".join(impossible))
 
     def run(self, target: float = 0.0) -> Compared:
         """Run what is not finished, and write the results and the report.

@@ -199,6 +199,19 @@ def test_data_that_no_run_could_use_is_refused_before_any_starts(tmp_path, monke
     assert "without labels for model.task = classification" in str(ended.exception)
 
 
+def test_a_scenario_that_the_data_has_too_few_ids_for_is_named_before_any_starts(tiny_model, tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label,site\n" + "a good film,0,u\na bad book,1,v\n" * 30)
+    given = {"model.name": str(tiny_model), "adapter.num-blocks": 4, "data.name": str(data)}
+    options = {"strategies": ["fedavg"], "seeds": 1}
+    found = lay_out(tmp_path, given, scenarios=["iid", "natural", "natural-2"], **options)
+    words = r"--scenarios natural: data.partition-by = 'site': 2 ids \(u, v\) cannot be dealt to 4 clients"
+    with pytest.raises(ConfigError, match=words) as caught:
+        run.Comparison(found, found.variants[0]).check()
+    assert len(str(caught.value).splitlines()) == 1
+    run.Comparison(lay_out(tmp_path, given, scenarios=["iid", "natural-2"], **options), found.variants[0]).check()
+
+
 def test_baselines_are_named_one_by_one():
     from bora_fl.simulations.compare.command import _baselines
 
