@@ -170,7 +170,8 @@ class FederatedModel:
         if self.adapter.method == "bora":
             from bora_fl.adapters.state import read_layers
 
-            return read_layers({name: self._layers[name] for name in self._factors})
+            found = read_layers({name: self._layers[name] for name in self._factors})
+            return {name: factors.to(torch.float32, "cpu") for name, factors in found.items()}
         layers = {}
         for name, parts in self._factors.items():
             A, B = (parts[key].detach().float().cpu().clone() for key in ("A", "B"))

@@ -78,6 +78,17 @@ def test_a_state_is_written_and_read_back(method: str, num_blocks: int) -> None:
         torch.testing.assert_close(factors.dense(), moved.layers[name].dense(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("method", "num_blocks"), [("bora", 4), ("lora", 1), ("ravan", 4)])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_what_is_read_is_float32_whatever_the_adapter_is_and_a_copy(method: str, num_blocks: int) -> None:
+    model = gpt2(method, num_blocks, torch.float64)
+    state = model.read()
+    for tensor in [*(t for f in state.layers.values() for t in (f.A, f.B, f.sigma)), *state.tensors.values()]:
+        assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+        tensor.fill_(7.0)
+    assert not any(bool((p == 7).all()) for p in model.all_trained_parameters())
+
+
 def test_a_base_that_cannot_be_written_is_named() -> None:
     model = gpt2("bora", 2)
     name = next(iter(model.read().layers))
