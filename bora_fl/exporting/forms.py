@@ -130,7 +130,9 @@ def export_sentence_transformers(folder: Path, target: Path, base: str = "", dty
             f"run.output-dir = '{folder}': {type(model).__name__} has a head of its own, which sentence-transformers "
             "does not know; export the merged model, or train with model.pooling = mean"
         )
-    save_sentence_transformers(model, tokenizer, target, _label_names(model.config))  # type: ignore[attr-defined]
+    result = read_result(folder)
+    length = (result.settings if result else parse(read_config(folder))).model.max_length
+    save_sentence_transformers(model, tokenizer, target, _label_names(model.config), length)  # type: ignore[attr-defined]
     return target
 
 

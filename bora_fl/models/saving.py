@@ -64,7 +64,9 @@ def save_pooled(model: Any, tokenizer: Any, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(stored, indent=2))
 
 
-def save_sentence_transformers(model: Any, tokenizer: Any, folder: Path, label_names: list[str]) -> None:
+def save_sentence_transformers(
+    model: Any, tokenizer: Any, folder: Path, label_names: list[str], max_length: int
+) -> None:
     """Write a model with pooling as a sentence-transformers folder: body, pooling, and the head as a dense layer.
 
     Args:
@@ -72,6 +74,7 @@ def save_sentence_transformers(model: Any, tokenizer: Any, folder: Path, label_n
         tokenizer: Its tokenizer.
         folder: Made if it is missing.
         label_names: Names of the logits, written into ``label_names.json``.
+        max_length: Tokens that a text is cut at, as in training.
 
     Raises:
         ValueError: If the model has no such pooling.
@@ -99,7 +102,7 @@ def save_sentence_transformers(model: Any, tokenizer: Any, folder: Path, label_n
     }
     files: dict[str, Any] = {
         "modules.json": modules,
-        "sentence_bert_config.json": {"max_seq_length": None, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
         "1_Pooling/config.json": {"word_embedding_dimension": head.in_features, **modes},
         "2_Dense/config.json": dense,
         "label_names.json": label_names,

@@ -72,6 +72,8 @@ def test_a_model_with_pooling_is_exported_with_its_class_and_for_sentence_transf
     export_sentence_transformers(folder, tmp_path / "sentences")
     dense = load_file(tmp_path / "sentences" / "2_Dense" / "model.safetensors")
     torch.testing.assert_close(dense["linear.weight"], model.classifier.weight.detach())
+    about = json.loads((tmp_path / "sentences" / "sentence_bert_config.json").read_text())
+    assert about["max_seq_length"] == tiny_config["model.max-length"]  # texts are cut where training cut them
 
 
 def test_a_head_of_its_own_is_not_for_sentence_transformers(tiny_config, tmp_path: Path):

@@ -46,13 +46,14 @@ print(json.dumps([SentenceTransformer(folder, device="cpu").encode(texts).tolist
 """
 
 
-def model_and_logits(tiny_model: Path, pooling: str):
+def model_and_logits(tiny_model: Path, pooling: str, max_length: int = 16):
     settings = ModelSettings(name=str(tiny_model), pooling=pooling)
     model, tokenizer = load_base(settings, NAMES, 0).eval(), load_tokenizer(settings)
     with torch.no_grad():
         model.classifier.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
         model.classifier.weight.mul_(100)  # texts differ by more than the tolerance
-        logits = model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+        cut = {"truncation": True, "max_length": max_length}
+        logits = model(**tokenizer(TEXTS, padding=True, return_tensors="pt", **cut)).logits
     assert (logits[0] - logits[1]).abs().max() > 1e-2
     return model, tokenizer, logits
 
@@ -82,10 +83,10 @@ def test_a_saved_model_predicts_the_same_in_plain_transformers(tiny_model: Path,
 def test_a_saved_model_predicts_the_same_in_sentence_transformers(tiny_model: Path, tmp_path: Path):
     pytest.importorskip("sentence_transformers")
     folders, expected = [], []
-    for pooling in ("mean", "cls", "last"):
-        model, tokenizer, logits = model_and_logits(tiny_model, pooling)
-        save_sentence_transformers(model, tokenizer, tmp_path / pooling, NAMES)
-        folders.append(tmp_path / pooling)
+    for pooling, max_length in (("mean", 16), ("cls", 16), ("last", 16), ("mean", 5)):
+        model, tokenizer, logits = model_and_logits(tiny_model, pooling, max_length)
+        folders.append(tmp_path / f"{pooling}-{max_length}")
+        save_sentence_transformers(model, tokenizer, folders[-1], NAMES, max_length)
         expected.append(logits)
     for found, logits in zip(run(SENTENCES, folders, tmp_path), expected, strict=True):
         torch.testing.assert_close(torch.tensor(found), logits, rtol=1e-5, atol=1e-6)
@@ -94,4 +95,4 @@ def test_a_saved_model_predicts_the_same_in_sentence_transformers(tiny_model: Pa
 def test_a_model_without_pooling_is_no_sentence_encoder(tiny_model: Path, tmp_path: Path):
     for settings in (ModelSettings(name=str(tiny_model)), ModelSettings(name=str(tiny_model), pooling="layers")):
         with pytest.raises(ValueError, match=r"model\.pooling"):
-            save_sentence_transformers(load_base(settings, NAMES, 0), load_tokenizer(settings), tmp_path, NAMES)
+            save_sentence_transformers(load_base(settings, NAMES, 0), load_tokenizer(settings), tmp_path, NAMES, 16)
