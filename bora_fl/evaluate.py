@@ -1,4 +1,4 @@
-"""The training objective and the metrics, for classification and for causal language models alike."""
+"""The training objective and the metrics, alike for classes of texts and of words and for causal language models."""
 
 import json
 import math
@@ -23,20 +23,39 @@ def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     """Cross-entropy of every example, so that no example's loss depends on the others in the batch.
 
     Args:
-        logits: ``[N, classes]`` with labels ``[N]``, or ``[N, T, vocabulary]`` with labels ``[N, T]``.
-        labels: Class ids, or token ids with ``-100`` where there is no target. Position t of the logits predicts t + 1.
+        logits: ``[N, classes]`` with labels ``[N]``, or ``[N, T, classes]`` with labels ``[N, T]`` or ``[N, T + 1]``.
+        labels: Class ids, or token ids, with ``-100`` where there is no target: position t of the logits predicts
+            t + 1. Or ``[N, classes]`` float, 1 for the classes that an example has and 0 for the others.
 
     Returns:
-        Per example, each ``[N]`` float32: the summed loss, the number of targets, the number predicted right.
+        Per example, each ``[N]`` float32: the summed loss, the number of targets, the number predicted right. Where an
+        example may have several classes: the mean over the classes of the binary cross-entropy, 1, and F1 of the
+        classes that have a probability above a half, which is 1 where neither they nor the labels are any.
     """
+    if labels.is_floating_point():
+        return _several(logits.float(), labels)
     if logits.dim() == 3:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        logits, labels = logits[:, : labels.shape[1] - 1], labels[:, 1:]
     else:
         logits, labels = logits[:, None], labels[:, None]
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     targets = labels != IGNORE
     right = (logits.argmax(-1) == labels) & targets
     return losses.view(labels.shape).sum(1), targets.sum(1).float(), right.sum(1).float()
+
+
+def _several(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1)
+    found = (logits > 0).float()
+    both, any_of = 2 * (found * labels).sum(1), found.sum(1) + labels.sum(1)
+    return losses, torch.ones_like(losses), torch.where(any_of > 0, both / any_of.clamp(min=1), 1.0).float()
+
+
+def num_targets(labels: Tensor) -> int:
+    """Targets of a batch, as `example_losses` counts them."""
+    if labels.dim() == 2 and not labels.is_floating_point():
+        return int((labels[:, 1:] >= 0).sum())
+    return len(labels)
 
 
 def preference_losses(logits: Tensor, labels: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -63,6 +82,7 @@ def preference_losses(logits: Tensor, labels: Tensor, reference: Tensor, beta: f
 class Metrics:
     """Mean cross-entropy per target, share of targets predicted right, and how many examples and targets there were.
 
+    Of examples with several classes: their mean F1 in the place of that share.
     Of preference pairs: mean DPO loss, share of pairs whose chosen response has the larger reward, pairs, and the mean
     margin between the two rewards.
     """

@@ -17,7 +17,7 @@ from bora_fl.client.share import Share
 from bora_fl.config import TrainSettings
 from bora_fl.data import Encoded, draw_batches
 from bora_fl.device import autocast, settle
-from bora_fl.evaluate import example_losses, preference_losses
+from bora_fl.evaluate import example_losses, num_targets, preference_losses
 from bora_fl.models import FederatedModel
 from bora_fl.seeds import derive
 
@@ -196,8 +196,7 @@ def _logits(model: FederatedModel, parts: Iterable[_Part], settings: TrainSettin
 
 
 def _num_targets(batch: Mapping[str, Tensor]) -> int:
-    """Targets in a batch: classes, tokens from the second position on, or pairs."""
+    """Targets in a batch, or pairs."""
     if "reference" in batch:
         return len(batch["reference"])
-    labels = batch["labels"]
-    return labels.numel() if labels.dim() == 1 else int((labels[:, 1:] >= 0).sum())
+    return num_targets(batch["labels"])

@@ -4,6 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from bora_fl.config.tasks import TASKS, Task, TaskName
+
 Scalar = bool | int | float | str
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -38,7 +40,11 @@ class ModelSettings(Group):
 
     name: str = Field("embedded:minilm", description="hub id, local folder, or embedded:minilm | embedded:smollm2")
     revision: str = Field("", description="hub revision; empty is the default branch")
-    task: Literal["classification", "causal-lm"] = Field("classification", description="what the model is trained for")
+    task: TaskName = Field(
+        "classification",
+        description="what the model is trained for: a class of each text, any number of them (multi-label), a class of "
+        "each word (token-classification), or text (causal-lm)",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="bitsandbytes' form of the frozen linear layers; 4bit: NF4 with double quantization"
@@ -52,6 +58,11 @@ class ModelSettings(Group):
         description="what the head reads (classification); layers: the mean over the tokens of every layer; auto: "
         "layers for a sentence encoder whose head is solved without privacy, else what the model was trained for",
     )
+
+    @property
+    def kind(self) -> Task:
+        """What goes with the task."""
+        return TASKS[self.task]
 
 
 class AdapterSettings(Group):
@@ -137,13 +148,13 @@ class DataSettings(Group):
     subset: str = Field("", description="configuration of a hub data set")
     train_split: str = Field("train", description="split (or value of a column named split) that clients train on")
     test_split: str = Field("test", description="split of the server's central test set; empty for none")
-    format: Literal["auto", "text", "prompt", "messages", "preference"] = Field(
+    format: Literal["auto", "text", "words", "prompt", "messages", "preference"] = Field(
         "auto",
-        description="what a row is: a text, a prompt with a response, messages, or a pair of responses, which is "
-        "trained by DPO; auto: by the columns",
+        description="what a row is: a text, words, a prompt with a response, messages, or a pair of responses, which "
+        "is trained by DPO; auto: by the columns",
     )
-    text_column: str = Field("text", description="input text; the prompt, or the messages, for instruction data")
-    label_column: str = Field("label", description="class (classification)")
+    text_column: str = Field("text", description="input text or words; the prompt or the messages (instruction data)")
+    label_column: str = Field("label", description="class; a list of them for multi-label, one for each word for words")
     response_column: str = Field(
         "", description="answer (instruction data), or the response that was chosen; the loss covers it alone"
     )

@@ -40,8 +40,13 @@ class Settings(Group):
 
     def _unsolvable(self) -> str:
         """Why there is no closed-form head, as the setting at fault and the reason; empty if there is one."""
-        if self.model.task != "classification":
+        if not self.model.kind.classes:
             return f"model.task = {self.model.task!r}: it has no classification head"
+        if self.privacy.mode == "record" and self.model.task != "classification":
+            return (
+                f"privacy.mode = 'record', model.task = {self.model.task!r}: an example adds to the sums as often as "
+                "it has labels, which the noise for one would not hide"
+            )
         if self.privacy.mode in ("client", "local"):
             return (
                 f"privacy.mode = {self.privacy.mode!r}: a client's sums as a whole cannot be hidden at a useful noise; "
@@ -55,10 +60,10 @@ class Settings(Group):
             raise ValueError(f"head.init = 'closed-form' with {reason}; set head.init to auto or random")
         if self.run.num_rounds == 0 and not self.solves_head:
             raise ValueError("run.num-rounds = 0: without a head to solve, nothing would be learned; set 1 or more")
-        if self.model.pooling != "auto" and self.model.task != "classification":
+        if self.model.pooling != "auto" and not self.model.kind.pooled:
             raise ValueError(
-                f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a classification "
-                "head reads a pooled text; set model.pooling to auto"
+                f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a head that "
+                "classifies texts reads a pooled one; set model.pooling to auto"
             )
         if self.data.packing and (self.model.task != "causal-lm" or self.privacy.mode == "record"):
             at = f"model.task = '{self.model.task}'" if self.privacy.mode != "record" else "privacy.mode = 'record'"
@@ -113,11 +118,16 @@ class Settings(Group):
                 f"{self.model.task!r}, head.init = {self.head.init!r}): there are no predictions worth holding before "
                 "training; set train.distillation to 0"
             )
-        if self.train.not_true_distillation and self.model.task != "classification":
-            raise ValueError(
-                f"train.not-true-distillation = {self.train.not_true_distillation:g} with model.task = "
-                f"{self.model.task!r}: it compares the classes of a classifier; set train.not-true-distillation to 0"
-            )
+        for key, value in (
+            ("label-prior", self.train.label_prior),
+            ("distillation", self.train.distillation),
+            ("not-true-distillation", self.train.not_true_distillation),
+        ):
+            if value and self.model.task != "classification":
+                raise ValueError(
+                    f"train.{key} = {value:g} with model.task = {self.model.task!r}: it goes by one class of each "
+                    f"text; set train.{key} to 0"
+                )
         if self.train.optimizer_state == "kept" and (self.train.optimizer, self.privacy.mode) != ("adamw", "none"):
             raise ValueError(
                 f"train.optimizer-state = 'kept' with train.optimizer = {self.train.optimizer!r}, privacy.mode = "
@@ -203,7 +213,7 @@ class Settings(Group):
                 "scaled loss is not for them; set train.precision to bf16 or fp32"
             )
         whole = self.adapter.method == "full" or bool(self.adapter.modules_to_save)
-        whole = whole or (model.task == "classification" and self.adapter.train_head)
+        whole = whole or (model.kind.classes and self.adapter.train_head)
         if fp16 and model.dtype == "float16" and whole:
             raise ValueError(
                 "train.precision = 'fp16' with model.dtype = 'float16': modules that are trained whole would have "

@@ -1,18 +1,20 @@
-"""What a row is, judging by the columns: a text, a prompt with a response, messages, or a pair of responses."""
+"""What a row is, judging by the columns: a text, words, a prompt with a response, messages, or a pair of responses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data import messages
+from bora_fl.data.labels import is_list
 
 TEXTS = ("text", "sentence", "review", "content", "body", "document", "comment", "question", "title")
 PROMPTS = ("instruction", "prompt", "question", "input", *TEXTS)
 RESPONSES = ("response", "output", "answer", "completion")
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
+WORDS = ("tokens", "words")
 DIALOGS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 CHOSEN, REJECTED = ("chosen", "preferred"), ("rejected", "dispreferred")
 IDS = (
@@ -162,7 +164,10 @@ def _candidates(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> t
         return ("prompt",)
     if settings.label_column not in columns and _find("preference", settings, columns):
         return ("preference",)
-    named = columns.get(settings.text_column)
+    named, labels = columns.get(settings.text_column), columns.get(settings.label_column)
+    listed = labels is not None and is_list(labels)
+    if listed and (usual(WORDS, _fitting(columns, is_words)) if named is None else is_words(named)):
+        return ("words",)
     if named is not None and is_dialog(named):
         return ("messages",)
     if settings.text_column != _DEFAULT.text_column or settings.label_column in columns:
@@ -172,9 +177,14 @@ def _candidates(settings: DataSettings, columns: Mapping[str, pa.DataType]) -> t
 
 def is_dialog(kind: pa.DataType) -> bool:
     """Whether a column holds messages: lists of ``role, content``, or of ``from, value``."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    if not is_list(kind) or not pa.types.is_struct(kind.value_type):
         return False
     return messages.is_message([kind.value_type.field(index).name for index in range(kind.value_type.num_fields)])
+
+
+def is_words(kind: pa.DataType) -> bool:
+    """Whether a column holds lists of strings."""
+    return is_list(kind) and is_text(kind.value_type)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -200,12 +210,16 @@ def usual(names: Sequence[str], fitting: Sequence[str]) -> str:
 
 
 def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType]) -> DataSettings | None:
-    texts = [name for name, type_ in columns.items() if is_text(type_)]
+    texts = _fitting(columns, is_text)
     given = settings.text_column if settings.text_column != _DEFAULT.text_column else ""
     if kind == "preference":
         return _pairs(settings, columns, given)
+    if kind == "words":
+        words = _fitting(columns, is_words)
+        text = given or usual((_DEFAULT.text_column, *WORDS), words) or next(iter(words), "")
+        return _of(settings, kind, text) if text else None
     if kind == "messages":
-        dialogs = [name for name, type_ in columns.items() if is_dialog(type_)]
+        dialogs = _fitting(columns, is_dialog)
         text = given or usual((_DEFAULT.text_column, *DIALOGS), dialogs) or next(iter(dialogs), "")
         return _of(settings, kind, text) if text else None
     given = settings.text_column if settings.text_column in columns else given
@@ -218,6 +232,10 @@ def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType])
     context = settings.context_column or ("" if given else usual(CONTEXTS, others))
     found = _of(settings, kind, text, response) if text and response else None
     return found and found.model_copy(update={"context_column": context})
+
+
+def _fitting(columns: Mapping[str, pa.DataType], fits: Callable[[pa.DataType], bool]) -> list[str]:
+    return [name for name, kind in columns.items() if fits(kind)]
 
 
 def _pairs(settings: DataSettings, columns: Mapping[str, pa.DataType], given: str) -> DataSettings | None:

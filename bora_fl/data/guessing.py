@@ -1,7 +1,7 @@
 """What a data set's settings may be, judging by its columns: a proposal for the user to look over, never a decision."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +10,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, Scalar
-from bora_fl.data.columns import IDS, TEXTS, is_text, kinds, num_missing, resolved, text_names, usual
+from bora_fl.data.columns import (
+    IDS,
+    TEXTS,
+    WORDS,
+    is_text,
+    is_words,
+    kinds,
+    num_missing,
+    resolved,
+    text_names,
+    usual,
+)
 from bora_fl.data.embedded import PREFIX
 from bora_fl.data.files import SUFFIXES, data_files, is_saved, looks_local, read_tables
+from bora_fl.data.labels import is_list
 
 LABELS = ("label", "labels", "class", "category", "sentiment", "topic", "target", "rating", "stars")
+TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags")
 _EMBEDDED_IDS = 4  # natural ids that each embedded data set has at least
 _LENGTHS = (32, 256)
 _CAUSAL_LENGTHS = (64, 1024)
@@ -23,14 +36,24 @@ _LOOKED_AT = 10_000  # rows for the length of an example
 
 
 def guess_task(name: str, label_column: str = "") -> str:
-    """``causal-lm`` for local data of messages, of preference pairs, or of prompts with responses and no label.
+    """What local data may be trained for, judging by its columns.
 
     Args:
         name: As for ``data.name``; what a hub data set holds is not looked up.
         label_column: The column of the classes, if it is known.
+
+    Returns:
+        ``causal-lm`` for messages, preference pairs, or prompts with responses and no label, ``token-classification``
+        for lists of words with lists of labels, ``multi-label`` for texts with lists of labels.
     """
-    found = _look(name) if looks_local(name) and not label_column else None
+    found = _look(name) if looks_local(name) else None
     if found is None:
+        return "classification"
+    labels = label_column or usual((*LABELS, *TAGS), found.table.column_names)
+    if labels in found.table.column_names and is_list(found.table[labels].type):
+        words = [name for name in found.table.column_names if name != labels and is_words(found.table[name].type)]
+        return "token-classification" if words else "multi-label"
+    if label_column:
         return "classification"
     settings = DataSettings(name=name, label_column="")
     columns = kinds(found.table, settings)
@@ -41,12 +64,12 @@ def guess_task(name: str, label_column: str = "") -> str:
     )
 
 
-def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, str]) -> dict[str, Scalar]:
+def guess_settings(name: str, task: str, num_clients: int, given: dict[str, str]) -> dict[str, Scalar]:
     """Settings of the group ``data``, and ``model.max-length``, for a data set.
 
     Args:
         name: As for ``data.name``.
-        causal: Whether a language model is trained, not a classifier.
+        task: As for ``model.task``.
         num_clients: Number of clients; 0 for a deployment, whose sites have data of their own.
         given: Columns that are known: ``text-column``, ``label-column``, ``response-column``.
 
@@ -56,6 +79,7 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
     Raises:
         ConfigError: If local data cannot be read, or has no column that is the text or the label.
     """
+    causal = task == "causal-lm"
     found: dict[str, Scalar] = {"data.name": name, **{f"data.{key}": value for key, value in given.items()}}
     dealt = {"data.partition": "iid"} if causal else _dirichlet()
     if name.startswith(PREFIX):
@@ -87,8 +111,10 @@ def guess_settings(name: str, causal: bool, num_clients: int, given: dict[str, s
         texts = [name for name in (kind.text_column, kind.response_column) if name]
         found["model.max-length"] = _max_length(table, texts, _CAUSAL_LENGTHS)
     else:
-        text = _column(table, "text-column", TEXTS, given, texts=True)
-        found |= {"data.text-column": text, "data.label-column": _column(table, "label-column", LABELS, given)}
+        words = task == "token-classification"
+        text = _column(table, "text-column", WORDS if words else TEXTS, given, fits=is_words if words else is_text)
+        labels = (*TAGS, *LABELS) if words else LABELS
+        found |= {"data.text-column": text, "data.label-column": _column(table, "label-column", labels, given)}
         found["model.max-length"] = _max_length(table, [text], _LENGTHS)
     if not (rows.whole and num_clients > 0) and not rows.has_test:
         found["data.test-split"] = ""
@@ -114,12 +140,19 @@ def _named(table: pa.Table, key: str, name: str) -> str:
     return name
 
 
-def _column(table: pa.Table, key: str, names: Sequence[str], given: dict[str, str], *, texts: bool = False) -> str:
-    """The column that is named, else the first with a usual name, else, for texts, the only one that holds text."""
+def _column(
+    table: pa.Table,
+    key: str,
+    names: Sequence[str],
+    given: dict[str, str],
+    *,
+    fits: Callable[[pa.DataType], bool] | None = None,
+) -> str:
+    """The column that is named, else the first with a usual name, else the only one of a kind that is asked for."""
     if key in given:
         return _named(table, key, given[key])
-    fitting = [name for name in table.column_names if not texts or is_text(table[name].type)]
-    found = usual(names, fitting) or (fitting[0] if texts and len(fitting) == 1 else "")
+    fitting = [name for name in table.column_names if fits is None or fits(table[name].type)]
+    found = usual(names, fitting) or (fitting[0] if fits and len(fitting) == 1 else "")
     if not found:
         columns = ", ".join(table.column_names)
         raise ConfigError(f"data.{key}: none of the columns {columns} has a usual name; name one with --{key}")

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings, extensions
-from bora_fl.data import columns, files, messages, preferences
+from bora_fl.data import columns, files, labels, messages, preferences
 from bora_fl.data.embedded import PREFIX, fetch
 from bora_fl.seeds import derive
 
@@ -40,7 +39,7 @@ class RawData:
     """A data set that has passed the checks.
 
     Attributes:
-        train: What clients train on: no row lacks text, label or response; labels are int64 classes 0 … C-1.
+        train: What clients train on: no row lacks text, label or response; labels are as `labels.encode` makes them.
         test: The server's central test set, likewise, or None.
         label_names: The C class names; None where the data has no labels (language modelling).
         settings: The settings that it was read by, with ``data.format`` and its columns named.
@@ -61,9 +60,8 @@ class RawData:
 def load_dataset(settings: DataSettings) -> RawData:
     """Read and check a data set. The last one is kept in memory, so asking for it again costs nothing.
 
-    Labels are read if a row is a text and the data has the column `label_column`. Strings, whole numbers,
-    booleans and ``ClassLabel`` features become classes in sorted order (a ``ClassLabel``'s own order), over both
-    splits. Rows without text, label (null, or negative in a ``ClassLabel``) or response are left out.
+    Labels are read if a row is a text, or words, and the data has the column `label_column`; `labels.encode` says how.
+    Rows without text, label (null, or negative in a ``ClassLabel``) or response are left out.
     `max_train_examples` and `max_test_examples` draw a subsample that depends on nothing but the data, so that it is
     the same for every run seed. Local data without splits gives a tenth of its rows, 1,000 at most, to the test split
     if that has its default name; where every site has data of its own, ``data.partition = local``, it does not.
@@ -264,67 +262,17 @@ def _encode_labels(
 ) -> "tuple[dict[str, Dataset], list[str] | None]":
     name = settings.label_column
     first = next(iter(splits.values()))
-    if settings.format != "text" or name not in first.column_names:
+    if settings.format not in ("text", "words") or name not in first.column_names:
         return splits, None
     for data in splits.values():
         if name not in data.column_names:
             raise _missing("label-column", name, data)
-    from datasets import ClassLabel
-
-    feature = first.features[name]
-    raw = {split: _whole_numbers(column(data, name), settings) for split, data in splits.items()}
-    if isinstance(feature, ClassLabel):
-        classes: list[Any] = list(range(len(feature.names)))
-        names = list(feature.names)
-    else:
-        raw = _of_one_type(raw, name)
-        classes = sorted({value for labels in raw.values() for value in pc.unique(labels).to_pylist()} - {None})
-        names = [str(value) for value in classes]
-    if len(classes) < 2:
-        raise ConfigError(
-            f"data.label-column = {name!r}: holds {len(classes)} class(es), {names}; name a column with two or more"
-        )
-    encoded = {}
-    for split, data in splits.items():
-        codes = pc.index_in(raw[split], pa.array(classes, raw[split].type)).cast(pa.int64())
-        encoded[split] = data.remove_columns([name]).add_column(name, codes.combine_chunks())
-    return encoded, names
-
-
-def _of_one_type(labels: dict[str, pa.ChunkedArray], name: str) -> dict[str, pa.ChunkedArray]:
-    """Labels of all splits in one type; that of a split without any is the others'.
-
-    Raises:
-        ConfigError: If the splits have labels of several types.
-    """
-    kinds = {split: values.type for split, values in labels.items() if values.null_count < len(values)}
-    if len(set(kinds.values())) > 1:
-        found = ", ".join(f"{kind} in split {split}" for split, kind in kinds.items())
-        raise ConfigError(
-            f"data.label-column = {name!r}: holds {found}; write the classes alike in all splits, or name another split"
-        )
-    return {split: values.cast(next(iter(kinds.values()), values.type)) for split, values in labels.items()}
-
-
-def _whole_numbers(labels: pa.ChunkedArray, settings: DataSettings) -> pa.ChunkedArray:
-    """Labels as strings or int64; booleans stay; anything else is refused."""
-    kind = labels.type
-    if pa.types.is_boolean(kind):
-        return labels
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        labels = labels.cast(pa.string())
-        return pc.if_else(pc.equal(pc.utf8_trim_whitespace(labels), ""), None, labels)  # an empty cell of a CSV file
-    if pa.types.is_floating(kind):
-        labels = pc.if_else(pc.is_nan(labels), None, labels)
-    try:
-        if pa.types.is_temporal(kind):  # which arrow would cast too
-            raise pa.ArrowInvalid(str(kind))
-        return labels.cast(pa.int64())
-    except pa.ArrowException:
-        raise ConfigError(
-            f"data.label-column = {settings.label_column!r}: holds {kind} values that are not classes; name a column "
-            "of strings or whole numbers, or leave it empty for language modelling"
-        ) from None
+    words = {}
+    if settings.format == "words":
+        words = {split: column(data, settings.text_column) for split, data in splits.items()}
+    held = {split: column(data, name) for split, data in splits.items()}
+    codes, names = labels.encode(held, words, first.features[name], name)
+    return {split: data.remove_columns([name]).add_column(name, codes[split]) for split, data in splits.items()}, names
 
 
 def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labelled: bool) -> "Dataset":
@@ -336,9 +284,10 @@ def _drop_incomplete(data: "Dataset", split: str, settings: DataSettings, labell
         if name not in kinds:
             raise _missing(f"{key}-column", name, data)
         found = kinds[name]
-        fits = columns.is_dialog(found) if settings.format == "messages" else columns.is_text(found)
+        fits = {"messages": columns.is_dialog, "words": columns.is_words}.get(settings.format, columns.is_text)(found)
         if not fits and not (settings.format == "preference" and columns.is_dialog(found)):
-            wanted = "lists of role and content" if settings.format == "messages" else "text"
+            forms = {"messages": "lists of role and content", "words": "lists of strings"}
+            wanted = forms.get(settings.format, "text")
             raise ConfigError(
                 f"data.{key}-column = {name!r} with data.format = {settings.format!r}: holds {found}, not {wanted}; "
                 f"columns are {', '.join(data.column_names)}"
@@ -366,6 +315,8 @@ def _complete(data: "Dataset", settings: DataSettings) -> NDArray[np.bool_]:
     def check(found: dict[str, list[Any]]) -> list[bool]:
         if settings.format == "messages":
             return [messages.answers(messages.clean(row)) for row in found[settings.text_column]]
+        if settings.format == "words":
+            return [bool(row) and None not in row for row in found[settings.text_column]]
         if settings.format == "preference":
             named = (settings.text_column, settings.response_column, settings.rejected_column)
             return [pair.is_whole() for pair in preferences.rows_of(found, *named)]

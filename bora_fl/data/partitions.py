@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data.columns import IDS, num_missing, usual
+from bora_fl.data.labels import is_list
 from bora_fl.data.loading import RawData, column, load_dataset
 from bora_fl.seeds import derive
 
@@ -35,7 +36,7 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
       every client holds whole ids, dealt from the largest to whoever has least.
     - ``local``: nothing is dealt; a site's rows are all its own.
 
-    Where the data has no labels, ``dirichlet`` and ``pathological`` deal the values of `partition_by` in their stead.
+    Where a row has no class, or several, ``dirichlet`` and ``pathological`` deal the values of `partition_by` instead.
 
     Args:
         settings: Which data, and how it is dealt.
@@ -121,10 +122,15 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
 
 
 def classes_or_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
-    """Each training row's class and the class names; natural ids where the data has no classes."""
-    if raw.label_names is None:
+    """Each training row's class and the class names; natural ids where a row has no class, or several."""
+    if not has_classes(settings, raw) or raw.label_names is None:
         return natural_ids(settings, raw)
     return column(raw.train, settings.label_column).to_numpy().astype(np.int64), raw.label_names
+
+
+def has_classes(settings: DataSettings, raw: RawData) -> bool:
+    """Whether each training row has one class."""
+    return raw.label_names is not None and not is_list(column(raw.train, settings.label_column).type)
 
 
 def _owners(settings: DataSettings, raw: RawData, num_partitions: int) -> NDArray[np.int64]:

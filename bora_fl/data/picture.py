@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data.loading import RawData, load_dataset
-from bora_fl.data.partitions import classes_or_ids, id_column, natural_ids, partition
+from bora_fl.data.partitions import classes_or_ids, has_classes, id_column, natural_ids, partition
 
 _MOST_IN_LEGEND = 25
 _MOST_NAMED = 12
@@ -16,7 +16,7 @@ _MOST_IDS = 4  # that are named below a bar
 
 
 def partition_picture(settings: DataSettings, num_partitions: int, seed: int, path: str | Path) -> Path:
-    """Draw one bar per client, stacked by class, or, where the data has no classes and few natural ids, by these.
+    """Draw one bar per client, stacked by class, or, where rows have not one class each, by natural id if these are few.
 
     Args:
         settings: Which data, and how it is dealt.
@@ -65,7 +65,7 @@ def _groups(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], li
     """Each row's part of its bar, and the names of the parts."""
     with contextlib.suppress(ConfigError):  # a deal that needs no ids may lack them
         groups, names = classes_or_ids(settings, raw)
-        if raw.label_names or len(names) <= _MOST_IN_LEGEND:
+        if has_classes(settings, raw) or len(names) <= _MOST_IN_LEGEND:
             return groups, names
     return np.zeros(len(raw.train), dtype=np.int64), ["examples"]
 

@@ -1,4 +1,4 @@
-"""From text to tokens: classification inputs, plain text, prompts with responses, conversations, and pairs."""
+"""From text to tokens: texts and words with classes, plain text, prompts with responses, conversations, and pairs."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -6,17 +6,19 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
-from bora_fl.data import messages, preferences
+from bora_fl.data import labels, messages, preferences
 from bora_fl.data.columns import TOOLS
-from bora_fl.data.encoded import Encoded
+from bora_fl.data.encoded import IGNORE, Encoded
 from bora_fl.data.flat import Flat
 from bora_fl.data.loading import column, parts, prompts
 from bora_fl.data.pairs import Pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded:
     """Tokenize one split.
 
-    Classification and plain text are cut at `max_length` on the right; plain text begins with the tokenizer's BOS
+    Texts with classes and plain text are cut at `max_length` on the right; plain text begins with the tokenizer's BOS
     token, if it adds one, and ends with EOS where that still fits. Instruction data goes through the tokenizer's chat
     template (user, then assistant), or, without one, is the prompt, a newline, the response and EOS. Messages go
     through the chat template as a whole; the assistant's turns are the targets. When an example is too long, what
@@ -40,29 +42,23 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
     Raises:
         ConfigError: If the data cannot serve the model's task, no example has a target, or no pair two responses.
     """
-    classification = model.task == "classification"
-    if classification:
-        _check_labels(raw, data)
+    labels.require(raw, data, model)
     pairs = data.format == "preference"
-    if pairs and classification:
-        raise ConfigError(
-            "data.format = 'preference' with model.task = 'classification': pairs of responses are for causal-lm; set "
-            "model.task to causal-lm, or data.format to text"
-        )
     if data.format == "messages":
         messages.require_template(tokenizer, "data.text-column", data.text_column)
-    tokens, targets = Flat[np.int32](np.int32), Flat[np.bool_](bool)
+    tokens, targets, tags = Flat[np.int32](np.int32), Flat[np.bool_](bool), Flat[np.int64](np.int64)
     counted, before, cut, empty = Flat[np.int64](np.int64), Flat[np.int64](np.int64), 0, 0
     for rows in parts(raw):
         examples = list(_examples(rows, data, model, tokenizer))
         tokens.extend(chain.from_iterable(example.ids for example in examples))
         targets.extend(chain.from_iterable(example.targets for example in examples))
+        tags.extend(chain.from_iterable(example.tags for example in examples))
         counted.extend(len(example.ids) for example in examples)
         before.extend(example.prompt for example in examples)
         cut += sum(example.cut > 0 for example in examples)
         empty += sum(example.is_empty() for example in examples)
     lengths = counted.array()
-    if not classification:
+    if not model.kind.pooled:
         _report(len(lengths), cut, empty, model.max_length)
     ends = np.cumsum(lengths, dtype=np.int64)
     encoded = Encoded(
@@ -70,10 +66,11 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         begin=ends - lengths,
         lengths=lengths,
         prompts=before.array(),
-        classes=column(raw, data.label_column).to_numpy().astype(np.int64) if classification else None,
+        classes=_classes(raw, data.label_column) if model.kind.pooled else None,
         pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         max_length=model.max_length,
         targets=targets.array() if data.format == "messages" else None,
+        tags=tags.array() if data.format == "words" else None,
         cut=cut,
     )
     if not pairs:
@@ -84,15 +81,20 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
 
 
 class _Example(NamedTuple):
-    """Tokens, how many of them stand before the first target, which are targets, how many were cut off."""
+    """Tokens, how many of them stand before the first target, which are targets, how many tokens, or words, were cut
+    off, and the class of each token.
+    """
 
     ids: list[int]
     prompt: int = 0
     targets: Sequence[bool] = ()
     cut: int = 0
+    tags: Sequence[int] = ()
 
     def is_empty(self) -> bool:
         """Whether there is nothing to learn; the first token is predicted by nothing."""
+        if self.tags:
+            return max(self.tags) < 0
         return not any(self.targets[1:]) if self.targets else len(self.ids) <= max(self.prompt, 1)
 
 
@@ -105,7 +107,9 @@ def _examples(rows: "Dataset", data: DataSettings, model: ModelSettings, tokeniz
             yield from (_fit(prompt + response, len(prompt), longest, bos, room=room) for response in responses)
         return
     texts = prompts(rows, data)
-    if model.task == "classification":
+    if data.format == "words":
+        yield from _tagged(texts, column(rows, data.label_column).to_pylist(), longest, tokenizer)
+    elif model.kind.pooled:
         yield from (_Example(ids) for ids in token_ids(tokenizer, texts, truncation=True, max_length=longest))
     elif data.format == "messages":
         tools = column(rows, TOOLS).to_pylist() if TOOLS in rows.column_names else [None] * len(texts)
@@ -155,17 +159,65 @@ def _report_alike(pairs: int, alike: int, max_length: int) -> None:
         log.warning("the responses of %d of %d pairs do not differ within model.max-length", alike, pairs)
 
 
-def _check_labels(raw: "Dataset", data: DataSettings) -> None:
-    if data.response_column:
+def _classes(raw: "Dataset", name: str) -> "NDArray[np.int64] | NDArray[np.float32]":
+    """Each row's class, or for each row a number for every class, 1 for those that it has."""
+    found = column(raw, name)
+    if labels.is_list(found.type):
+        return pc.list_flatten(found).to_numpy().reshape(len(raw), -1).astype(np.float32)
+    return found.to_numpy().astype(np.int64)
+
+
+def _tagged(
+    rows: Sequence[list[str]], classes: Sequence[Sequence[int | None]], longest: int, tokenizer: Any
+) -> Iterator[_Example]:
+    """Words' tokens; the first token of each word has its class."""
+    for ids, firsts, of_words in zip(*word_ids(tokenizer, rows, longest), classes, strict=True):
+        tags = [IGNORE] * len(ids)
+        for word, place in firsts.items():
+            found = of_words[word]
+            tags[place] = IGNORE if found is None else found
+        yield _Example(ids, cut=len(of_words) - len(firsts), tags=tags)
+
+
+def word_ids(
+    tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int
+) -> tuple[list[list[int]], list[dict[int, int]]]:
+    """Lists of words as tokens, cut at `max_length`.
+
+    Args:
+        tokenizer: A fast tokenizer; those that tell words by a space before them have ``add_prefix_space``.
+        rows: The words of each text.
+        max_length: In tokens.
+
+    Returns:
+        For each text its token ids, and word to the place of its first token. Words without tokens, and those that are
+        cut off, are not in it.
+
+    Raises:
+        ConfigError: If the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
         raise ConfigError(
-            f"data.response-column = {data.response_column!r} with model.task = 'classification': responses are for "
-            "causal-lm; set model.task to causal-lm or leave data.response-column empty"
+            f"model.name = {tokenizer.name_or_path!r} with model.task = 'token-classification': its tokenizer "
+            f"({type(tokenizer).__name__}) does not say which tokens are of which word; use a model with a fast one"
         )
-    if data.label_column not in raw.column_names:
-        raise ConfigError(
-            f"data.label-column = {data.label_column!r} with model.task = 'classification': columns are "
-            f"{', '.join(raw.column_names)}; name the column of the classes, or set model.task to causal-lm"
-        )
+    found = tokenizer(
+        [list(words) for words in rows],
+        is_split_into_words=True,
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    firsts: list[dict[int, int]] = []
+    for row in range(len(rows)):
+        places: dict[int, int] = {}
+        for place, word in enumerate(found.word_ids(row)):
+            if word is not None:
+                places.setdefault(word, place)
+        firsts.append(places)
+    return found["input_ids"], firsts
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:

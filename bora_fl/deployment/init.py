@@ -17,7 +17,8 @@ console = Console()
 init = typer.Typer(help="Write the federation.toml that `bora-fl run` reads; `init site` writes a site's policy.")
 init.command("site")(site)
 
-MODELS = {"classification": "embedded:minilm", "causal-lm": "embedded:smollm2"}
+MODELS = dict.fromkeys(("classification", "multi-label", "token-classification"), "embedded:minilm")
+MODELS |= {"causal-lm": "embedded:smollm2"}
 DATA = {"classification": "embedded:sentiment4", "causal-lm": "embedded:docstrings4"}
 # Settings that are written down although they may be at their defaults: those that most users come to change.
 SHOWN = (
@@ -30,7 +31,10 @@ SHOWN = (
 @init.callback(invoke_without_command=True)
 def federation(
     context: typer.Context,
-    task: Annotated[str, typer.Option(help="classification or causal-lm; by the data if it is not given")] = "",
+    task: Annotated[
+        str,
+        typer.Option(help="as for model.task; by the data if it is not given"),
+    ] = "",
     model: Annotated[str, typer.Option(help="hub id, local folder, or embedded:minilm | embedded:smollm2")] = "",
     data: Annotated[str, typer.Option(help="hub id, local file or folder, or embedded:sentiment4 | ...")] = "",
     clients: Annotated[int, typer.Option(help="clients to simulate on this machine", min=0)] = 0,
@@ -59,8 +63,10 @@ def federation(
         raise ConfigError(f"{FEDERATION_FILE}: it exists here; it is never overwritten")
     if task and task not in MODELS:
         raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
+    if not data and task and task not in DATA:
+        raise ConfigError(f"--task {task}: no data set that comes along is for it; name yours with --data")
     data = data or _ask("data (file, folder or hub id)", DATA[task or "classification"])
-    task = task or _ask("task (classification, causal-lm)", guess_task(data, label_column))
+    task = task or _ask(f"task ({', '.join(MODELS)})", guess_task(data, label_column))
     if task not in MODELS:
         raise ConfigError(f"--task {task}: use one of {', '.join(MODELS)}")
     model = model or _ask("model (hub id or folder)", MODELS[task])
@@ -91,7 +97,7 @@ def proposal(
     """The settings to write down, by ``group.key`` and in the order of the groups.
 
     Args:
-        task: ``classification`` or ``causal-lm``.
+        task: As for ``model.task``.
         model: As for ``model.name``.
         data: As for ``data.name``.
         clients: Simulated clients.
@@ -110,7 +116,7 @@ def proposal(
     stem = Path(data.partition(":")[2] if data.startswith("embedded:") else data).stem
     stem = stem if stem.strip(".") else Path(data).resolve().name  # of the working folder
     default = Settings().flat()
-    found = {key: default[key] for key in SHOWN} | guess_settings(data, task == "causal-lm", clients, columns)
+    found = {key: default[key] for key in SHOWN} | guess_settings(data, task, clients, columns)
     found |= {"model.task": task, "strategy.name": strategy, "run.output-dir": f"runs/{stem}"}
     found |= of_model(model, int(found["model.max-length"]))
     return {key: found[key] for key in default if key in found}

@@ -12,7 +12,7 @@ from bora_fl.heads.private import (
     typical_norm,
 )
 from bora_fl.heads.projection import narrow, narrowed, widen
-from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
+from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, scaled
 from bora_fl.heads.sums import ClassSums
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "public_features",
     "release",
     "release_noise",
-    "ridge",
     "scaled",
     "solve_private",
     "typical_norm",

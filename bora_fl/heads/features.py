@@ -1,7 +1,7 @@
 """The features that a model's head reads: sums over them, and how several heads do on them, in one pass over the data.
 
 The features are the input of the last linear layer with one output for each class, whatever comes before it: a pooler,
-a dense layer, pooled token states, or a decoder's last token.
+a dense layer, pooled token states, a decoder's last token, or each token's state where words have classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,8 @@ def features(
     """Features and labels of all examples, batch by batch in order of length, without dropout.
 
     Yields:
-        ``[N, d]`` float64 and ``[N]`` int64, on the CPU.
+        ``[N, d]`` float64 and the labels, on the CPU: ``[N]`` int64, or ``[N, C]`` float of examples that may have
+        several classes. Where words have classes, N is the number of a batch's words.
 
     Raises:
         ValueError: If the model's logits do not come from a linear layer with `num_classes` outputs.
@@ -42,7 +43,11 @@ def features(
                 labels = batch.pop("labels")
                 with torch.no_grad(), autocast() if autocast else torch.autocast(device.type, enabled=False):
                     logits = model(**batch).logits
-                yield _inputs_of(call, logits, batch["input_ids"], model).double().cpu(), labels.cpu()
+                x = _inputs_of(call, logits, batch["input_ids"], model)
+                if logits.dim() == 3:
+                    labels = labels[:, 1 : 1 + x.shape[1]]
+                    x, labels = x[labels >= 0], labels[labels >= 0]
+                yield x.double().cpu(), labels.cpu()
                 call.clear()
     finally:
         model.train(was_training)
@@ -83,7 +88,7 @@ def collect(
         x = narrow(x, width)
         xs.append(x if clip_norm is None else clip(x, clip_norm))
         ys.append(labels)
-        done, held = done + len(labels), held + len(labels)
+        done, held = min(done + batch_size, len(data)), held + len(labels)
         if held >= x.shape[1] or done == len(data):  # a Gram matrix of d² numbers is not added up for a few rows
             part = ClassSums.of(torch.cat(xs), torch.cat(ys), num_classes)
             total = part if total is None else total + part
@@ -119,14 +124,15 @@ def head_metrics(
         heads: Name to head, all of one shape.
         autocast: Makes the autocast context to run under.
     """
-    totals = {name: torch.zeros(2, dtype=torch.float64) for name in heads}
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in heads}
     num_classes = len(next(iter(heads.values())).weight)
     for x, labels in features(model, data, batch_size, num_classes, autocast):
         for name, head in heads.items():
-            losses, _, right = example_losses(head(x), labels)
-            totals[name] += torch.stack([losses.double().sum(), right.double().sum()])
-    n = len(data)
-    return {name: Metrics(float(t[0]) / max(n, 1), float(t[1]) / max(n, 1), n, n) for name, t in totals.items()}
+            totals[name] += torch.stack([part.double().sum() for part in example_losses(head(x), labels)])
+    found = {}
+    for name, (loss, targets, right) in ((name, total.tolist()) for name, total in totals.items()):
+        found[name] = Metrics(loss / max(targets, 1), right / max(targets, 1), len(data), int(targets))
+    return found
 
 
 @contextmanager
@@ -149,7 +155,8 @@ def _last_linear(model: nn.Module, num_classes: int) -> Iterator[dict[str, Tenso
 def _inputs_of(call: Mapping[str, Tensor], logits: Tensor, ids: Tensor, model: nn.Module) -> Tensor:
     if "x" in call:
         x, y = call["x"], call["y"]
-        if x.dim() == 3:  # a decoder's head is applied to every token, and the last one's logits are taken
+        # A decoder's head is applied to every token, and where a text has the class the last one's logits are taken.
+        if x.dim() == 3 and logits.dim() == 2:
             pad = model.config.pad_token_id  # type: ignore[union-attr]
             place = torch.arange(ids.shape[1], device=ids.device)
             last = (place * (ids != pad)).argmax(1)

@@ -1,4 +1,4 @@
-"""Linear discriminant analysis and ridge regression from `ClassSums`, in float64.
+"""Linear discriminant analysis from `ClassSums`, in float64.
 
 With `μ_c = S_c / n_c`, their common mean `m = Σ_c S_c / n` and `Σ_w = (G − Σ_c n_c μ_c μ_cᵀ) / n`:
 
@@ -11,6 +11,13 @@ generalized cross-validation (Golub, Heath, Wahba, 1979) of the ridge regression
 discriminant directions (Hastie, Tibshirani, Buja, 1994) and whose score is a function of the same sums:
 
     GCV(λ) = RSS(λ) / (1 − df(λ) / n)²,    df(λ) = 1 + Σ_k e_k / (e_k + λ),    e: eigenvalues of the total covariance.
+
+Where an example may have several classes, or none, each class is told from the examples that are not of it: with
+p = n_c / n, μ_c and μ̄_c the means of the two, δ = μ_c − μ̄_c and `Σ_c = (G − Σx Σxᵀ / n) / n − p (1 − p) δ δᵀ`,
+
+    w_c = (Σ_c + λI)⁻¹ δ        b_c = −½ w_cᵀ (μ_c + μ̄_c) + log(p / (1 − p))
+
+are the log odds. The ridge regression's targets are then 0 and 1 for each class, and the score is the same.
 
 Only λ with df(λ) ≤ n / 2 are tried. With fewer examples than features the score has a second minimum where every
 example is fitted, at the smallest λ, as soon as some of them are there twice: each then stands for the other that is
@@ -67,7 +74,8 @@ def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> 
             features that is closest to 1 on the examples, ``vᵀx`` with ``v = (G / n + λI)⁻¹ x̄``.
 
     Returns:
-        The head. A class without examples has weight 0 and a logit of -10,000.
+        The head. A class without examples has weight 0 and a logit of -10,000; where examples may have several classes,
+        one that all of them have has 10,000.
 
     Raises:
         ValueError: If there are no examples, or `penalty` is not above 0.
@@ -76,32 +84,35 @@ def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> 
     penalty = gcv_penalty(sums) if penalty is None else penalty
     if not penalty > 0:
         raise ValueError(f"penalty = {penalty}: it is above 0")
-    present = sums.counts > 0
-    means = sums.sums / sums.counts.clamp(min=1e-300)[:, None]
-    common = sums.sums.sum(0) / n
-    weight = _solve(sums.within_scatter() / n, penalty, torch.where(present[:, None], means - common, 0.0))
-    constant = -0.5 * (weight * (means + common)).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
-    constant[~present] = MISSING
+    common = sums.total / n
+    if sums.several:
+        weight, constant = _each(sums, penalty)
+    else:
+        present = sums.counts > 0
+        means = sums.sums / sums.counts.clamp(min=1e-300)[:, None]
+        weight = _solve(sums.within_scatter() / n, penalty, torch.where(present[:, None], means - common, 0.0))
+        constant = -0.5 * (weight * (means + common)).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
+        constant[~present] = MISSING
     if bias:
         return Head(weight, constant)
     one = _solve(sums.gram / n, penalty, common[None])[0]
     return Head(weight + constant[:, None] * one, None)
 
 
-def ridge(gram: Tensor, cross: Tensor, features: Tensor, targets: Tensor, examples: float, penalty: float) -> Head:
-    """Ridge regression with an intercept, from sums: regression and multi-label targets of 0 and 1.
-
-    Args:
-        gram: ``[d, d]``, Σ x xᵀ.
-        cross: ``[k, d]``, Σ y xᵀ.
-        features: ``[d]``, Σ x.
-        targets: ``[k]``, Σ y.
-        examples: How many.
-        penalty: λ: ``|y − Wx − b|² / n + λ |W|²`` is minimal.
-    """
-    x, y = features / examples, targets / examples
-    weight = _solve(gram / examples - torch.outer(x, x), penalty, cross / examples - torch.outer(y, x))
-    return Head(weight, y - weight @ x)
+def _each(sums: ClassSums, penalty: float) -> tuple[Tensor, Tensor]:
+    """Each class against the examples that are not of it, by the covariance within these two."""
+    n, (counts, class_sums) = sums.examples, sums.of_classes()
+    mean, share = sums.total / n, counts / n
+    both = (counts > 0) & (counts < n)
+    here = class_sums / counts.clamp(min=1)[:, None]
+    elsewhere = (sums.total - class_sums) / (n - counts).clamp(min=1)[:, None]
+    apart = torch.where(both[:, None], here - elsewhere, 0.0)
+    directions = _solve(sums.gram / n - torch.outer(mean, mean), penalty, apart)
+    # Σ_c is the total covariance less p (1 − p) δ δᵀ: Sherman and Morrison's formula takes that out of its inverse.
+    spread = share * (1 - share) * (directions * apart).sum(1)
+    weight = directions / (1 - spread).clamp(min=1e-12)[:, None]
+    constant = -0.5 * (weight * (here + elsewhere)).sum(1) + share.clamp(1e-300, 1.0).log() - (1 - share).log()
+    return weight, torch.where(both, constant, torch.where(counts > 0, -MISSING, MISSING).to(constant))
 
 
 def gcv_penalty(sums: ClassSums) -> float:
@@ -111,12 +122,13 @@ def gcv_penalty(sums: ClassSums) -> float:
         ValueError: If there are no examples.
     """
     n = _examples(sums)
-    mean, share = sums.sums.sum(0) / n, sums.counts / n
+    counts, class_sums = sums.of_classes()
+    mean, share = sums.total / n, counts / n
     total = sums.gram / n - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(total)
     values = values.clamp(min=0)
     scale = max(float(values.mean()), 1e-12)
-    cross = (sums.sums / n - torch.outer(share, mean)) @ vectors
+    cross = (class_sums / n - torch.outer(share, mean)) @ vectors
     variance = float((share - share.square()).sum())
     scores = []
     for penalty in (_GRID * scale).tolist():
@@ -165,10 +177,9 @@ def choose(heads: Mapping[str, Head], loss: Callable[[str, Head], float]) -> tup
 
 
 def _examples(sums: ClassSums) -> float:
-    n = float(sums.counts.sum())
-    if not n > 0:
+    if not sums.examples > 0:
         raise ValueError("a head is solved from at least one example")
-    return n
+    return sums.examples
 
 
 def _solve(matrix: Tensor, penalty: float, rows: Tensor) -> Tensor:

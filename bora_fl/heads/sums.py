@@ -4,6 +4,9 @@
 
 They add over clients, so that their total is the same however examples are dealt out (Fed3R: Fanì et al., ICML 2024,
 arXiv:2312.07358), and whoever can add can aggregate them.
+
+Where an example may have several classes, or none, a last row stands for all examples: their number and ``Σ_i x_i``,
+which the other rows do not give then.
 """
 
 from collections.abc import Mapping
@@ -21,14 +24,16 @@ class ClassSums:
     """Sums over examples, float64, on the CPU.
 
     Attributes:
-        counts: ``[C]``, examples of each class.
-        sums: ``[C, d]``, the sum of each class's features.
+        counts: ``[C]``, examples of each class; with `several` ``[C + 1]``.
+        sums: ``[C, d]``, the sum of each class's features; with `several` ``[C + 1, d]``.
         gram: ``[d, d]``, symmetric.
+        several: Whether an example may have several classes, or none.
     """
 
     counts: Tensor
     sums: Tensor
     gram: Tensor
+    several: bool = False
 
     @classmethod
     def zeros(cls, num_classes: int, dim: int) -> "ClassSums":
@@ -42,19 +47,38 @@ class ClassSums:
 
         Args:
             features: ``[N, d]``.
-            labels: ``[N]`` class ids.
+            labels: ``[N]`` class ids, or ``[N, C]`` float, 1 for the classes that an example has.
             num_classes: C.
         """
         x, y = features.detach().double().cpu(), labels.cpu()
+        if y.is_floating_point():
+            has = torch.cat([y.double(), torch.ones(len(y), 1, dtype=torch.float64)], 1)
+            return cls(has.sum(0), has.T @ x, x.T @ x, several=True)
         sums = torch.zeros(num_classes, x.shape[1], dtype=torch.float64).index_add_(0, y, x)
         return cls(torch.bincount(y, minlength=num_classes).double(), sums, x.T @ x)
 
     def __add__(self, other: "ClassSums") -> "ClassSums":
-        return ClassSums(self.counts + other.counts, self.sums + other.sums, self.gram + other.gram)
+        return replace(
+            self, counts=self.counts + other.counts, sums=self.sums + other.sums, gram=self.gram + other.gram
+        )
 
     def times(self, factor: float) -> "ClassSums":
         """The sums as of `factor` times as many such examples."""
-        return ClassSums(self.counts * factor, self.sums * factor, self.gram * factor)
+        return replace(self, counts=self.counts * factor, sums=self.sums * factor, gram=self.gram * factor)
+
+    @property
+    def examples(self) -> float:
+        """How many examples they are over."""
+        return float(self.counts[-1] if self.several else self.counts.sum())
+
+    @property
+    def total(self) -> Tensor:
+        """``[d]``, the sum of all features."""
+        return self.sums[-1] if self.several else self.sums.sum(0)
+
+    def of_classes(self) -> tuple[Tensor, Tensor]:
+        """``[C]`` counts and ``[C, d]`` sums of the classes alone."""
+        return (self.counts[:-1], self.sums[:-1]) if self.several else (self.counts, self.sums)
 
     def to_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """What is sent: ``counts [C]`` and ``sums [C, d]`` in float64, and ``gram [d (d + 1) / 2]``.
@@ -70,17 +94,22 @@ class ClassSums:
         }
 
     def _mean_gram(self) -> Tensor:
-        total = self.sums.sum(0)
-        return torch.outer(total, total) / self.counts.sum().clamp(min=1)
+        return torch.outer(self.total, self.total) / max(self.examples, 1.0)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], num_classes: int, dim: int) -> "ClassSums":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], rows: int, dim: int, *, several: bool = False) -> "ClassSums":
         """The inverse of `to_tensors`, up to rounding to its dtype.
+
+        Args:
+            tensors: By name.
+            rows: Of counts and sums.
+            dim: d.
+            several: See `ClassSums`.
 
         Raises:
             ValueError: If names, shapes or dtypes are not those of `to_tensors`, or a value is not finite.
         """
-        shapes = {"counts": (num_classes,), "sums": (num_classes, dim), "gram": (dim * (dim + 1) // 2,)}
+        shapes = {"counts": (rows,), "sums": (rows, dim), "gram": (dim * (dim + 1) // 2,)}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes:
             raise ValueError(f"the head's sums have shapes {found}; they must be {shapes}")
@@ -89,9 +118,9 @@ class ClassSums:
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ValueError("the head's sums hold values that are not finite")
         gram = torch.zeros(dim, dim, dtype=torch.float64)
-        rows, columns = torch.triu_indices(dim, dim)
-        gram[rows, columns] = gram[columns, rows] = tensors["gram"].double()
-        centered = cls(tensors["counts"].double(), tensors["sums"].double(), gram)
+        row, column = torch.triu_indices(dim, dim)
+        gram[row, column] = gram[column, row] = tensors["gram"].double()
+        centered = cls(tensors["counts"].double(), tensors["sums"].double(), gram, several)
         found_sums = replace(centered, gram=gram + centered._mean_gram())
         if not bool(found_sums.gram.isfinite().all()):
             raise ValueError("the head's sums are of features that are too large")
@@ -103,31 +132,35 @@ class ClassSums:
         return torch.cat([self.counts, self.sums.flatten(), self.gram[rows, columns]])
 
     @staticmethod
-    def vector_shape(num_classes: int, dim: int) -> tuple[int]:
+    def vector_shape(rows: int, dim: int) -> tuple[int]:
         """The shape of `to_vector`."""
-        return (num_classes + num_classes * dim + dim * (dim + 1) // 2,)
+        return (rows + rows * dim + dim * (dim + 1) // 2,)
 
     @classmethod
-    def from_vector(cls, vector: Tensor, num_classes: int, dim: int) -> "ClassSums":
+    def from_vector(cls, vector: Tensor, rows: int, dim: int, *, several: bool = False) -> "ClassSums":
         """The inverse of `to_vector`.
 
         Raises:
             ValueError: If the vector is not of that many numbers, or one is not finite.
         """
-        sizes = [num_classes, num_classes * dim, dim * (dim + 1) // 2]
-        if vector.shape != cls.vector_shape(num_classes, dim) or not bool(vector.isfinite().all()):
+        sizes = [rows, rows * dim, dim * (dim + 1) // 2]
+        if vector.shape != cls.vector_shape(rows, dim) or not bool(vector.isfinite().all()):
             raise ValueError(f"the head's sums are {tuple(vector.shape)} numbers; {sum(sizes)} finite ones are needed")
         counts, sums, triangle = torch.split(vector.double(), sizes)
         gram = torch.zeros(dim, dim, dtype=torch.float64)
-        rows, columns = torch.triu_indices(dim, dim)
-        gram[rows, columns] = gram[columns, rows] = triangle
-        return cls(counts, sums.view(num_classes, dim), gram)
+        row, column = torch.triu_indices(dim, dim)
+        gram[row, column] = gram[column, row] = triangle
+        return cls(counts, sums.view(rows, dim), gram, several)
 
     def check(self) -> None:
         """Check that some examples have these sums; for sums without noise.
 
         Counts are whole and not negative, a class without examples has no sum, and the scatter within classes,
-        ``G − Σ_c S_c S_cᵀ / n_c``, is positive semidefinite, which bounds every sum by the Gram matrix.
+        ``G − Σ_c S_c S_cᵀ / n_c``, is positive semidefinite, which bounds every sum by the Gram matrix. With `several`
+        it is that within each class and the examples that are not of it: with the scatter ``T = G − Σx Σxᵀ / n`` around
+        the mean of all, and ``b_c = S_c − n_c Σx / n``,
+
+            b_cᵀ T⁻¹ b_c ≤ n_c (n − n_c) / n.
 
         Raises:
             ValueError: If none can.
@@ -136,11 +169,22 @@ class ClassSums:
             raise ValueError("the head's counts are not whole numbers of at least 0")
         if (self.sums[self.counts == 0] != 0).any():
             raise ValueError("the head's sums tell of features of a class that has no examples")
-        scatter = self.within_scatter()
-        trace = float((self.gram - self._mean_gram()).trace())
+        around = self.gram - self._mean_gram()
+        scatter, trace = around if self.several else self.within_scatter(), float(around.trace())
         shifted = scatter + _ROUNDING * max(trace, 1e-300) * torch.eye(len(scatter), dtype=torch.float64)
-        if trace < 0 or int(torch.linalg.cholesky_ex(shifted).info) != 0:
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if trace < 0 or int(failed) != 0 or (self.several and not self._fits(factor)):
             raise ValueError("the head's sums are those of no examples: the scatter within classes has a negative side")
+
+    def _fits(self, factor: Tensor) -> bool:
+        """Whether each class's sum lies within the scatter around the mean, of which `factor` is the Cholesky one."""
+        counts, sums = self.of_classes()
+        n = self.examples
+        if bool((counts > n).any()):
+            return False
+        apart = sums - counts[:, None] * self.total / max(n, 1.0)
+        reach = torch.linalg.solve_triangular(factor, apart.T, upper=False).square().sum(0)
+        return bool((reach <= counts * (n - counts) / max(n, 1.0) * (1 + _ROUNDING) + _ROUNDING).all())
 
     def within_scatter(self) -> Tensor:
         """``G − Σ_c S_c S_cᵀ / n_c``, ``[d, d]``."""

@@ -81,7 +81,10 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     """The model's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision or None)
+    source, revision = resolve(settings.name), settings.revision or None
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if settings.task == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, add_prefix_space=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -92,13 +95,12 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
 
     Args:
         settings: Name, revision, task, dtype and pooling.
-        label_names: Class names for classification, None for causal language modelling.
+        label_names: Class names, None for causal language modelling.
         seed: Run seed: a new classification head is the same in every process.
 
     Raises:
         ConfigError: If there is no such model, with the loader's own words, or it is no language model.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -113,12 +115,14 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
         try:
             if settings.task == "causal-lm":
                 require_language_model(settings)
-                model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+                kind = auto_class(settings)
+                model, report = kind.from_pretrained(source, output_loading_info=True, **options)
                 _refuse_missing(settings, report)
             else:
                 names = label_names or []
                 options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
                 options["label2id"] = {name: index for index, name in enumerate(names)}
+                options |= {"problem_type": settings.kind.problem} if settings.kind.problem else {}
                 kind = _classifier(settings)
                 if settings.quantization != "none":
                     options["quantization_config"].llm_int8_skip_modules = _outside_the_body(kind, source, settings)
@@ -274,25 +278,34 @@ def _refuse_missing(settings: ModelSettings, report: Any) -> None:
         )
 
 
+def auto_class(settings: ModelSettings) -> Any:
+    """transformers' class that loads a model for its task."""
+    import transformers
+
+    return getattr(transformers, settings.kind.model)
+
+
 def _classifier(settings: ModelSettings) -> Any:
-    """What loads the model for classification: transformers' class for it, or that class with a pooling."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    """What loads a classifier: transformers' class for it, or that class with a pooling."""
+    from transformers import AutoConfig
     from transformers.modeling_layers import GenericForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     from bora_fl.models.pooling import pooled_class
 
-    asked = settings.pooling
+    asked, plain = settings.pooling, auto_class(settings)
+    if not settings.kind.pooled:
+        return plain
     pooling = trained_pooling(settings) if asked == "auto" else asked
     if pooling is None:
-        return AutoModelForSequenceClassification
+        return plain
     config = AutoConfig.from_pretrained(resolve(settings.name), revision=settings.revision or None)
     own = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if own is None or (issubclass(own, GenericForSequenceClassification) and pooling == "last"):
-        return AutoModelForSequenceClassification
+        return plain
     if issubclass(own, GenericForSequenceClassification):
         if asked == "auto":
-            return AutoModelForSequenceClassification
+            return plain
         raise ConfigError(
             f"model.pooling = {asked!r}: {settings.name!r} is a decoder, where only the last token has seen the whole "
             "text; set model.pooling to last or auto"
@@ -312,7 +325,7 @@ def settled(settings: Settings) -> Settings:
     """
     model, privacy = settings.model, settings.privacy
     plain = privacy.mode == "none" and not privacy.secure_aggregation
-    if model.pooling != "auto" or not settings.solves_head or not plain:
+    if model.pooling != "auto" or not model.kind.pooled or not settings.solves_head or not plain:
         return settings
     if not _reads_layers(model.name, model.revision):
         return settings

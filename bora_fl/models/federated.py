@@ -30,8 +30,7 @@ def peft_config(adapter: AdapterSettings, model: ModelSettings) -> Any:
 
     from bora_fl.adapters import BoraConfig, RavanConfig
 
-    task = "CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS"
-    common: dict[str, Any] = {"task_type": task, "target_modules": adapter.targets()}
+    common: dict[str, Any] = {"task_type": model.kind.peft, "target_modules": adapter.targets()}
     if whole := adapter.whole_modules():
         common["modules_to_save"] = whole
     method = adapter.method.lower()
@@ -91,7 +90,7 @@ class FederatedModel:
     def __init__(
         self, base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int, *, keep_head: bool = False
     ) -> None:
-        self.adapter, self.task, self.rank = adapter, model.task, adapter.rank
+        self.adapter, self.task, self.classifies, self.rank = adapter, model.task, model.kind.classes, adapter.rank
         if adapter.method == "full" or hasattr(base, "peft_config"):
             self.model: Any = base
         else:
@@ -127,7 +126,7 @@ class FederatedModel:
         inside = {id(p) for parts in self._factors.values() for p in parts.values()}
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in inside}
         self._frozen: set[str] = set()
-        if model.task == "classification" and not adapter.train_head and adapter.method != "full":
+        if model.kind.classes and not adapter.train_head and adapter.method != "full":
             for name in [n for n in trained if "modules_to_save" in n]:
                 trained[name].requires_grad_(False)
                 if keep_head:
@@ -285,7 +284,7 @@ class FederatedModel:
         Returns:
             The bias is None if the layer has none; None if the head is not part of the state, or there is no such head.
         """
-        if self.task != "classification":
+        if not self.classifies:
             return None
         classes = self.num_classes
         rows = [n for n, p in self._tensors.items() if n in self._head and p.dim() == 2 and len(p) == classes]

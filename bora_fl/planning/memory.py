@@ -27,6 +27,7 @@ from bora_fl.config import Settings
 from bora_fl.device import autocast
 from bora_fl.evaluate import example_losses
 from bora_fl.models import FederatedModel
+from bora_fl.models.base import auto_class
 from bora_fl.planning.quantized import QuantizedLinear, stand_in
 from bora_fl.state import ALL
 
@@ -117,8 +118,6 @@ def _linear_values(model: FederatedModel) -> int:
 
 
 def _on_meta(settings: Settings, config: Any, layers: int, label_names: list[str] | None) -> FederatedModel:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     config = deepcopy(config)
     config.num_hidden_layers, config.use_cache = layers, False
     if getattr(config, "layer_types", None):
@@ -126,10 +125,9 @@ def _on_meta(settings: Settings, config: Any, layers: int, label_names: list[str
     if label_names:
         config.num_labels = len(label_names)
     causal = settings.model.task == "causal-lm"
-    kind: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     options = {} if settings.model.attention == "auto" else {"attn_implementation": settings.model.attention}
     with torch.device("meta"):
-        base = kind.from_config(config, dtype=getattr(torch, settings.model.dtype), **options)
+        base = auto_class(settings.model).from_config(config, dtype=getattr(torch, settings.model.dtype), **options)
         if settings.model.quantization != "none":
             head = base.get_output_embeddings() if causal else None
             stand_in(base, settings.model.quantization, head)
@@ -139,7 +137,7 @@ def _on_meta(settings: Settings, config: Any, layers: int, label_names: list[str
 def _step(settings: Settings, config: Any, layers: int, batch: int, label_names: list[str] | None) -> float:
     """The most that forward and backward hold at once beside the weights, in bytes."""
     model = _on_meta(settings, config, layers, label_names)
-    causal, length = settings.model.task == "causal-lm", settings.model.max_length
+    length = settings.model.max_length
     with FakeTensorMode():
         _give_storage(model.model)
         model = FederatedModel(model.model, settings.adapter, settings.model, settings.run.seed)
@@ -150,11 +148,23 @@ def _step(settings: Settings, config: Any, layers: int, batch: int, label_names:
         counter = _Peak([*model.model.parameters(), *model.model.buffers()])
         with counter:
             ids = torch.zeros(batch, length, dtype=torch.long)
-            labels = ids if causal else torch.zeros(batch, dtype=torch.long)
+            labels = _labels(settings, ids, len(label_names or ()))
             with autocast(torch.device("cpu"), settings.train.precision):
                 logits = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             torch.autograd.backward(example_losses(logits, labels)[0].sum())
     return float(counter.peak)
+
+
+def _labels(settings: Settings, ids: Tensor, num_classes: int) -> Tensor:
+    """Labels of the form that a batch has them in."""
+    match settings.model.task:
+        case "causal-lm":
+            return ids
+        case "token-classification":
+            return ids.new_zeros(len(ids), ids.shape[1] + 1)
+        case "multi-label":
+            return torch.zeros(len(ids), num_classes)
+    return ids.new_zeros(len(ids))
 
 
 def _give_storage(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ def predict(
         str, typer.Option(help="where the base model is here: hub id or folder, if not where the run had it")
     ] = "",
 ) -> None:
-    """Predict with a finished run: a label and its probability for each text, or a language model's response."""
+    """Predict with a finished run: each text's label or labels, its words' labels, or a language model's response."""
     from bora_fl.config import ConfigError
     from bora_fl.predicting.opening import open_run, require_result
     from bora_fl.predicting.prediction import rows
@@ -34,7 +34,8 @@ def predict(
         raise ConfigError(f"--output {output}: it is the file of the texts, which would be written over; name another")
     data = result.settings.data
     dialogs = data.format in ("messages", "preference")
-    texts = read_texts(file, text_column or data.text_column or "prompt", dialogs=dialogs, context=data.context_column)
+    column = text_column or data.text_column or "prompt"
+    texts = read_texts(file, column, dialogs=dialogs, context=data.context_column, words=data.format == "words")
     model, tokenizer = open_run(run, base, None if round < 0 else round)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(output.open("w", encoding="utf8")) if output else sys.stdout

@@ -1,6 +1,6 @@
 """Predictions of a finished run's model for texts, in the order of the texts, cut as in training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,18 +9,26 @@ from torch import Tensor
 
 from bora_fl.config import Settings
 from bora_fl.data import Encoded
-from bora_fl.data.tokenizing import token_ids
+from bora_fl.data.tokenizing import token_ids, word_ids
 from bora_fl.device import settle
 
 
 def rows(
     model: Any, tokenizer: Any, texts: Sequence[Any], settings: Settings, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Each text with what a finished run's model makes of it: a label and its probability, or a response."""
-    if settings.model.task == "classification":
-        for text, (label, probability) in zip(
-            texts, classify(model, tokenizer, texts, settings.model.max_length), strict=True
-        ):
+    """Each text with what a finished run's model makes of it: its label or labels, its words' labels, or a response."""
+    task, longest = settings.model.task, settings.model.max_length
+    if task == "token-classification":
+        yield from _tag(model, tokenizer, texts, longest)
+        return
+    if task == "multi-label":
+        for text, chances in zip(texts, _chances(model, tokenizer, texts, longest, torch.sigmoid), strict=True):
+            rounded = {name: round(chance, 6) for name, chance in chances.items()}
+            labels = [name for name, chance in chances.items() if chance > 0.5]
+            yield {"text": text, "labels": labels, "probabilities": rounded}
+        return
+    if task == "classification":
+        for text, (label, probability) in zip(texts, classify(model, tokenizer, texts, longest), strict=True):
             yield {"text": text, "label": label, "probability": round(probability, 6)}
         return
     from bora_fl.models.generating import complete
@@ -43,14 +51,53 @@ def classify(
         max_length: Tokens that a text is cut at.
         batch_size: Texts per forward pass.
     """
+    for chances in _chances(model, tokenizer, texts, max_length, _softmax, batch_size):
+        label = max(chances, key=chances.__getitem__)
+        yield label, chances[label]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def _chances(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_length: int,
+    probabilities: Callable[[Tensor], Tensor],
+    batch_size: int = 64,
+) -> Iterator[dict[str, float]]:
+    """Each text's probability of each label."""
     device, names = settle(model), model.config.id2label
     for start in range(0, len(texts), batch_size):
         ids = token_ids(tokenizer, list(texts[start : start + batch_size]), truncation=True, max_length=max_length)
         inputs = {name: tensor.to(device) for name, tensor in _padded(ids, tokenizer, max_length).items()}
         with torch.inference_mode():
+            found = probabilities(model(**inputs).logits.float()).tolist()
+        for row in found:
+            yield {names[index]: chance for index, chance in enumerate(row)}
+
+
+def _tag(
+    model: Any, tokenizer: Any, texts: Sequence[str | list[str]], max_length: int, batch_size: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Each text's words, the likeliest label of each, and its probability; null beyond `max_length`.
+
+    A text is split at white space; a list of words is taken as it is.
+    """
+    device, names = settle(model), model.config.id2label
+    for start in range(0, len(texts), batch_size):
+        rows = [text.split() if isinstance(text, str) else text for text in texts[start : start + batch_size]]
+        ids, firsts = word_ids(tokenizer, rows, max_length)
+        inputs = {name: tensor.to(device) for name, tensor in _padded(ids, tokenizer, max_length).items()}
+        with torch.inference_mode():
             likely = model(**inputs).logits.float().softmax(-1).max(-1)
-        for index, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
-            yield names[index], probability
+        for row, words in enumerate(rows):
+            at = [firsts[row].get(word) for word in range(len(words))]
+            labels = [None if place is None else names[int(likely.indices[row, place])] for place in at]
+            chances = [None if place is None else round(float(likely.values[row, place]), 6) for place in at]
+            yield {"words": words, "labels": labels, "probabilities": chances}
 
 
 def _padded(ids: Sequence[Sequence[int]], tokenizer: Any, max_length: int) -> dict[str, Tensor]:

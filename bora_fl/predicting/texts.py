@@ -20,7 +20,16 @@ class Conversation(NamedTuple):
     tools: list[Any] | None = None
 
 
-def read_texts(source: str, column: str, *, dialogs: bool = False, context: str = "") -> list[Any]:
+class _Form(NamedTuple):
+    """What stands where: as the arguments of `read_texts`."""
+
+    column: str
+    dialogs: bool = False
+    context: str = ""
+    words: bool = False
+
+
+def read_texts(source: str, column: str, *, dialogs: bool = False, context: str = "", words: bool = False) -> list[Any]:
     """Read texts, or conversations.
 
     Args:
@@ -29,6 +38,7 @@ def read_texts(source: str, column: str, *, dialogs: bool = False, context: str 
         column: The column of the texts.
         dialogs: Whether a value may be a list of messages, or its JSON text, with functions in the column ``tools``.
         context: Column of what a text is about, as for ``data.context-column``; rows may lack it.
+        words: Whether a value may be a list of words.
 
     Returns:
         Texts, and a `Conversation` for each list of messages.
@@ -36,19 +46,20 @@ def read_texts(source: str, column: str, *, dialogs: bool = False, context: str 
     Raises:
         ConfigError: If there is no such file or column, or a value is no text.
     """
+    form = _Form(column, dialogs, context, words)
     if source == "-":
-        return _lines(utf8_lines(sys.stdin, "standard input"), "standard input", column, dialogs, context)
+        return _lines(utf8_lines(sys.stdin, "standard input"), "standard input", form)
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"FILE {source}: there is no such file; give a file of texts, or - for standard input")
     if path.suffix.lower() not in SUFFIXES:
         with path.open(encoding="utf-8-sig") as file:
-            return _lines(utf8_lines(file, f"FILE {source}"), source, column, dialogs, context)
+            return _lines(utf8_lines(file, f"FILE {source}"), source, form)
     table = read_table(path, {column, context} - {""})
     if column not in table.column_names:
         raise _missing(source, column, table.column_names)
     rows = table.select([name for name in table.column_names if name in (column, context, TOOLS)]).to_pylist()
-    return [_value(row, f"{source}, row {number}", column, dialogs, context) for number, row in enumerate(rows, 1)]
+    return [_value(row, f"{source}, row {number}", form) for number, row in enumerate(rows, 1)]
 
 
 def utf8_lines(lines: Iterable[str], where: str) -> Iterator[str]:
@@ -65,13 +76,13 @@ def utf8_lines(lines: Iterable[str], where: str) -> Iterator[str]:
         raise ConfigError(f"{where}: it is not UTF-8 ({error}); convert it, as with iconv -f latin1 -t utf8") from None
 
 
-def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool, context: str) -> list[Any]:
+def _lines(lines: Iterable[str], source: str, form: _Form) -> list[Any]:
     texts = []
     for number, raw in enumerate(lines, 1):
         line = raw.strip()
         if not line:
             continue
-        row: Any = {column: line}
+        row: Any = {form.column: line}
         if line.startswith("{"):
             try:
                 row = json.loads(line)
@@ -79,13 +90,14 @@ def _lines(lines: Iterable[str], source: str, column: str, dialogs: bool, contex
                 raise ConfigError(
                     f"{source}, line {number}: it begins as a JSON object and is none ({error})"
                 ) from None
-            if column not in row:
-                raise _missing(f"{source}, line {number}", column, list(row))
-        texts.append(_value(row, f"{source}, line {number}", column, dialogs, context))
+            if form.column not in row:
+                raise _missing(f"{source}, line {number}", form.column, list(row))
+        texts.append(_value(row, f"{source}, line {number}", form))
     return texts
 
 
-def _value(row: Mapping[str, Any], where: str, column: str, dialogs: bool, context: str) -> Any:
+def _value(row: Mapping[str, Any], where: str, form: _Form) -> Any:
+    column, dialogs, context, words = form
     value, about = row[column], row.get(context)
     if isinstance(value, str) and about is not None:
         if not isinstance(about, str):
@@ -107,8 +119,11 @@ def _value(row: Mapping[str, Any], where: str, column: str, dialogs: bool, conte
                 f"{where}: {column} holds nothing to answer, or a message without a role; give role and content"
             )
         return found
+    if words and isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return value
     if not isinstance(value, str):
-        raise ConfigError(f"{where}: {column} = {value!r} is no text; give a string")
+        wanted = "a string, or a list of words" if words else "a string"
+        raise ConfigError(f"{where}: {column} = {value!r} is no text; give {wanted}")
     return value
 
 

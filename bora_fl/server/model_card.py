@@ -19,10 +19,25 @@ _CLASSIFY = """\
 inputs = tokenizer(["a text"], truncation=True, max_length={max_length}, return_tensors="pt")
 print(model.config.id2label[int(model(**inputs).logits.argmax())])
 """
+_LABELS = """\
+inputs = tokenizer(["a text"], truncation=True, max_length={max_length}, return_tensors="pt")
+chances = model(**inputs).logits[0].sigmoid()
+print([model.config.id2label[index] for index in range(len(chances)) if chances[index] > 0.5])
+"""
+_TAG = """\
+words = ["a", "text"]
+inputs = tokenizer(words, is_split_into_words=True, truncation=True, max_length={max_length}, return_tensors="pt")
+print([model.config.id2label[int(index)] for index in model(**inputs).logits[0].argmax(-1)], inputs.word_ids())
+"""
 _GENERATE = """\
 inputs = tokenizer("a prompt", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 """
+_USES = {"classification": _CLASSIFY, "multi-label": _LABELS, "token-classification": _TAG, "causal-lm": _GENERATE}
+_MEASURES = {
+    "multi-label": "Accuracy: F1 of a text's labels, mean over the texts.",
+    "token-classification": "Accuracy: share of the words whose label is right.",
+}
 _MERGED = """\
 from transformers import pipeline
 
@@ -49,14 +64,14 @@ def model_card(
         test_examples: Examples of the central test set.
         merged_last: Whether clients measured the last round's result, and not what that round began with.
     """
-    kind = "text-classification" if label_names is not None else "text-generation"
+    kind = settings.model.kind.pipeline
     sections = [
         _front_matter(settings, kind),
         f"# {settings.adapter.method} adapter for {_base(settings)}\n\n"
         "Trained by a federation with bora_fl ([BoRA](https://arxiv.org/abs/2508.06953)): clients sent what they had "
         "trained, never their records.",
         _table(settings, rows, label_names, pooling, test_examples),
-        _metrics(rows, test_examples if label_names is not None else None, merged_last),
+        _metrics(rows, test_examples, merged_last, settings.model.task),
         _loading(settings, kind, pooling),
         "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
@@ -142,7 +157,7 @@ def _privacy(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int | None, merged_last: bool) -> str:
+def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int, merged_last: bool, task: str) -> str:
     lines = ["## Metrics", "", "| round | loss | accuracy | measured on |", "|---|---|---|---|"]
     shown = [row for row in rows if row["round"] == 0 and row.get("loss") is not None][:1]
     shown += [row for row in rows[-1:] if row["round"] != 0]
@@ -151,11 +166,13 @@ def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int | None, merge
     intervals = False
     for row in shown:
         loss, accuracy = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("loss", "accuracy"))
-        if row.get("evaluated") == "central" and test_examples and row.get("accuracy") is not None:
+        central = row.get("evaluated") == "central" and test_examples and row.get("accuracy") is not None
+        if central and task == "classification":
             accuracy += " ({:.3f} to {:.3f})".format(*wilson(row["accuracy"], test_examples))
             intervals = True
         lines.append(f"| {row['round']} | {loss} | {accuracy} | {where.get(row.get('evaluated') or '', '-')} |")
     notes = ["Round 0 is what training started from."] if shown and shown[0]["round"] == 0 else []
+    notes += [_MEASURES[task]] if task in _MEASURES else []
     notes += ["In brackets: Wilson's 95 % interval, of the test set's size alone."] if intervals else []
     if (kept := rows[-1].get("kept")) is not None:
         notes.append(f"The adapter is that of round {kept}, which had the least held-out loss.")
@@ -170,7 +187,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _loading(settings: Settings, kind: str, pooling: str | None) -> str:
-    use = _CLASSIFY if kind == "text-classification" else _GENERATE
+    use = _USES[settings.model.task]
     with_ours = _LOAD + use.format(max_length=settings.model.max_length)
     trust = ", trust_remote_code=True" if pooling else ""
     return (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings, extras
-from bora_fl.data import Encoded, Pairs, load_dataset, partition_picture, test_data
+from bora_fl.data import Encoded, Pairs, labels, load_dataset, partition_picture, test_data
 from bora_fl.data.columns import require_response
 from bora_fl.data.general import general_text
 from bora_fl.data.prompts import Prompt, held_out_prompts
@@ -71,13 +71,8 @@ class Server(Observer):
         self.sinks = Sinks(settings.run.sinks)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
-        classifies = settings.model.task == "classification"
-        if classifies and raw.label_names is None:
-            raise ConfigError(
-                f"data.label-column = {settings.data.label_column!r} with model.task = 'classification': columns are "
-                f"{', '.join(raw.train.column_names)}; name the column of the classes and leave data.response-column "
-                "empty, or set model.task to causal-lm"
-            )
+        labels.require(raw.train, raw.settings, settings.model)
+        classifies = settings.model.kind.classes
         self._data = raw.settings
         if not classifies:
             require_response(settings.data, raw.settings, raw.train.column_names)

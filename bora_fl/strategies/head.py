@@ -146,16 +146,20 @@ def solve(
     noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
     classes, dim = state.current.tensors[layout.weight].shape
-    shape, ratio = (classes, narrowed(dim, settings.head.max_width)), settings.strategy.max_weight_ratio
+    several = settings.model.task == "multi-label"
+    shape = (classes + several, narrowed(dim, settings.head.max_width))  # the last row: all examples
+    ratio = settings.strategy.max_weight_ratio
     up = _Received()
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
     if secure:
         found = secure(sent, ClassSums.vector_shape(*shape))
-        sums, clients, rejected = _unmasked(found, shape, most, exact), len(found.nodes), found.rejected()
+        sums, clients, rejected = _unmasked(found, shape, most, exact, several), len(found.nodes), found.rejected()
         up.bytes += found.bytes_up
     else:
         replies = up.noted(exchange(sent), STATISTICS)
-        sums, clients, rejected = total(replies, shape, round, order, max_ratio=ratio, noise_multiplier=noise)
+        sums, clients, rejected = total(
+            replies, shape, round, order, max_ratio=ratio, noise_multiplier=noise, several=several
+        )
     down = _bytes(sent)
     if sums is None:
         log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
@@ -184,7 +188,7 @@ def solve(
             measured = sorted(up.noted(exchange(sent), LOSSES), key=lambda reply: order(reply.metadata.src_node_id))
             name, unmeasured = best(heads, measured, ratio)
             rejected |= unmeasured
-    if exact:
+    if exact and not several:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
     return Solved(layout.put(state, heads[name]), name, clients, rejected, up.bytes, down, up.sorted)
@@ -198,6 +202,7 @@ def total(
     *,
     max_ratio: float = 0.0,
     noise_multiplier: float = 0.0,
+    several: bool = False,
 ) -> tuple[ClassSums | None, int, dict[str, str]]:
     """Add up the clients' sums: each reply is checked as it comes, and waits in a file until all have come.
 
@@ -205,7 +210,7 @@ def total(
 
     Args:
         replies: Replies to `STATISTICS`, in any order.
-        shape: ``[C, k]``, k being how wide the summed features are.
+        shape: ``[C, k]``, or with `several` ``[C + 1, k]``, k being how wide the summed features are.
         round: The round they must belong to.
         order: A node's place among the clients.
         max_ratio: Sums over more than this many times the median client's examples are rejected; 0 is off. So are sums
@@ -213,6 +218,7 @@ def total(
             `bora_fl.heads.most_weight`.
         noise_multiplier: Of each client's release; 0 for sums without noise. Sums that no examples can have are
             rejected in either case.
+        several: Whether an example may have several classes, or none.
 
     Returns:
         The total, of how many clients, and node to the reason why its reply is rejected.
@@ -223,7 +229,7 @@ def total(
         node = message.metadata.src_node_id
         try:
             packed = read_statistics(message, round)
-            sums = ClassSums.from_tensors(packed, shape[0], shape[1])
+            sums = ClassSums.from_tensors(packed, shape[0], shape[1], several=several)
             if noise_multiplier:
                 check_release(sums, noise_multiplier)
             else:
@@ -234,7 +240,7 @@ def total(
             rejected[str(node)] = str(error)
         else:
             # As they came, unpacked sums being eight times as large; and not in memory, which they would break up.
-            examples[node] = float(sums.counts.sum())
+            examples[node] = sums.examples
             squares[node] = float(sums.gram.trace()) / max(examples[node], 1.0)
             waiting[node] = held.hold(ClientUpdate(node, 1.0, AdapterState({}, packed)))
     most = most_weight(examples.values(), shape[0], noise_multiplier) if noise_multiplier else math.inf
@@ -244,18 +250,20 @@ def total(
     rejected |= {str(node): reason for node, reason in left_out.items()}
     added, clients = None, 0
     for node in sorted(waiting.keys() - left_out.keys(), key=lambda node: (order(node), node)):
-        sums = ClassSums.from_tensors(waiting[node].state.tensors, shape[0], shape[1])
+        sums = ClassSums.from_tensors(waiting[node].state.tensors, shape[0], shape[1], several=several)
         sums = sums.times(most / examples[node]) if examples[node] > most else sums
         added, clients = sums if added is None else added + sums, clients + 1
     return added, clients, dict(sorted(rejected.items()))
 
 
-def _unmasked(found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool) -> ClassSums | None:
+def _unmasked(
+    found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool, several: bool
+) -> ClassSums | None:
     """The clients' sums, from the mean of their vectors in units of `max_examples`; exact counts are whole numbers."""
     if found.mean is None or not found.nodes:
         return None
     vector = torch.from_numpy(found.mean[0]) * (len(found.nodes) * max_examples)
-    sums = ClassSums.from_vector(vector, shape[0], shape[1])
+    sums = ClassSums.from_vector(vector, shape[0], shape[1], several=several)
     if not exact:
         return sums
     # Masking rounds at random: what is left of a class that nobody has would count as one with tiny shares.

@@ -69,7 +69,8 @@ def attacks(
         raise ConfigError(f"--attackers {attackers} of --clients {clients}: at least one, and not all of them")
     chosen = BASE | {"strategy.byzantine": attackers} | overrides(run_config)
     if parse(chosen).model.task != "classification":
-        raise ConfigError("model.task = 'causal-lm': the attacks change class labels; use classification")
+        task = parse(chosen).model.task
+        raise ConfigError(f"model.task = {task!r}: the attacks change a text's one class; use classification")
     if str(chosen.get("data.name", "embedded:")).startswith("embedded:"):
         fetch(str(chosen.get("data.name", "embedded:sentiment4")))
     root = output.expanduser().resolve()

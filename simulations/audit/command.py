@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bora_fl.config import Scalar, Settings, extras, overrides, parse
+from bora_fl.config import ConfigError, Scalar, Settings, extras, overrides, parse
 
 # One client whose few records the canaries are half of, trained for long: what gives a lower bound its best chance.
 BASE: dict[str, Scalar] = {
@@ -51,6 +51,10 @@ def audit(
     """
     extras.require("privacy", "audit")
     settings = parse(BASE | ({} if noise else {"privacy.mode": "none"}) | overrides(run_config))
+    if settings.model.task not in ("classification", "causal-lm"):
+        raise ConfigError(
+            f"model.task = {settings.model.task!r}: canaries are texts of one class, or of none; use classification"
+        )
     if trials:
         _tell_times(settings, trials)
         return

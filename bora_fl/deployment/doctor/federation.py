@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bora_fl.config import ConfigError, Scalar, Settings, parse
-from bora_fl.data import FetchError, load_dataset
+from bora_fl.data import FetchError, labels, load_dataset
 from bora_fl.data.partitions import natural_ids
 from bora_fl.deployment.doctor.finding import Finding, Level
 
@@ -65,9 +65,10 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
         return Finding(subject, "fail", str(error)), None
     test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
     text = f"{len(raw.train):,} rows to train on{test}"
-    if raw.label_names is None and settings.model.task == "classification":
-        remedy = "name the column of labels in data.label-column, or set model.task=causal-lm"
-        return Finding(subject, "fail", f"{text}, without labels for model.task = classification", remedy), None
+    try:
+        labels.require(raw.train, raw.settings, settings.model)
+    except ConfigError as error:
+        return Finding(subject, "fail", str(error)), None
     if raw.label_names is not None:
         text += f", classes {', '.join(raw.label_names[:8])}{' ...' if len(raw.label_names) > 8 else ''}"
     if len(raw.train) < settings.train.batch_size:
@@ -115,10 +116,10 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         label_names: Class names, for a classifier's head.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     from bora_fl.models import FederatedModel, resolve
-    from bora_fl.models.base import require_language_model, require_whole
+    from bora_fl.models.base import auto_class, require_language_model, require_whole
 
     subject = f"model {settings.model.name}"
     try:
@@ -126,13 +127,12 @@ def check_model(settings: Settings, label_names: list[str] | None) -> tuple[Find
         config: Any = AutoConfig.from_pretrained(source, revision=settings.model.revision or None)
         if label_names:
             config.num_labels = len(label_names)
-        causal = settings.model.task == "causal-lm"
-        if causal:
+        if settings.model.task == "causal-lm":
             require_language_model(settings.model)
             require_whole(settings.model)
-        kind: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         with torch.device("meta"):
-            model = FederatedModel(kind.from_config(config), settings.adapter, settings.model, settings.run.seed)
+            base = auto_class(settings.model).from_config(config)
+            model = FederatedModel(base, settings.adapter, settings.model, settings.run.seed)
     except (ConfigError, ValueError, OSError) as error:
         remedy = _remedy(error, "fetch the model, or correct model.* and adapter.*")
         text = " ".join(str(error).split())

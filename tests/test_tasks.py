@@ -1,0 +1,135 @@
+"""Texts with several classes, and words with a class each: from data to what other programs open."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import f1_score
+from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+import bora_fl
+from bora_fl.config import ConfigError, parse
+from bora_fl.report import read_rows
+from tests.conftest import BAD, GOOD, PLAIN
+
+SEVERAL = {"model.task": "multi-label", "data.label-column": "labels"}
+WORDS = {"model.task": "token-classification", "data.text-column": "tokens", "data.label-column": "tags"}
+
+
+def tag(word: str) -> str:
+    return "B-GOOD" if word in GOOD else "B-BAD" if word in BAD else "O"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts with zero, one or two labels, and the class of each word."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(240):
+        words = rng.sample(PLAIN, 4) + rng.sample(GOOD, rng.randint(0, 1)) + rng.sample(BAD, rng.randint(0, 1))
+        rng.shuffle(words)
+        labels = [name for name, known in (("good", GOOD), ("bad", BAD)) if set(known) & set(words)]
+        split = "test" if number >= 180 else "train"
+        rows.append((" ".join(words), labels, words, list(map(tag, words)), ["a", "b", "c"][number % 3], split))
+    path = tmp_path_factory.mktemp("tasks") / "data.parquet"
+    columns = ["text", "labels", "tokens", "tags", "domain", "split"]
+    pd.DataFrame(rows, columns=columns).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def config(tiny_config, data: Path) -> dict:
+    return tiny_config | {
+        "data.name": str(data),
+        "head.init": "auto",
+        "run.num-rounds": 2,
+        "train.learning-rate": 0.002,
+        "run.keep-best": True,
+    }
+
+
+TASKS = pytest.mark.parametrize("task", [SEVERAL, WORDS], ids=["multi-label", "token-classification"])
+
+
+@TASKS
+def test_a_federation_learns_the_task_from_a_solved_head_and_other_programs_predict_the_same(
+    task: dict, config: dict, data: Path, tmp_path: Path
+):
+    run = bora_fl.simulate(config | task, clients=3)
+    rows = read_rows(run / "metrics.jsonl")
+    assert rows[0]["head"].startswith("x")
+    assert rows[0]["accuracy"] > 0.85
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    card = (run / "adapter" / "README.md").read_text()
+    table = pd.read_parquet(data).query("split == 'test'")
+    merged = bora_fl.export(run, tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    if task == SEVERAL:
+        assert "pipeline_tag: text-classification" in card
+        theirs = pipeline("text-classification", str(merged), trust_remote_code=True, top_k=None)(list(table.text))
+        expected = [{part["label"]: part["score"] for part in row} for row in theirs]
+        found = bora_fl.predict(run, list(table.text))
+        for row, chances in zip(found, expected, strict=True):
+            assert row["probabilities"] == pytest.approx(chances, abs=0.01)  # they go one by one
+            assert row["labels"] == [name for name, chance in row["probabilities"].items() if chance > 0.5]
+        right = [f1_score(np.isin(["bad", "good"], t), np.isin(["bad", "good"], r["labels"]), zero_division=1.0)
+                 for t, r in zip(table.labels, found, strict=True)]  # fmt: skip
+        assert rows[-1]["accuracy"] == pytest.approx(np.mean(right))
+        with pytest.raises(ConfigError, match="sentence-transformers"):  # the default head reads every layer
+            bora_fl.export(run, tmp_path / "st", "sentence-transformers")
+        return
+    assert "pipeline_tag: token-classification" in card
+    model = AutoModelForTokenClassification.from_pretrained(merged).eval()
+    found = bora_fl.predict(run, [*table.text, ["the", "good", "film"], " ".join(["good"] * 20)])
+    right = []
+    for words, row, truth in zip(table.tokens, found, table.tags, strict=False):
+        inputs = tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=16, return_tensors="pt")
+        logits = model(**inputs).logits[0].softmax(-1)
+        at = [inputs.word_ids().index(k) if k in inputs.word_ids() else None for k in range(len(words))]
+        assert row["words"] == list(words)
+        assert row["labels"] == [p if p is None else model.config.id2label[int(logits[p].argmax())] for p in at]
+        right += [a == b for a, b in zip(row["labels"], truth, strict=True)]
+    assert rows[-1]["accuracy"] == pytest.approx(np.mean(right))
+    assert found[-2]["words"] == ["the", "good", "film"]
+    assert [label is None for label in found[-1]["labels"]] == [False] * 14 + [True] * 6  # of 16 tokens two are special
+
+
+@TASKS
+@pytest.mark.parametrize("mode", ["record", "client", "masked"])
+def test_the_tasks_are_trained_under_privacy(task: dict, mode: str, config: dict, tmp_path: Path):
+    config["privacy.ledger-dir"] = str(tmp_path / "ledger")
+    private = {"privacy.mode": mode, "strategy.weighting": "uniform", "run.keep-best": False, "privacy.epsilon": 8.0}
+    if mode == "masked":
+        private = {"privacy.secure-aggregation": True, "privacy.clipping-range": 64.0}
+    rows = read_rows(bora_fl.simulate(config | task | private | {"run.num-rounds": 1}, clients=3) / "metrics.jsonl")
+    assert rows[-1]["clients"] == 3, rows[-1]["reasons"]
+    assert bool(rows[0]["head"]) == (mode == "masked")
+
+
+def test_a_head_of_several_labels_cannot_be_solved_under_record_level_privacy(config: dict):
+    for task in (SEVERAL, WORDS):
+        with pytest.raises(ConfigError, match=r"head.init = 'closed-form' .* as often as it has labels"):
+            parse(
+                config | task | {"head.init": "closed-form", "privacy.mode": "record", "strategy.weighting": "uniform"}
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (SEVERAL | {"data.label-column": "domain"}, "one class of each text; set model.task to classification"),
+        (SEVERAL | {"data.text-column": "tokens"}, "row 1 has 6 words and 2 labels; give each word one, null for none"),
+        (WORDS | {"data.text-column": "text"}, "a list of classes for each text; set model.task to multi-label"),
+        (WORDS | {"data.label-column": "domain"}, "holds list<.*>, not text"),
+        (WORDS | {"model.task": "causal-lm"}, "set model.task to token-classification"),
+        ({"data.label-column": "labels"}, "set model.task to multi-label"),
+        (WORDS | {"model.pooling": "mean"}, "set model.pooling to auto"),
+        (SEVERAL | {"train.label-prior": 1.0}, "set train.label-prior to 0"),
+        (WORDS | {"train.distillation": 1.0}, "set train.distillation to 0"),
+    ],
+)
+def test_data_of_another_task_is_refused_with_the_remedy(changes: dict, message: str, config: dict):
+    with pytest.raises(ConfigError, match=message):
+        bora_fl.simulate(config | changes, clients=3)
