@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bora_fl.data import Encoded
-from bora_fl.evaluate import evaluate, exact_match, example_losses, perplexity, rouge_l
+from bora_fl.evaluate import evaluate, exact_match, example_losses, num_targets, perplexity, rouge_l
 
 
 def test_a_classifiers_losses_are_those_of_each_example():
@@ -29,6 +29,38 @@ def test_a_language_models_losses_cover_the_next_token_where_there_is_a_target()
     wanted = [-float(scores[0, 0, 3] + scores[0, 2, 5]), 0.0]
     assert losses.tolist() == pytest.approx(wanted, abs=1e-5)
     assert targets.tolist() == [2.0, 0.0]
+
+
+def test_the_losses_of_words_classes_are_transformers_own():
+    from transformers import BertConfig, BertForTokenClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = BertForTokenClassification(BertConfig(**sizes, num_attention_heads=2, num_labels=4)).eval()
+    ids, labels = torch.randint(0, 20, (3, 6)), torch.randint(0, 4, (3, 6))
+    labels[:, 0] = labels[1, 3:] = -100
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=labels)
+    shifted = torch.cat([torch.full((3, 1), -100), labels], 1)
+    losses, targets, right = example_losses(output.logits, shifted)
+    assert float(losses.sum() / targets.sum()) == pytest.approx(float(output.loss), abs=1e-6)
+    assert targets.tolist() == [5.0, 2.0, 5.0]
+    assert right.tolist() == ((output.logits.argmax(-1) == labels) & (labels >= 0)).sum(1).tolist()
+    assert num_targets(shifted) == 12
+
+
+def test_the_losses_of_several_classes_are_transformers_own_and_f1_is_scikit_learns():
+    from sklearn.metrics import f1_score
+
+    logits, labels = torch.randn(40, 4), (torch.rand(40, 4) < 0.3).float()
+    logits[:3], labels[:2] = -1.0, 0.0  # nothing is found, and of two nothing is to be found
+    losses, targets, right = example_losses(logits, labels)
+    expected = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert float(losses.mean()) == pytest.approx(float(expected), abs=1e-6)
+    f1 = f1_score(labels.numpy(), (logits > 0).numpy(), average="samples", zero_division=1.0)
+    assert float(right.mean()) == pytest.approx(f1, abs=1e-6)
+    assert targets.tolist() == [1.0] * 40
+    assert num_targets(labels) == 40
 
 
 class Table(nn.Module):

@@ -27,6 +27,7 @@ others' odds where the received model has them:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from bora_fl.evaluate import example_losses
 
 
 def prior_shift(
-    classes: NDArray[np.int64], num_classes: int, shares: Sequence[float], strength: float, floor: float
+    classes: NDArray[Any], num_classes: int, shares: Sequence[float], strength: float, floor: float
 ) -> Tensor:
     """``τ log(q_c / p_c)``, which local training adds to the logits.
 

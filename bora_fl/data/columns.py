@@ -215,7 +215,7 @@ def _find(kind: str, settings: DataSettings, columns: Mapping[str, pa.DataType])
     if kind == "preference":
         return _pairs(settings, columns, given)
     if kind == "words":
-        words = _fitting(columns, is_words)
+        words = [name for name in _fitting(columns, is_words) if name != settings.label_column]
         text = given or usual((_DEFAULT.text_column, *WORDS), words) or next(iter(words), "")
         return _of(settings, kind, text) if text else None
     if kind == "messages":

@@ -1,6 +1,7 @@
 """Tokenized examples: ragged token storage, padded batches."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class Encoded:
         inside = place < lengths
         flat = np.where(inside, self.begin[indices][:, None] + place, 0)
         ids = np.where(inside, self.tokens[flat] if self.tokens.size else 0, self.pad_id).astype(np.int64)
+        labels: NDArray[Any]
         if self.tags is not None:
             labels = np.full((len(flat), width + 1), IGNORE, dtype=np.int64)
             labels[:, 1:][inside] = self.tags[flat[inside]]

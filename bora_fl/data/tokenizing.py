@@ -163,8 +163,8 @@ def _classes(raw: "Dataset", name: str) -> "NDArray[np.int64] | NDArray[np.float
     """Each row's class, or for each row a number for every class, 1 for those that it has."""
     found = column(raw, name)
     if labels.is_list(found.type):
-        return pc.list_flatten(found).to_numpy().reshape(len(raw), -1).astype(np.float32)
-    return found.to_numpy().astype(np.int64)
+        return np.asarray(pc.list_flatten(found), dtype=np.float32).reshape(len(raw), -1)
+    return np.asarray(found, dtype=np.int64)
 
 
 def _tagged(

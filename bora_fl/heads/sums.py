@@ -38,8 +38,10 @@ class ClassSums:
     @classmethod
     def zeros(cls, num_classes: int, dim: int) -> "ClassSums":
         """The sums over no examples."""
-        shapes = (num_classes,), (num_classes, dim), (dim, dim)
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        counts, sums, gram = (
+            torch.zeros(shape, dtype=torch.float64) for shape in ((num_classes,), (num_classes, dim), (dim, dim))
+        )
+        return cls(counts, sums, gram)
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> "ClassSums":

@@ -257,7 +257,7 @@ def total(
 
 
 def _unmasked(
-    found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool, several: bool
+    found: SecureMean, shape: Sequence[int], max_examples: int, exact: bool, several: bool = False
 ) -> ClassSums | None:
     """The clients' sums, from the mean of their vectors in units of `max_examples`; exact counts are whole numbers."""
     if found.mean is None or not found.nodes:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,53 @@ def test_features_are_what_the_head_reads(tiny_model: Path):
         alone = sum((collect(model, data.select(np.array([i])), 1, 3) for i in range(30)), ClassSums.zeros(3, 16))
         torch.testing.assert_close(alone.sums, whole.sums, rtol=1e-4, atol=1e-4, msg=name)
         torch.testing.assert_close(alone.gram, whole.gram, rtol=1e-4, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_the_sums_of_words_are_over_the_states_that_the_head_reads(kind: str):
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForTokenClassification")(getattr(transformers, f"{kind}Config")(**SIZES))
+    data = examples()
+    tags = np.random.default_rng(1).integers(-1, 3, len(data.tokens))
+    tags[tags < 0] = -100
+    data = replace(data, classes=None, tags=tags)
+    sums = collect(model.train(), data, 7, 3)
+    expected = ClassSums.zeros(3, 16)
+    model.eval()
+    for begin, length in zip(data.begin, data.lengths, strict=True):
+        ids = torch.from_numpy(data.tokens[begin : begin + length]).long()[None]
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+        known = tags[begin : begin + length] >= 0
+        labels = torch.from_numpy(tags[begin : begin + length][known])
+        expected = expected + ClassSums.of(states[torch.from_numpy(known)], labels, 3)
+    for name in ("counts", "sums", "gram"):
+        torch.testing.assert_close(getattr(sums, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+    sums.check()
+    head = lda(sums)
+    with torch.no_grad():
+        classifier = model.classifier if kind == "Bert" else model.score
+        classifier.weight.copy_(head.weight)
+        classifier.bias.copy_(head.bias)
+    found, alone = evaluate(model, data, 4), head_metrics(model, data, 8, {"solved": head})["solved"]
+    assert (found.loss, found.accuracy) == (pytest.approx(alone.loss, rel=1e-3), alone.accuracy)
+    assert (found.examples, found.targets) == (alone.examples, alone.targets) == (30, int((tags >= 0).sum()))
+
+
+def test_the_sums_of_several_classes_are_those_of_a_loop(tiny_model: Path):
+    data = examples()
+    labels = np.random.default_rng(1).integers(0, 2, (30, 3)).astype(np.float32)
+    several = replace(data, classes=labels)
+    model = load_base(ModelSettings(name=str(tiny_model), task="multi-label", pooling="mean"), NAMES, 0)
+    assert model.config.problem_type == "multi_label_classification"
+    sums = collect(model, several, 7, 3)
+    assert sums.counts.tolist() == [*labels.sum(0), 30]
+    for label in range(3):
+        mine = replace(data, classes=labels[:, label].astype(np.int64))
+        one = collect(model, mine, 7, 3)
+        torch.testing.assert_close(sums.sums[label], one.sums[1])
+        torch.testing.assert_close(sums.total, one.total)
+    head = lda(sums)
+    assert head_metrics(model, several, 8, {"solved": head})["solved"].accuracy > 0.5
 
 
 def test_clipped_features_have_a_norm_of_at_most_1(tiny_model: Path):

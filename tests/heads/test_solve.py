@@ -5,7 +5,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
-from bora_fl.heads import ClassSums, Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
+from bora_fl.heads import ClassSums, Head, choose, gcv_penalty, interpolate, lda, scaled
 from tests.heads.problems import problem, sums_of
 
 
@@ -33,12 +33,47 @@ def test_features_that_vary_little_around_their_mean_leave_a_head_that_float32_c
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_ridge_is_scikit_learns_for_regression_and_for_several_labels():
-    x, y = problem()
-    for targets in (x @ torch.ones(6, 1, dtype=torch.float64) + y[:, None], torch.stack([y == 0, y > 0], 1).double()):
-        head = ridge(x.T @ x, targets.T @ x, x.sum(0), targets.sum(0), len(x), 0.3)
-        theirs = Ridge(alpha=0.3 * len(x)).fit(x.numpy(), targets.numpy())
-        torch.testing.assert_close(head(x), torch.tensor(theirs.predict(x.numpy())).view(len(x), -1))
+def several(x: torch.Tensor) -> torch.Tensor:
+    """Four classes of which an example may have none, one or more; one of them is every example's, one is nobody's."""
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(len(x), 2, generator=generator, dtype=torch.float64)
+    labels = (x[:, :2] + 0.5 * x[:, 1:3] + noise > torch.tensor([0.3, 1.0])).double()
+    return torch.cat([labels, torch.ones(len(x), 1), torch.zeros(len(x), 1)], 1)
+
+
+@pytest.mark.parametrize("shrinkage", [0.001, 0.2, 0.9])
+def test_each_of_several_classes_is_told_apart_as_scikit_learn_does(shrinkage: float):
+    x = problem()[0]
+    y = several(x)
+    sums = ClassSums.of(x, y, 4)
+    for label in (0, 1):
+        mine = y[:, label].long()
+        # Shrinkage s is (1 − s)(Σ_c + λI) with λ = s/(1 − s) · tr Σ_c / d.
+        penalty = shrinkage / (1 - shrinkage) * float(sums_of(x, mine, 2).within_scatter().trace() / len(x) / 6)
+        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(x.numpy(), mine.numpy())
+        prior = float(torch.tensor(theirs.priors_[1] / theirs.priors_[0]).log())
+        found = lda(sums, penalty)(x)[:, label] - prior
+        expected = torch.tensor(theirs.decision_function(x.numpy())) - prior
+        torch.testing.assert_close(found / (1 - shrinkage), expected, rtol=1e-8, atol=1e-9)
+    head = lda(sums)
+    assert (head(100 * x)[:, 2] == 10_000).all()
+    assert (head(100 * x)[:, 3] == -10_000).all()
+    assert lda(sums, bias=False)(x).isfinite().all()
+
+
+def test_the_penalty_of_several_classes_is_that_of_their_ridge_regression():
+    x = problem(60)[0]
+    y = several(x)
+    centred = x - x.mean(0)
+    scale = float((centred.T @ centred / 60).trace() / 6)
+    scores = {}
+    for penalty in (torch.logspace(-4, 2, 31, dtype=torch.float64) * scale).tolist():
+        model = Ridge(alpha=60 * penalty).fit(x.numpy(), y.numpy())
+        residual = (y - torch.tensor(model.predict(x.numpy()))).square().sum()
+        eigenvalues = torch.linalg.eigvalsh(centred.T @ centred / 60)
+        freedom = 1 + float((eigenvalues / (eigenvalues + penalty)).sum())
+        scores[penalty] = float(residual / (1 - freedom / 60) ** 2)
+    assert gcv_penalty(ClassSums.of(x, y, 4)) == pytest.approx(min(scores, key=scores.__getitem__), rel=1e-9)
 
 
 def test_a_rotation_of_the_features_rotates_the_head():

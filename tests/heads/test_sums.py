@@ -86,3 +86,44 @@ def test_vectors_add_up_as_sums_do():
         torch.testing.assert_close(getattr(added, name), getattr(whole, name))
     with pytest.raises(ValueError, match="finite ones are needed"):
         ClassSums.from_vector(whole.to_vector()[1:], *whole.sums.shape)
+
+
+def several(n: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples that may have several of four classes, or none; nobody has the last."""
+    x, _ = problem(n)
+    return x, torch.stack([x[:, 0] > 0, x[:, 1] > 1, x[:, 0] > -9, x[:, 0] > 99], 1).double()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 400])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_honest_sums_of_several_classes_pass_and_come_back(n: int, scale: float):
+    x, y = several(n)
+    whole = ClassSums.of(scale * x, y, 4)
+    assert whole.counts.tolist() == [*y.sum(0).tolist(), n]
+    torch.testing.assert_close(whole.sums, torch.cat([y.T, torch.ones(1, n)]) @ (scale * x))
+    assert (whole.examples, whole.of_classes()[0].shape) == (n, (4,))
+    back = ClassSums.from_tensors(whole.to_tensors(), 5, 6, several=True)
+    back.check()
+    torch.testing.assert_close(back.gram, whole.gram, rtol=1e-5, atol=1e-5 * scale**2)
+    split = ClassSums.of(scale * x[:1], y[:1], 4) + ClassSums.of(scale * x[1:], y[1:], 4)
+    vector = ClassSums.from_vector(split.to_vector(), 5, 6, several=True)
+    torch.testing.assert_close(vector.gram, whole.gram)
+    torch.testing.assert_close(vector.total, whole.total)
+    vector.times(2.0).check()
+
+
+SEVERAL_LIES = LIES | {
+    "class without examples": lambda s: {"counts": s.counts * torch.tensor([0.0, 1, 1, 1, 1])},
+    "negative count": lambda s: {"counts": s.counts - torch.tensor([1e6, 0, 0, 0, 0])},
+    "more than all": lambda s: {"counts": s.counts + torch.tensor([400.0, 0, 0, 0, 0])},
+    "fewer examples": lambda s: {"counts": s.counts * torch.tensor([1, 1, 1, 1, 0.5])},
+    "the sum of another class": lambda s: {"sums": s.sums + torch.outer(torch.tensor([1.0, 0, 0, 0, 0]), 9 * s.total)},
+}
+
+
+@pytest.mark.parametrize("lie", SEVERAL_LIES)
+def test_sums_of_several_classes_of_no_examples_are_rejected(lie: str):
+    x, y = several()
+    honest = ClassSums.of(x, y, 4)
+    with pytest.raises(ValueError, match="the head's"):
+        dataclasses.replace(honest, **SEVERAL_LIES[lie](honest)).check()

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from bora_fl.config import ConfigError, parse
 from bora_fl.evaluate import example_losses
@@ -73,18 +80,29 @@ def test_an_estimate_is_what_a_real_step_of_all_layers_holds(checkpointing: bool
     assert found.parameters == LlamaForCausalLM(config()).num_parameters()
 
 
-def test_an_estimate_holds_for_an_encoder_that_classifies(tiny_model: Path):
+@pytest.mark.parametrize(
+    ("task", "kind", "shape"),
+    [
+        ("classification", BertForSequenceClassification, (6,)),
+        ("multi-label", BertForSequenceClassification, (6, 100)),
+        ("token-classification", BertForTokenClassification, (6, 33)),
+    ],
+)
+def test_an_estimate_holds_for_an_encoder_that_classifies(
+    task: str, kind: type, shape: tuple[int, ...], tiny_model: Path
+):
     """A hundred classes, so that a head that is forgotten would show."""
-    changes = {"model.task": "classification", "adapter.target-modules": "query,value", "train.batch-size": 6}
+    changes = {"model.task": task, "adapter.target-modules": "query,value", "train.batch-size": 6}
     settings, names = parse(CHOSEN | changes), [str(number) for number in range(100)]
     known = BertConfig.from_pretrained(tiny_model, num_hidden_layers=4, num_labels=len(names))
-    model = FederatedModel(BertForSequenceClassification(known), settings.adapter, settings.model, 0)
+    model = FederatedModel(kind(known), settings.adapter, settings.model, 0)
     model.train_only(frozenset({"A", "sigma", "B", "tensors"}))
     model.model.train()
     ids = torch.zeros(6, 32, dtype=torch.long)
     with _Peak([*model.model.parameters(), *model.model.buffers()]) as counter:
         logits = model.model(input_ids=ids, attention_mask=torch.ones_like(ids).tril()).logits
-        example_losses(logits, torch.zeros(6, dtype=torch.long))[0].sum().backward()
+        labels = torch.zeros(shape, dtype=torch.float if task == "multi-label" else torch.long)
+        example_losses(logits, labels)[0].sum().backward()
     found = estimate(settings, BertConfig.from_pretrained(tiny_model, num_hidden_layers=4), names)
     assert found.fixed + 6 * found.sequence == pytest.approx(counter.peak, rel=0.02)
     assert found.trained == sum(p.numel() for p in model.trained_parameters())

@@ -307,7 +307,7 @@ def test_data_and_model(tiny_config):
         ({"data.name": "missing.parquet"}, "fail", "missing.parquet"),
         ({"data.text-column": "txt"}, "fail", "txt"),
         ({"data.partition-by": "silo"}, "fail", "set data.partition to iid"),
-        ({"data.label-column": ""}, "fail", "labels"),
+        ({"data.label-column": ""}, "fail", "name the column of the classes"),
         ({"train.batch-size": 1000}, "warn", "batch"),
     ],
 )

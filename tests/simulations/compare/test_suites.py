@@ -196,7 +196,7 @@ def test_data_that_no_run_could_use_is_refused_before_any_starts(tmp_path, monke
     ]
     ended = CliRunner().invoke(cli, ["compare", *options, "--output", str(tmp_path / "out")])
     assert isinstance(ended.exception, ConfigError)
-    assert "without labels for model.task = classification" in str(ended.exception)
+    assert "name the column of the classes" in str(ended.exception)
 
 
 def test_a_scenario_that_the_data_has_too_few_ids_for_is_named_before_any_starts(tiny_model, tmp_path):
