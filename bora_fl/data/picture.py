@@ -16,7 +16,7 @@ _MOST_IDS = 4  # that are named below a bar
 
 
 def partition_picture(settings: DataSettings, num_partitions: int, seed: int, path: str | Path) -> Path:
-    """Draw one bar per client, stacked by class, or, where rows have not one class each, by natural id if these are few.
+    """Draw one bar per client, stacked by class; by natural id where rows have not one class each, if ids are few.
 
     Args:
         settings: Which data, and how it is dealt.

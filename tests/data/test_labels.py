@@ -136,3 +136,4 @@ def test_init_proposes_the_task_and_its_columns(tmp_path: Path, rows: dict[str, 
     assert guess_task(name) == task
     found = guess_settings(name, task, 2, {})
     assert (found["data.text-column"], found["data.label-column"]) == (text, label)
+    assert (found["data.partition"] == "iid") == (task != "classification")

@@ -197,7 +197,6 @@ def test_subsamples_are_nested_in_the_data_and_stay(shop: DataSettings) -> None:
         ({"response_column": "answer"}, ["data.response-column = 'answer'", "columns are"]),
         ({"label_column": "number"}, ["data.label-column = 'number'", "double", "leave it empty"]),
         ({"label_column": "day"}, ["data.label-column = 'day'", "timestamp", "not classes"]),
-        ({"label_column": "tags"}, ["data.label-column = 'tags'", "list", "not classes"]),
         ({"label_column": "same"}, ["data.label-column = 'same'", "1 class", "two or more"]),
         ({"train_split": "training"}, ["data.train-split = 'training'", "test, train"]),
         ({"test_split": "validation"}, ["data.test-split = 'validation'", "test, train", "leave it empty"]),
@@ -209,7 +208,7 @@ def test_wrong_settings_name_key_value_and_remedy(change: dict[str, Any], parts:
     table = pq.read_table(shop.name)
     table = table.append_column("number", pa.array(np.arange(table.num_rows) / 2))
     days = pa.array(np.arange(table.num_rows) % 2, pa.timestamp("s"))
-    table = table.append_column("day", days).append_column("tags", pa.array([["a", "b"]] * table.num_rows))
+    table = table.append_column("day", days)
     pq.write_table(table.append_column("same", pa.array(["s"] * table.num_rows)), shop.name)
     with pytest.raises(ConfigError) as caught:
         load_dataset(shop.model_copy(update=change))
