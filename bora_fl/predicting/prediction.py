@@ -1,6 +1,6 @@
 """Predictions of a finished run's model for texts, in the order of the texts, cut as in training."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def rows(
         yield from _tag(model, tokenizer, texts, longest)
         return
     if task == "multi-label":
-        for text, chances in zip(texts, _chances(model, tokenizer, texts, longest, torch.sigmoid), strict=True):
+        for text, chances in zip(texts, _chances(model, tokenizer, texts, longest, several=True), strict=True):
             rounded = {name: round(chance, 6) for name, chance in chances.items()}
             labels = [name for name, chance in chances.items() if chance > 0.5]
             yield {"text": text, "labels": labels, "probabilities": rounded}
@@ -51,13 +51,9 @@ def classify(
         max_length: Tokens that a text is cut at.
         batch_size: Texts per forward pass.
     """
-    for chances in _chances(model, tokenizer, texts, max_length, _softmax, batch_size):
+    for chances in _chances(model, tokenizer, texts, max_length, batch_size):
         label = max(chances, key=chances.__getitem__)
         yield label, chances[label]
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(-1)
 
 
 def _chances(
@@ -65,17 +61,18 @@ def _chances(
     tokenizer: Any,
     texts: Sequence[str],
     max_length: int,
-    probabilities: Callable[[Tensor], Tensor],
     batch_size: int = 64,
+    *,
+    several: bool = False,
 ) -> Iterator[dict[str, float]]:
-    """Each text's probability of each label."""
+    """Each text's probability of each label; of one of them, or of each by itself where a text may have several."""
     device, names = settle(model), model.config.id2label
     for start in range(0, len(texts), batch_size):
         ids = token_ids(tokenizer, list(texts[start : start + batch_size]), truncation=True, max_length=max_length)
         inputs = {name: tensor.to(device) for name, tensor in _padded(ids, tokenizer, max_length).items()}
         with torch.inference_mode():
-            found = probabilities(model(**inputs).logits.float()).tolist()
-        for row in found:
+            logits = model(**inputs).logits.float()
+        for row in (logits.sigmoid() if several else logits.softmax(-1)).tolist():
             yield {names[index]: chance for index, chance in enumerate(row)}
 
 
