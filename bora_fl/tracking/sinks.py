@@ -39,11 +39,13 @@ class Sinks:
 
     def __init__(self, names: str) -> None:
         self._sinks: dict[str, Sink] = {}
+        self._started = False
         for name in filter(None, map(str.strip, names.split(","))):
             self._sinks[name] = _open(name)
 
     def start(self, folder: Path, config: Mapping[str, Scalar]) -> None:
         """Tell all."""
+        self._started = True
         self._tell("start", folder, config)
 
     def round(self, row: Mapping[str, Any]) -> None:
@@ -51,8 +53,9 @@ class Sinks:
         self._tell("log", row["round"], scalars(row))
 
     def finish(self) -> None:
-        """Tell all."""
-        self._tell("finish")
+        """Tell all, if the run has begun."""
+        if self._started:
+            self._tell("finish")
 
     def _tell(self, what: str, *arguments: Any) -> None:
         for name, sink in list(self._sinks.items()):

@@ -106,6 +106,16 @@ def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(tiny_config, caplog: p
     assert "the network is away" in caplog.text
 
 
+def test_a_sink_hears_nothing_of_a_run_that_never_began(tiny_config, caplog: pytest.LogCaptureFixture):
+    tiny_config |= {"run.num-rounds": 1, "train.local-steps": 1}
+    simulate(tiny_config, 2)
+    Mine.told.clear()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        simulate(tiny_config | {"run.sinks": f"{__name__}:Mine"}, 2)
+    assert Mine.told == []
+    assert "gets no more" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
