@@ -60,18 +60,22 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_another_run(folder: Path) -> None:
+def refuse_another_run(folder: Path, *, resumes: bool = False) -> None:
     """Check that an output folder is free for a new run.
+
+    Args:
+        folder: The folder.
+        resumes: Whether the run was to go on from a checkpoint, which there is none of.
 
     Raises:
         ConfigError: If it holds a checkpoint or metrics, readable or not.
     """
     metrics = folder / "metrics.jsonl"
     if any((folder / "checkpoints").glob("round-*")) or (metrics.exists() and metrics.stat().st_size > 0):
-        raise ConfigError(
-            f"run.output-dir = '{folder}' holds a run already; set run.resume=true to go on from its "
-            "checkpoints, or another run.output-dir"
-        )
+        remedy = "set run.resume=true to go on from its checkpoints"
+        if resumes:
+            remedy = "it has no checkpoint to go on from: restore its folder checkpoints"
+        raise ConfigError(f"run.output-dir = '{folder}' holds a run already; {remedy}, or set another run.output-dir")
 
 
 def _holder(folder: Path) -> str:

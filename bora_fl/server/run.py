@@ -138,7 +138,9 @@ class Server(Observer):
         found = load_newest(self.folder / "checkpoints", config) if self.settings.run.resume else None
         first_round = 0
         if found is None:
-            refuse_another_run(self.folder)
+            refuse_another_run(self.folder, resumes=self.settings.run.resume)
+            if self.settings.run.resume:
+                log.info("there is no checkpoint in %s to go on from; the run begins", self.folder)
             checkpoint = Checkpoint(0, uuid.uuid4().hex, ServerState.start(self.model.read()), [])
         else:
             checkpoint, first_round = found, found.round + 1

@@ -1,6 +1,7 @@
 """An output folder belongs to one run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,14 @@ def test_an_empty_folder_is_free(tmp_path: Path):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "checkpoints").mkdir()
     refuse_another_run(tmp_path)
+
+
+def test_a_run_that_cannot_go_on_says_what_lacks(tiny_config: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    given = tiny_config | {"run.num-rounds": 1, "train.local-steps": 1, "run.resume": True}
+    with caplog.at_level("INFO", logger="bora_fl"):
+        folder = simulate(given, 2)
+    assert "no checkpoint" in caplog.text
+    assert "the run begins" in caplog.text
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ConfigError, match="it has no checkpoint to go on from: restore its folder checkpoints, or"):
+        simulate(given, 2)
