@@ -137,8 +137,10 @@ def _mistake(error: Exception) -> tuple[str, str, int] | None:
     from bora_fl.data import FetchError
     from bora_fl.deployment.launch import LaunchError
     from bora_fl.server.checkpoint import CheckpointError
+    from bora_fl.strategies.observer import RunFailedError
 
-    return ("failed", str(error), 1) if isinstance(error, LaunchError | FetchError | CheckpointError) else None
+    known = isinstance(error, LaunchError | FetchError | CheckpointError | RunFailedError)
+    return ("failed", str(error), 1) if known else None
 
 
 def _version(wanted: bool) -> None:

@@ -10,11 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 import bora_fl
-from bora_fl.cli import COMMANDS, cli, console
+from bora_fl.cli import COMMANDS, _mistake, cli, console
 from bora_fl.config import ConfigError, Settings
 from bora_fl.deployment.launch import Outcome
 from bora_fl.report import RoundReport, append_row
 from bora_fl.simulations.benchmarks.command import BENCHMARKS
+from bora_fl.strategies.observer import RunFailedError
 
 HEAVY = ("torch", "flwr", "pydantic", "transformers", "peft", "numpy", "scipy", "matplotlib", "grpc", "cryptography")
 
@@ -244,3 +245,8 @@ def test_a_finished_run_names_what_may_be_done_with_it(
     assert code == 0
     assert commands[0] == first
     assert commands[-1] == "bora-fl ui 'my run'"
+
+
+def test_a_federation_that_cannot_train_ends_in_one_message():
+    assert _mistake(RunFailedError("round 1: not one usable reply")) == ("failed", "round 1: not one usable reply", 1)
+    assert _mistake(RuntimeError("a fault of the program")) is None

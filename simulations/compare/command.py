@@ -195,6 +195,7 @@ def compare(
     console.print(comparison.describe(), highlight=False, soft_wrap=True)
     if dry_run:  # not before a run: without a finished one it trains a round, which may take minutes
         comparison.fetch()
+        comparison.check()
         left = in_words(comparison.seconds_left())
         console.print(f"about {left} left on this machine as busy as it is now", highlight=False)
         return

@@ -123,8 +123,10 @@ def test_durations_in_words(seconds, words):
 
 @pytest.mark.parametrize(("rates", "tuning"), [("0.3,1,3", 108), ("1", 0)])
 def test_a_dry_run_says_what_would_run(rates, tuning, tmp_path, monkeypatch):
+    checked = []
     monkeypatch.setattr(timing, "_two_rounds", lambda _: (0.0, 1.0))
     monkeypatch.setattr(run, "fetch", lambda name: None)
+    monkeypatch.setattr(run.Comparison, "check", lambda comparison: checked.append(comparison))
     arguments = [
         "compare",
         "--suite",
@@ -143,6 +145,7 @@ def test_a_dry_run_says_what_would_run(rates, tuning, tmp_path, monkeypatch):
     assert ended.exit_code == 0, ended.output
     assert f"18 runs, {tuning} to tune them and" in ended.output
     assert "left on this machine" in ended.output
+    assert len(checked) == 1  # before it trains two rounds
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
