@@ -161,7 +161,7 @@ def _settle_padding(model: Any, settings: ModelSettings) -> None:
     pad, ends = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))  # Funnel has neither
     if pad is None:
         pad = ends[0] if isinstance(ends, list) else ends
-    if settings.task == "classification":
+    if settings.kind.classes:
         with suppress(OSError, ValueError):  # a folder may be without a tokenizer; whoever needs one is told
             tokenizer = load_tokenizer(settings)
             pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

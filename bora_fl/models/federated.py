@@ -101,7 +101,7 @@ class FederatedModel:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(seed, "adapter"))
                 config = peft_config(adapter, model)
-                if model.task == "classification" and (heads := _unknown_heads(base)):
+                if self.classifies and (heads := _unknown_heads(base)):
                     config.modules_to_save = [*(config.modules_to_save or []), *heads]
                 try:
                     self.model = get_peft_model(base, config)

@@ -1,6 +1,7 @@
 """What a causal language model is, and what only looks like one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_the_attention_is_the_one_that_is_asked_for(tiny_causal: Path) -> None:
 
 @pytest.mark.parametrize("known", [None, 3, 1], ids=["none", "another", "the end's"])
 @pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("task", ["classification", "multi-label"])
 def test_a_decoders_head_reads_the_same_token_alone_and_in_a_batch(
-    padded: bool, known: int | None, tiny_causal: Path, tmp_path: Path
+    task: Any, padded: bool, known: int | None, tiny_causal: Path, tmp_path: Path
 ) -> None:
     """Whatever the model's config says of padding: the tokenizer is what fills batches up."""
     source = AutoModelForCausalLM.from_pretrained(tiny_causal)
@@ -111,7 +113,7 @@ def test_a_decoders_head_reads_the_same_token_alone_and_in_a_batch(
     if not padded:
         tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    settings = ModelSettings(name=str(tmp_path))
+    settings = ModelSettings(name=str(tmp_path), task=task)
     model, tokenizer = load_base(settings, ["a", "b", "c"], 0).eval(), load_tokenizer(settings)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -156,10 +156,11 @@ def classifier(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(HEADS))
+@pytest.mark.parametrize("task", ["classification", "multi-label"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-def test_the_head_is_trained_and_saved_whatever_its_name(kind: str, tmp_path: Path) -> None:
+def test_the_head_is_trained_and_saved_whatever_its_name(task: Any, kind: str, tmp_path: Path) -> None:
     adapter = AdapterSettings(method="lora", rank=2, target_modules="all-linear")
-    model = FederatedModel(classifier(kind), adapter, ModelSettings(task="classification"), seed=0)
+    model = FederatedModel(classifier(kind), adapter, ModelSettings(task=task), seed=0)
     assert {name.partition(".")[0] for name in model.read().tensors} == set(HEADS[kind][0].split())
     assert not any(name.startswith(tuple(HEADS[kind][0].split())) for name in model.read().layers)
     with torch.no_grad():
