@@ -20,7 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 import bora_fl
-from bora_fl.config import Scalar
+from bora_fl.config import Scalar, Settings
 from bora_fl.paths import atomically, delete, digest, path_part, write_atomically
 from bora_fl.strategies.server_state import ServerState
 
@@ -232,10 +232,12 @@ def _require_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
 
 
 def _check_config(path: Path, old: dict[str, Scalar], new: dict[str, Scalar]) -> None:
+    """Refuse to go on under other settings; one that an earlier version did not have was at its default."""
+    before = Settings().flat() | old
     changed = [
-        f"{key} was {old.get(key)!r}, is {new[key]!r}"
+        f"{key} was {before.get(key)!r}, is {new[key]!r}"
         for key in new
-        if old.get(key) != new[key] and (key in FIXED or not key.startswith(FREE))
+        if before.get(key) != new[key] and (key in FIXED or not key.startswith(FREE))
     ]
     if changed:
         raise CheckpointError(

@@ -183,7 +183,7 @@ class Rounds:
         if best and best.round < number and best.fold_version == self.state.fold_version:
             log.info("the adapter of round %d has the least held-out loss, and is kept", best.round)
             self._advance(self.state.back_to(best.adapter))
-            measured, kept = best.metrics(), best.round
+            measured, kept, solved = best.metrics(), best.round, replace(solved, name="")
         central = self.observer.evaluate(number, self.state, self.folds)
         # 6. Report.
         self._warn(number, intake.rejected | rejected, intake.screened)

@@ -99,6 +99,13 @@ def test_settings_that_decide_the_result_must_be_the_same(tmp_path: Path):
             load_newest(tmp_path, CONFIG | change)
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_was_at_its_default(tmp_path: Path):
+    write(tmp_path, 1)
+    assert load_newest(tmp_path, CONFIG | {"train.distillation": 0.0}) is not None
+    with pytest.raises(CheckpointError, match=r"train\.distillation was 0\.0, is 0\.5"):
+        load_newest(tmp_path, CONFIG | {"train.distillation": 0.5})
+
+
 def flip(path: Path, where: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(where * (len(content) - 1))] ^= 0x10

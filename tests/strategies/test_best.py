@@ -77,7 +77,7 @@ def test_it_survives_a_checkpoint():
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_last_round_that_makes_things_worse_is_not_what_a_run_ends_with(tiny_config, tmp_path: Path, keep: bool):
     def ruin(message, partition):
-        if round_of(message) == 3:
+        if round_of(message) == 3 and STATE in message.content.array_records:
             sent = from_arrays(message.content.array_records[STATE])
             message.content[STATE] = to_arrays({n: t * (1000.0 if "tensors" in n else 1.0) for n, t in sent.items()})
         return message
@@ -119,6 +119,20 @@ def test_a_run_that_no_longer_keeps_the_best_forgets_it(tiny_config):
     folder = simulate(tiny_config | given, 3)
     for number, known in {1: True, 2: False}.items():
         assert (load_round(folder / "checkpoints", number).state.best is not None) is known
+
+
+def test_a_head_that_was_solved_last_is_not_named_where_an_earlier_round_is_kept(tiny_config):
+    def ruin(message, partition):
+        if round_of(message) == 3 and STATE in message.content.array_records:
+            sent = from_arrays(message.content.array_records[STATE])
+            message.content[STATE] = to_arrays({n: t * (1.0 if "tensors" in n else 30.0) for n, t in sent.items()})
+        return message
+
+    given = {"run.keep-best": True, "head.init": "closed-form", "head.solve-again": "end"}
+    rows = read_rows(simulate(tiny_config | given, 3, tamper=ruin) / "metrics.jsonl")
+    assert rows[0]["head"]
+    assert rows[-1]["kept"] < 3
+    assert rows[-1]["head"] == ""
 
 
 def ruin_round(number: int):
