@@ -102,8 +102,9 @@ class RoundReport:
     or, in rounds without central evaluation, the clients' own on their held-out parts (``clients``): of what they were
     sent to train from, or of the round's result where they evaluate that too.
     ``perplexity`` is that of a language model's loss. Of preference pairs, ``loss`` is DPO's, ``accuracy`` the share
-    whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``general_loss`` is
-    the loss on ``data.general-text``. ``effective_rank`` is the mean over layers of how many directions the adapter's
+    whose chosen response has the larger reward, and ``margin`` the mean margin between the rewards. ``f1`` is that of
+    the entities of the central test set, where words' classes are those of entities. ``general_loss`` is the loss on
+    ``data.general-text``. ``effective_rank`` is the mean over layers of how many directions the adapter's
     update uses, in rounds with central evaluation. ``generation``
     holds the means of ``exact_match``, ``rouge_l`` and ``valid`` over ``examples`` held-out prompts. ``head`` names the
     classification head that was kept, where it was solved: ``trained``, ``solved``, ``x0.5`` (the solved one with its
@@ -133,6 +134,7 @@ class RoundReport:
     effective_rank: float | None = None
     perplexity: float | None = None
     margin: float | None = None
+    f1: float | None = None
     general_loss: float | None = None
     generation: Mapping[str, float] = field(default_factory=dict)
     per_client: Mapping[int, ClientMetrics] = field(default_factory=dict)
@@ -240,6 +242,8 @@ def round_line(row: dict[str, Any], num_rounds: int) -> str:
     head = f", head {row['head']}" if row.get("head") else ""
     if row.get("perplexity") is not None:
         head += f", perplexity {row['perplexity']:.4g}"
+    if row.get("f1") is not None:
+        head += f", F1 of entities {row['f1']:.3f}"
     if row.get("margin") is not None:
         head += f", reward margin {row['margin']:.3g}"
     if row.get("general_loss") is not None:
@@ -260,10 +264,10 @@ def rounds_table(rows: list[dict[str, Any]], title: str) -> Table:
     """The table of rounds.
 
     ``train`` is the training loss; ``on`` says what loss and accuracy were measured on: the central test set, or the
-    clients' held-out parts; ``ppl.`` is a language model's perplexity; ``ok`` and ``bad`` count the replies that were
-    merged and rejected.
+    clients' held-out parts; ``ppl.`` is a language model's perplexity, ``F1`` that of entities; ``ok`` and ``bad``
+    count the replies that were merged and rejected.
     """
-    more = {"perplexity": "ppl.", "margin": "margin"}
+    more = {"perplexity": "ppl.", "margin": "margin", "f1": "F1"}
     more = {key: name for key, name in more.items() if any(row.get(key) is not None for row in rows)}
     result = Table(title=title, padding=(0, 1, 0, 0) if more else (0, 1))  # 80 columns hold one more so
     for name in (

@@ -22,7 +22,8 @@ from bora_fl.report import (
 KEYS = {
     "round", "loss", "accuracy", "evaluated", "head", "train_loss", "client_loss", "client_accuracy",
     "client_accuracy_min", "bytes_up", "bytes_down", "seconds", "server_seconds", "clients", "rejected", "reasons",
-    "epsilon", "strategy", "kept", "effective_rank", "perplexity", "margin", "general_loss", "generation", "per_client",
+    "epsilon", "strategy", "kept", "effective_rank", "perplexity", "margin", "f1", "general_loss", "generation",
+    "per_client",
 }  # fmt: skip
 
 

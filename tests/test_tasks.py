@@ -92,6 +92,11 @@ def test_a_federation_learns_the_task_from_a_solved_head_and_other_programs_pred
         assert row["labels"] == [p if p is None else model.config.id2label[int(logits[p].argmax())] for p in at]
         right += [a == b for a, b in zip(row["labels"], truth, strict=True)]
     assert rows[-1]["accuracy"] == pytest.approx(np.mean(right))
+    named = [[label or "O" for label in row["labels"]] for row in found[: len(table)]]
+    pairs = [pair for row, truth in zip(named, table.tags, strict=True) for pair in zip(row, truth, strict=True)]
+    both = sum(a == b != "O" for a, b in pairs)
+    marked = sum(label != "O" for labels in [*named, *table.tags] for label in labels)
+    assert rows[-1]["f1"] == pytest.approx(2 * both / marked)  # every entity is one word here
     assert found[-2]["words"] == ["the", "good", "film"]
     assert [label is None for label in found[-1]["labels"]] == [False] * 14 + [True] * 6  # of 16 tokens two are special
 

@@ -102,6 +102,7 @@ def _summary(rows: Sequence[Row], config: Row) -> str:
     for key, name in (
         ("perplexity", "perplexity"),
         ("margin", "reward margin"),
+        ("f1", "F1 of entities"),
         ("general_loss", "loss, general text"),
     ):
         found = [row[key] for row in rows if row.get(key) is not None]

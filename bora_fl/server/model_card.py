@@ -173,6 +173,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]], test_examples: int, merged_last:
         lines.append(f"| {row['round']} | {loss} | {accuracy} | {where.get(row.get('evaluated') or '', '-')} |")
     notes = ["Round 0 is what training started from."] if shown and shown[0]["round"] == 0 else []
     notes += [_MEASURES[task]] if task in _MEASURES else []
+    notes += [f"F1 of the entities: {rows[-1]['f1']:.4f}."] if rows[-1].get("f1") is not None else []
     notes += ["In brackets: Wilson's 95 % interval, of the test set's size alone."] if intervals else []
     if (kept := rows[-1].get("kept")) is not None:
         notes.append(f"The adapter is that of round {kept}, which had the least held-out loss.")

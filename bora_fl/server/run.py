@@ -107,7 +107,7 @@ class Server(Observer):
         self._save = save
         self._folded = 0
         self._latest: dict[str, float] = {}
-        self._margin: float | None = None
+        self._central: Metrics | None = None
         self._run_id = ""
 
     @property
@@ -206,8 +206,7 @@ class Server(Observer):
         if self.test is None or not self.settings.run.evaluates(round):
             return None
         self._bring_to(state.current, folds)
-        metrics = self._evaluate(self.test)
-        self._margin = metrics.margin
+        metrics = self._central = self._evaluate(self.test)
         return metrics.loss, metrics.accuracy
 
     def held_out_loss(self, state: AdapterState, folds: list[dict[str, Tensor]]) -> float:
@@ -227,6 +226,7 @@ class Server(Observer):
             data,
             train.evaluation_batch_size,
             beta=train.dpo_beta,
+            names=self.label_names or (),
             autocast=lambda: autocast(device, train.precision),
         )
 
@@ -265,11 +265,11 @@ class Server(Observer):
         """The report with the effective rank, and a language model's perplexity and how what it writes compares."""
         if self.settings.run.evaluates(report.round):
             report = replace(report, effective_rank=mean_effective_rank(state.current))
+        if self._central and report.evaluated == "central":
+            report = replace(report, margin=self._central.margin, f1=self._central.f1)
         if self.settings.model.task != "causal-lm":
             return report
-        if self._data.format == "preference":
-            report = replace(report, margin=self._margin if report.evaluated == "central" else None)
-        elif report.loss is not None:
+        if self._data.format != "preference" and report.loss is not None:
             report = replace(report, perplexity=perplexity(report.loss))
         run = self.settings.run
         if self._general is not None and run.evaluates(report.round):
