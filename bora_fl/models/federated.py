@@ -101,8 +101,9 @@ class FederatedModel:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(seed, "adapter"))
                 config = peft_config(adapter, model)
-                if self.classifies and (heads := _unknown_heads(base)):
-                    config.modules_to_save = [*(config.modules_to_save or []), *heads]
+                heads, drawn = _beside_the_body(base, config) if self.classifies else ([], [])
+                if heads or drawn:
+                    config.modules_to_save = [*(config.modules_to_save or []), *heads, *drawn]
                 try:
                     self.model = get_peft_model(base, config)
                 except ValueError as error:
@@ -118,6 +119,8 @@ class FederatedModel:
                     ) from error
             _require_whole(self.model, adapter)
             untie(self.model)
+            for name in drawn:  # saved with the adapter, since whoever loads the base model draws another
+                self.model.get_submodule(f"base_model.model.{name}").requires_grad_(False)
         self.forward: Any = self.model  # what a training step calls
         # The module tree is walked here and never again: read and write are called for every client and round.
         modules = {_plain(name): m for name, m in self.model.named_modules()}
@@ -349,20 +352,32 @@ class FederatedModel:
             restore_base(self._layers[name], base)
 
 
-def _unknown_heads(base: Any) -> list[str]:
-    """A classifier's modules beside its body that are its head, under names that PEFT does not know.
+def _beside_the_body(base: Any, config: Any) -> tuple[list[str], list[str]]:
+    """A classifier's modules beside its body that PEFT neither trains nor saves by itself.
 
     PEFT trains what ends as `classifier` or `score`, `pre_classifier` among them, and leaves other heads, such as T5's
     and BART's `classification_head`, as they are drawn.
+
+    Returns:
+        Those that are its head, and, where PEFT knows the head, others that are neither adapted nor named in
+        ``adapter.modules-to-save``, such as DeBERTa's pooler.
     """
+    from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     body = getattr(base, "base_model_prefix", "")
     if not hasattr(base, body or "-"):
-        return []
+        return [], []
     found = [name for name, child in base.named_children() if name != body and any(True for _ in child.parameters())]
     known = [name for name in found if name.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
-    return [name for name in known or found if name not in SEQ_CLS_HEAD_NAMES]
+    heads = [name for name in known or found if name not in SEQ_CLS_HEAD_NAMES]
+
+    def is_adapted(name: str) -> bool:
+        inside = [f"{name}.{inner}".rstrip(".") for inner, _ in base.get_submodule(name).named_modules()]
+        return config.target_modules == "all-linear" or any(check_target_module_exists(config, i) for i in inside)
+
+    others = [name for name in found if known and name not in known and name not in (config.modules_to_save or ())]
+    return heads, [name for name in others if not is_adapted(name)]
 
 
 def _require_whole(model: Any, adapter: AdapterSettings) -> None:

@@ -155,6 +155,34 @@ def classifier(kind: str) -> Any:
     return getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
 
 
+@pytest.mark.parametrize("whole", ["", "pooler"])
+def test_what_is_drawn_beside_the_body_and_not_trained_is_saved(whole: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.DebertaV2Config(**SMALL, **sizes, pooler_hidden_size=8)
+    torch.manual_seed(9)
+    body = transformers.DebertaV2Model(config).state_dict()
+
+    def drawn(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = transformers.DebertaV2ForSequenceClassification(config).eval()
+        model.deberta.load_state_dict(body)  # which comes from the base model's files
+        return model
+
+    names = "query_proj,value_proj"
+    adapter = AdapterSettings(rank=2, num_blocks=2, target_modules=names, modules_to_save=whole)
+    model = FederatedModel(drawn(0), adapter, ModelSettings(task="classification"), seed=0)
+    assert {name.partition(".")[0] for name in model.read().tensors} == {"classifier", *whole.split()}
+    with torch.no_grad():
+        for parameter in model.trained_parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save(tmp_path, [])
+    ids = torch.tensor([[4, 5, 6, 2], [7, 4, 9, 2]])
+    with torch.no_grad():
+        expected = model.model.eval()(input_ids=ids).logits
+        found = PeftModel.from_pretrained(drawn(1), str(tmp_path)).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", list(HEADS))
 @pytest.mark.parametrize("task", ["classification", "multi-label"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
