@@ -41,7 +41,7 @@ LORA_OF_THE_SAME_SIZE: dict[str, Scalar] = {"adapter.rank": 9, "adapter.alpha": 
 
 SUITES: dict[str, Suite] = {
     "standard": Suite(
-        "strategies under label skew and natural silos; a night on two cores",
+        "strategies under label skew and natural silos; two to three hours on two cores",
         "fedavg,refactor,regmean,fedex,ffa,rolora,lora/fedavg,ravan/fedavg",
         "natural,dirichlet-0.1,dirichlet-1",
         seeds=3,
