@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bora_fl.data import Encoded, Pairs
-from bora_fl.spans import span_counts, tells_spans
+from bora_fl.data.spans import span_counts, tells_spans
 
 IGNORE = -100
 _MINUS = re.compile(r"(?<!\w)[-\N{MINUS SIGN}](?=\.?\d)")

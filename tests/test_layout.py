@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own level and those before it.
 LEVELS = [
-    {"kernels", "seeds", "paths", "granted", "quiet", "spans"},
+    {"kernels", "seeds", "paths", "granted", "quiet"},
     {"blocks", "adapters"},
     {"state", "config", "preload"},
     {"device", "data"},

@@ -6,12 +6,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from flwr.common import parameters_to_ndarrays
+from flwr.compat.common.recorddict_compat import recorddict_to_fitres
 from sklearn.metrics import f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 import bora_fl
+from bora_fl.client import secure_aggregation
 from bora_fl.config import ConfigError, parse
+from bora_fl.heads import ClassSums
 from bora_fl.report import read_rows
+from bora_fl.strategies import head
+from bora_fl.strategies.secure_aggregation import SecureMean
+from bora_fl.wire.release import StatisticsRelease
 from tests.conftest import BAD, GOOD, PLAIN
 
 SEVERAL = {"model.task": "multi-label", "data.label-column": "labels"}
@@ -111,6 +119,27 @@ def test_the_tasks_are_trained_under_privacy(task: dict, mode: str, config: dict
     rows = read_rows(bora_fl.simulate(config | task | private | {"run.num-rounds": 1}, clients=3) / "metrics.jsonl")
     assert rows[-1]["clients"] == 3, rows[-1]["reasons"]
     assert bool(rows[0]["head"]) == (mode == "masked")
+
+
+def test_the_sums_of_several_labels_are_the_same_behind_masks_as_without(config: dict):
+    settings = parse(config | SEVERAL | {"privacy.secure-aggregation": True, "privacy.clipping-range": 1e3})
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randn(20, 6, generator=generator) + 3, torch.rand(20, 4, generator=generator).round()) for _ in "ab"
+    ]
+    sums = [ClassSums.of(x, y, 4) for x, y in parts]
+    vectors = []
+    for client in sums:
+        reply = StatisticsRelease(client.to_tensors(torch.float64), 0).content(0)
+        sent = recorddict_to_fitres(
+            secure_aggregation._for_the_head(reply, settings, "head-statistics"), keep_input=True
+        )
+        vectors.append(parameters_to_ndarrays(sent.parameters)[0])
+    found = SecureMean([np.mean(vectors, 0)], frozenset({1, 2}), {}, 0)
+    added = head._unmasked(found, (5, 6), settings.privacy.max_examples, exact=True, several=True)
+    whole = sums[0] + sums[1]
+    for name in ("counts", "sums", "gram", "total"):
+        torch.testing.assert_close(getattr(added, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
 
 
 def test_a_head_of_several_labels_cannot_be_solved_under_record_level_privacy(config: dict):

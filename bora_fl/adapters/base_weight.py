@@ -70,7 +70,7 @@ def add_to_base(layer: BaseTunerLayer, delta: Tensor, *, finite: bool = False) -
         backend.set_base_weight(layer, total)
 
 
-def untie(model: nn.Module) -> None:
+def untie(model: Any) -> None:
     """Give an adapted layer whose weight is another module's too a weight of its own, equal to it.
 
     So it is with an output layer and the embedding: what is added to the one would be added to the other. Where there
@@ -86,7 +86,7 @@ def untie(model: nn.Module) -> None:
         if isinstance(weight, nn.Parameter) and owners[id(weight)] > 1:
             owners[id(weight)] -= 1
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            model.config.tie_word_embeddings = False
 
 
 def save_base(layer: BaseTunerLayer) -> Tensor | nn.Module:

@@ -101,7 +101,7 @@ def _for_the_head(reply: RecordDict, settings: Settings, kind: Kind) -> RecordDi
     """Sums over the client's examples, in units of ``privacy.max-examples``; every client has weight 1."""
     most = settings.privacy.max_examples
     if kind == "head-statistics":
-        tensors, several = from_arrays(reply.array_records[HEADS]), settings.model.task == "multi-label"
+        tensors, several = from_arrays(reply.array_records[HEADS]), settings.model.kind.several
         vector = ClassSums.from_tensors(tensors, *tensors["sums"].shape, several=several).to_vector().numpy()
     else:
         metrics = reply.metric_records[METRICS]

@@ -17,7 +17,7 @@ class Task:
         pipeline: transformers' pipeline for the trained model, and the hub's name of the kind.
         classes: Whether the logits are of classes, from a linear head that is trained with the adapter.
         pooled: Whether that head reads one vector of a text, not one of each token.
-        problem: transformers' ``problem_type``, where it does not follow from the labels.
+        several: Whether a text may have several classes, or none.
     """
 
     model: str
@@ -25,14 +25,12 @@ class Task:
     pipeline: str
     classes: bool = True
     pooled: bool = True
-    problem: str = ""
+    several: bool = False
 
 
 TASKS: Mapping[TaskName, Task] = {
     "classification": Task("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification"),
-    "multi-label": Task(
-        "AutoModelForSequenceClassification", "SEQ_CLS", "text-classification", problem="multi_label_classification"
-    ),
+    "multi-label": Task("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification", several=True),
     "token-classification": Task("AutoModelForTokenClassification", "TOKEN_CLS", "token-classification", pooled=False),
     "causal-lm": Task("AutoModelForCausalLM", "CAUSAL_LM", "text-generation", classes=False, pooled=False),
 }

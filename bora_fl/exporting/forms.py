@@ -125,6 +125,7 @@ def export_sentence_transformers(folder: Path, target: Path, base: str = "", dty
     """
     require_target(target)
     model, tokenizer = _merged(folder, base, dtype)
+    names = _label_names(model.config)
     if not isinstance(model, PooledClassification):
         raise ConfigError(
             f"run.output-dir = '{folder}': {type(model).__name__} has a head of its own, which sentence-transformers "
@@ -132,7 +133,7 @@ def export_sentence_transformers(folder: Path, target: Path, base: str = "", dty
         )
     result = read_result(folder)
     length = (result.settings if result else parse(read_config(folder))).model.max_length
-    save_sentence_transformers(model, tokenizer, target, _label_names(model.config), length)  # type: ignore[attr-defined]
+    save_sentence_transformers(model, tokenizer, target, names, length)
     return target
 
 

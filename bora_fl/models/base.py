@@ -122,7 +122,7 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                 names = label_names or []
                 options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
                 options["label2id"] = {name: index for index, name in enumerate(names)}
-                options |= {"problem_type": settings.kind.problem} if settings.kind.problem else {}
+                options |= {"problem_type": "multi_label_classification"} if settings.kind.several else {}
                 kind = _classifier(settings)
                 if settings.quantization != "none":
                     options["quantization_config"].llm_int8_skip_modules = _outside_the_body(kind, source, settings)

@@ -146,7 +146,7 @@ def solve(
     noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
     classes, dim = state.current.tensors[layout.weight].shape
-    several = settings.model.task == "multi-label"
+    several = settings.model.kind.several
     shape = (classes + several, narrowed(dim, settings.head.max_width))  # the last row: all examples
     ratio = settings.strategy.max_weight_ratio
     up = _Received()

@@ -1,11 +1,14 @@
 """What a row is, found by the columns and never against what is named."""
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data import load_dataset
 from bora_fl.data.columns import left_out, require_response, resolved
 
 TEXT = pa.string()
@@ -115,6 +118,13 @@ def test_what_a_prompt_is_about(
 )
 def test_a_column_of_system_prompts_is_named(columns: tuple[str, ...], given: dict[str, Any], expected: str) -> None:
     assert left_out(resolved(DataSettings(**given), dict.fromkeys(columns, TEXT)), columns) == expected
+
+
+def test_loading_says_that_system_prompts_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"system": ["s", "t"], "instruction": ["a", "b"], "output": ["x", "y"]}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    load_dataset(DataSettings(name=str(tmp_path / "rows.parquet"), test_split=""))
+    assert "column 'system' is not trained on" in caplog.text
 
 
 def test_a_context_goes_with_a_prompt() -> None:

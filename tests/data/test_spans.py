@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from bora_fl.spans import span_counts, spans, tells_spans
+from bora_fl.data.spans import span_counts, spans, tells_spans
 
 CASES = {
     "O O": set(),
