@@ -61,14 +61,11 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
         raw = load_dataset(settings.data)
         if settings.data.partition == "natural":
             natural_ids(settings.data, raw)
+        labels.require(raw.train, raw.settings, settings.model)
     except (ConfigError, FetchError) as error:
         return Finding(subject, "fail", str(error)), None
     test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
     text = f"{len(raw.train):,} rows to train on{test}"
-    try:
-        labels.require(raw.train, raw.settings, settings.model)
-    except ConfigError as error:
-        return Finding(subject, "fail", str(error)), None
     if raw.label_names is not None:
         text += f", classes {', '.join(raw.label_names[:8])}{' ...' if len(raw.label_names) > 8 else ''}"
     if len(raw.train) < settings.train.batch_size:
