@@ -40,12 +40,21 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after a round: the server's state, every fold so far, the run's id."""
+    """A run after a round.
+
+    Attributes:
+        round: The round.
+        run_id: The run's.
+        state: The server's.
+        folds: Every one so far.
+        data: Names the content of the server's data, as `source_fingerprint` does; empty where it is not known.
+    """
 
     round: int
     run_id: str
     state: ServerState
     folds: list[dict[str, Tensor]]
+    data: str = ""
 
 
 class _Manifest(BaseModel):
@@ -60,6 +69,7 @@ class _Manifest(BaseModel):
     num_folds: int = Field(ge=0)
     config: dict[str, Scalar]
     sha256: dict[str, str] = Field(default_factory=dict)
+    data: str = ""
 
 
 def save(folder: Path, checkpoint: Checkpoint, config: dict[str, Scalar], metrics: dict[str, Any], keep: int) -> Path:
@@ -95,6 +105,7 @@ def save(folder: Path, checkpoint: Checkpoint, config: dict[str, Scalar], metric
             "format": FORMAT,
             "round": checkpoint.round,
             "run_id": checkpoint.run_id,
+            "data": checkpoint.data,
             "fold_version": state.fold_version,
             "num_folds": len(checkpoint.folds),
             "config": config,
@@ -188,7 +199,7 @@ def _load(path: Path) -> tuple[_Manifest, Checkpoint]:
     tensors = read(path / STATE)
     folds = [read(_fold_path(path.parent, version)) for version in range(1, manifest.num_folds + 1)]
     state = ServerState.from_tensors(tensors, manifest.fold_version)
-    return manifest, Checkpoint(manifest.round, manifest.run_id, state, folds)
+    return manifest, Checkpoint(manifest.round, manifest.run_id, state, folds, manifest.data)
 
 
 def _write_folds(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:

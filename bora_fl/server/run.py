@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bora_fl.blocks import at_rank, normalize_sigma
 from bora_fl.config import ConfigError, Settings, extras
-from bora_fl.data import Encoded, Pairs, labels, load_dataset, partition_picture, test_data
+from bora_fl.data import Encoded, Pairs, labels, load_dataset, partition_picture, source_fingerprint, test_data
 from bora_fl.data.columns import require_response
 from bora_fl.data.general import general_text
 from bora_fl.data.prompts import Prompt, held_out_prompts
@@ -25,7 +25,7 @@ from bora_fl.models import FederatedModel, load_base, load_tokenizer, peft_confi
 from bora_fl.models.packing import require_packing
 from bora_fl.models.pooling import PooledClassification
 from bora_fl.models.reference import References, require_preferences
-from bora_fl.models.result import write_labels
+from bora_fl.models.result import read_labels, write_labels
 from bora_fl.paths import digest, write_atomically
 from bora_fl.privacy.audit_log import AUDIT_LOG, append
 from bora_fl.report import RoundReport, append_row, drop_rows_after, read_rows, round_line, rounds_picture
@@ -74,6 +74,7 @@ class Server(Observer):
         labels.require(raw.train, raw.settings, settings.model)
         classifies = settings.model.kind.classes
         self._data = raw.settings
+        self._source = source_fingerprint(settings.data, 0)
         if not classifies:
             require_response(settings.data, raw.settings, raw.train.column_names)
         if raw.settings.format == "preference":
@@ -144,6 +145,7 @@ class Server(Observer):
             checkpoint = Checkpoint(0, uuid.uuid4().hex, ServerState.start(self.model.read()), [])
         else:
             checkpoint, first_round = found, found.round + 1
+            self._require_the_same_data(found)
             log.info("resuming after round %d from %s", checkpoint.round, self.folder)
             drop_rows_after(self.metrics_path, checkpoint.round)
             if (self.folder / SAMPLES).is_file():
@@ -159,6 +161,21 @@ class Server(Observer):
         activity.tell("write the adapter")
         self._write_result(strategy.folds)
         return self.folder
+
+    def _require_the_same_data(self, found: Checkpoint) -> None:
+        """Refuse to go on where the logits would mean other classes; say where the test set is another."""
+        name, before = self.settings.data.name, read_labels(self.folder)
+        if self.label_names is not None and before is not None and before != self.label_names:
+            raise CheckpointError(
+                f"{self.folder} belongs to a run on other classes ({', '.join(before)}); data.name = {name!r} has "
+                f"{', '.join(self.label_names)}: restore the data, or start anew with another run.output-dir"
+            )
+        if found.data and found.data != self._source:
+            log.warning(
+                "data.name = %r is not what it was in round %d: accuracies from here on are of other examples",
+                name,
+                found.round,
+            )
 
     def _write_result(self, folds: list[dict[str, Tensor]]) -> None:
         adapter, rows = self.folder / "adapter", read_rows(self.metrics_path)
@@ -234,7 +251,7 @@ class Server(Observer):
         """Checkpoint first, then the metrics line: a crash in between repeats the round's line, never loses it."""
         report = self._measured(report, state, folds)
         row = report.row()
-        checkpoint = Checkpoint(report.round, self._run_id, state, folds)
+        checkpoint = Checkpoint(report.round, self._run_id, state, folds, self._source)
         keep = self.settings.run.keep_checkpoints
         try:
             saved = self._save(self.folder / "checkpoints", checkpoint, self.settings.flat(), row, keep)

@@ -86,7 +86,7 @@ def markdown(results: Results) -> str:
 
 
 def against_what(results: Results, scenario: str) -> str:
-    """The accuracies that a scenario's are read against, in a line."""
+    """The accuracies that a scenario's are read against, in a line; those that were measured."""
     found = results.references.get(scenario, References())
     named = {
         "zero rounds": found.floor,
@@ -94,7 +94,8 @@ def against_what(results: Results, scenario: str) -> str:
         "IID federated": found.iid,
         "central": found.central,
     }
-    return "read against (%): " + ", ".join(f"{name} {interval(value, 100)}" for name, value in named.items())
+    shown = [f"{name} {interval(value, 100)}" for name, value in named.items() if value is not None]
+    return "read against (%): " + (", ".join(shown) or "nothing was measured on a central test set")
 
 
 def write(results: Results, folder: Path) -> list[Path]:

@@ -130,8 +130,7 @@ class Comparison:
             target: Accuracy for bytes to target; 0 is the baseline's own.
 
         Raises:
-            ConfigError: If no run could use the data or the model, another process is at work in the folder, or every
-                try of a variant failed.
+            ConfigError: If no run could use the data or the model, or another process is at work in the folder.
             FetchError: If an embedded data set cannot be made here.
         """
         self.fetch()
@@ -140,7 +139,7 @@ class Comparison:
         if self.trials:
             tried = self._grid(self.trials, "tuning")
             best = tuning.choose(tried)
-            for line in tuning.at_edge(tried, best):
+            for line in tuning.doubts(tried, best):
                 self.console.print(f"note: {line}", highlight=False, markup=False)
             plan = tuning.tuned(plan, best)
         beside = self.beside(plan)

@@ -57,11 +57,10 @@ def tuning_runs(plan: Plan, factors: Sequence[float], seeds: int) -> list[Compar
 def choose(outcomes: Sequence[tuple[CompareRun, Outcome]]) -> Chosen:
     """The rate of least held-out loss, mean over the tuning seeds; a run that failed counts as infinite.
 
+    A variant that failed at every rate has none: it stays at its own, and stands in the report with what comes of it.
+
     The loss is that of the clients' held-out parts after the last round; where sites release none, as under privacy,
     that of the central test set. Between equals, the smallest rate.
-
-    Raises:
-        ConfigError: If every run of a variant failed.
     """
     losses: dict[tuple[str, Variant], dict[float, list[float]]] = {}
     for run, end in outcomes:
@@ -73,25 +72,33 @@ def choose(outcomes: Sequence[tuple[CompareRun, Outcome]]) -> Chosen:
     for (scenario, variant), rates in losses.items():
         means = {rate: math.fsum(found) / len(found) for rate, found in sorted(rates.items())}
         best = min(means, key=means.__getitem__)
-        if not math.isfinite(means[best]):
-            raise ConfigError(f"--tune: {variant} in {scenario} failed at every rate of {', '.join(map(str, means))}")
-        chosen[scenario, variant] = best
+        if math.isfinite(means[best]):
+            chosen[scenario, variant] = best
     return chosen
 
 
-def at_edge(outcomes: Sequence[tuple[CompareRun, Outcome]], chosen: Chosen) -> list[str]:
-    """A line for every variant whose rate is the smallest or the largest tried: a better one may lie beyond."""
+def doubts(outcomes: Sequence[tuple[CompareRun, Outcome]], chosen: Chosen) -> list[str]:
+    """A line for every variant whose rate is the smallest or the largest tried, or that failed at all of them."""
+    rates: dict[tuple[str, Variant], set[float]] = {}
+    for run, _ in outcomes:
+        rates.setdefault((run.scenario, run.variant), set()).add(run.settings.train.learning_rate)
     lines = []
-    for (scenario, variant), rate in chosen.items():
-        tried = {r.settings.train.learning_rate for r, _ in outcomes if (r.scenario, r.variant) == (scenario, variant)}
-        if len(tried) > 1 and rate in (min(tried), max(tried)):
+    for (scenario, variant), tried in rates.items():
+        rate = chosen.get((scenario, variant))
+        if rate is None:
+            shown = ", ".join(f"{one:g}" for one in sorted(tried))
+            lines.append(f"{variant} in {scenario}: failed at every rate of {shown}; it is run at its own")
+        elif len(tried) > 1 and rate in (min(tried), max(tried)):
             lines.append(f"{variant} in {scenario}: {rate:g} is at the edge of the rates tried; widen --rates")
     return lines
 
 
 def tuned(plan: Plan, chosen: Mapping[tuple[str, Variant], float]) -> Plan:
-    """The plan with every run at its variant's rate."""
-    return replace(plan, runs=[_at_rate(run, chosen[run.scenario, run.variant]) for run in plan.runs])
+    """The plan with every run at its variant's rate, where one was chosen."""
+    runs = [
+        _at_rate(run, chosen.get((run.scenario, run.variant), run.settings.train.learning_rate)) for run in plan.runs
+    ]
+    return replace(plan, runs=runs)
 
 
 def _at_rate(run: CompareRun, rate: float) -> CompareRun:

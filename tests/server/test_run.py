@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from flwr.app import Message, MetricRecord
@@ -112,6 +113,27 @@ def test_resuming_with_other_settings_names_them(tiny_config):
     simulate(tiny_config | {"run.num-rounds": 1}, 3)
     with pytest.raises(CheckpointError, match=r"train\.learning-rate was 0\.02, is 0\.5"):
         simulate(tiny_config | {"run.resume": True, "train.learning-rate": 0.5}, 3)
+
+
+@pytest.mark.parametrize("changed", ["test rows", "classes", "nothing"])
+def test_resuming_on_other_data_is_noticed(changed: str, tiny_config, tmp_path: Path, caplog):
+    table = pd.read_parquet(tiny_config["data.name"])
+    table["label"] = table["label_name"]
+    config = tiny_config | {"data.name": str(tmp_path / "own.parquet"), "run.num-rounds": 1}
+    table.to_parquet(config["data.name"])
+    simulate(config, 3)
+    if changed == "classes":
+        table["label"] = table["label"].replace("bad", "worse")
+    elif changed == "test rows":
+        table = table.drop(index=299)
+    table.to_parquet(config["data.name"])
+    again = config | {"run.resume": True, "run.num-rounds": 2}
+    if changed == "classes":
+        with pytest.raises(CheckpointError, match=r"other classes \(bad, good\); .* has good, worse"):
+            simulate(again, 3)
+    else:
+        simulate(again, 3)
+    assert ("is not what it was in round 1" in caplog.text) == (changed == "test rows")
 
 
 def test_a_run_does_not_overwrite_another(tiny_config):

@@ -108,7 +108,7 @@ def test_references_that_were_not_run_are_left_open(tmp_path):
         finish(run, 0.6)
     collected = results.collect(found, [(run, grid.outcome(run)) for run in found.runs], FEDAVG)
     assert collected.summaries[0].retention is None
-    assert "zero rounds 50.0, local only -, IID federated -, central -" in report.markdown(collected)
+    assert "read against (%): zero rounds 50.0\n" in report.markdown(collected)
 
 
 def test_what_the_clients_measured_stands_in_no_column_of_the_central_test_set(tmp_path):
@@ -120,7 +120,7 @@ def test_what_the_clients_measured_stands_in_no_column_of_the_central_test_set(t
     for summary in collected.summaries:
         assert [summary.accuracy, summary.loss, summary.gain, summary.retention, summary.of_central] == [None] * 5
     assert {row.accuracy for row in collected.rows} == {None}
-    assert "local only -, IID federated -, central -" in report.markdown(collected)
+    assert "read against (%): nothing was measured on a central test set\n" in report.markdown(collected)
 
 
 def test_references_run(tiny_config, tmp_path):

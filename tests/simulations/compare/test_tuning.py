@@ -49,14 +49,14 @@ def test_the_rate_of_least_held_out_loss_over_seeds_is_chosen(tmp_path):
     ends, rate = tried(tmp_path, {0.3: (2.0, 2.0), 1.0: (1.0, 1.6), 3.0: (0.9, 2.0)})
     chosen = tuning.choose(ends)
     assert chosen == {("dirichlet-1", FEDAVG): pytest.approx(rate)}
-    assert not tuning.at_edge(ends, chosen)
+    assert not tuning.doubts(ends, chosen)
 
 
 def test_a_rate_that_fails_on_a_seed_is_not_chosen(tmp_path):
     ends, rate = tried(tmp_path, {0.3: (2.0, 2.0), 1.0: (2.1, 2.1), 3.0: (0.1, None)})
     chosen = tuning.choose(ends)
     assert chosen["dirichlet-1", FEDAVG] == pytest.approx(0.3 * rate)
-    (line,) = tuning.at_edge(ends, chosen)
+    (line,) = tuning.doubts(ends, chosen)
     assert "bora/fedavg in dirichlet-1" in line
     assert "edge" in line
 
@@ -66,10 +66,18 @@ def test_between_equals_the_smallest_rate_is_chosen(tmp_path):
     assert tuning.choose(ends)["dirichlet-1", FEDAVG] == pytest.approx(0.3 * rate)
 
 
-def test_a_variant_that_fails_everywhere_is_named(tmp_path):
-    ends, _ = tried(tmp_path, {1.0: (None, 1.0)})
-    with pytest.raises(ConfigError, match="--tune: bora/fedavg in dirichlet-1 failed at every rate"):
-        tuning.choose(ends)
+def test_a_variant_that_fails_everywhere_is_named_and_stays_at_its_own_rate(tmp_path):
+    ends, rate = tried(tmp_path, {0.3: (None, 1.0), 1.0: (None, None)})
+    chosen = tuning.choose(ends)
+    assert not chosen
+    (line,) = tuning.doubts(ends, chosen)
+    assert "bora/fedavg in dirichlet-1: failed at every rate of" in line
+    found = lay_out(tmp_path)
+    after = tuning.tuned(found, {("dirichlet-1", REFACTOR): 1e-2})
+    assert {(run.variant, run.settings.train.learning_rate) for run in after.runs} == {(FEDAVG, rate), (REFACTOR, 1e-2)}
+    assert [run.folder for run in after.runs if run.variant == FEDAVG] == [
+        run.folder for run in found.runs if run.variant == FEDAVG
+    ]
 
 
 def test_the_comparison_runs_at_the_chosen_rates_alone(tmp_path):
