@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -164,11 +165,16 @@ class Server(Observer):
 
     def _require_the_same_data(self, found: Checkpoint) -> None:
         """Refuse to go on where the logits would mean other classes; say where the test set is another."""
-        name, before = self.settings.data.name, read_labels(self.folder)
+        name = self.settings.data.name
+        try:
+            before = read_labels(self.folder)
+        except (ValueError, TypeError):  # damaged; it is written anew
+            before = None
         if self.label_names is not None and before is not None and before != self.label_names:
+            old, new = (shorten(", ".join(names), 200, placeholder=" ...") for names in (before, self.label_names))
             raise CheckpointError(
-                f"{self.folder} belongs to a run on other classes ({', '.join(before)}); data.name = {name!r} has "
-                f"{', '.join(self.label_names)}: restore the data, or start anew with another run.output-dir"
+                f"{self.folder} belongs to a run on other classes ({old}); data.name = {name!r} has {new}: "
+                "restore the data, or start anew with another run.output-dir"
             )
         if found.data and found.data != self._source:
             log.warning(

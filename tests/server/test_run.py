@@ -115,7 +115,7 @@ def test_resuming_with_other_settings_names_them(tiny_config):
         simulate(tiny_config | {"run.resume": True, "train.learning-rate": 0.5}, 3)
 
 
-@pytest.mark.parametrize("changed", ["test rows", "classes", "nothing"])
+@pytest.mark.parametrize("changed", ["test rows", "classes", "nothing", "the list of classes"])
 def test_resuming_on_other_data_is_noticed(changed: str, tiny_config, tmp_path: Path, caplog):
     table = pd.read_parquet(tiny_config["data.name"])
     table["label"] = table["label_name"]
@@ -126,6 +126,8 @@ def test_resuming_on_other_data_is_noticed(changed: str, tiny_config, tmp_path: 
         table["label"] = table["label"].replace("bad", "worse")
     elif changed == "test rows":
         table = table.drop(index=299)
+    elif changed == "the list of classes":
+        (tmp_path / "run" / "labels.json").write_text("[")
     table.to_parquet(config["data.name"])
     again = config | {"run.resume": True, "run.num-rounds": 2}
     if changed == "classes":
