@@ -1,4 +1,4 @@
-"""The training objective and the metrics, alike for classes of texts and of words and for causal language models."""
+"""The training objective and the metrics, alike for classes, for numbers and for causal language models."""
 
 import json
 import math
@@ -22,18 +22,23 @@ DPO_BETA = 0.1
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of every example, so that no example's loss depends on the others in the batch.
+    """Cross-entropy of every example, or squared error, so that no example's loss depends on the others in the batch.
 
     Args:
         logits: ``[N, classes]`` with labels ``[N]``, or ``[N, T, classes]`` with labels ``[N, T]`` or ``[N, T + 1]``.
         labels: Class ids, or token ids, with ``-100`` where there is no target: position t of the logits predicts
-            t + 1. Or ``[N, classes]`` float, 1 for the classes that an example has and 0 for the others.
+            t + 1. Or ``[N, classes]`` float, 1 for the classes that an example has and 0 for the others, or ``[N]``
+            float, the numbers that the only logit is to be.
 
     Returns:
         Per example, each ``[N]`` float32: the summed loss, the number of targets, the number predicted right. Where an
         example may have several classes: the mean over the classes of the binary cross-entropy, 1, and F1 of the
-        classes that have a probability above a half, which is 1 where neither they nor the labels are any.
+        classes that have a probability above a half, which is 1 where neither they nor the labels are any. Of a
+        number: its squared error, 1, and 0.
     """
+    if labels.is_floating_point() and labels.dim() == 1:
+        losses = (logits.float()[:, 0] - labels).square()
+        return losses, torch.ones_like(losses), torch.zeros_like(losses)
     if labels.is_floating_point():
         return _several(logits.float(), labels)
     if logits.dim() == 3:
@@ -84,7 +89,8 @@ def preference_losses(logits: Tensor, labels: Tensor, reference: Tensor, beta: f
 class Metrics:
     """Mean cross-entropy per target, share of targets predicted right, and how many examples and targets there were.
 
-    Of examples with several classes: their mean F1 in the place of that share. Of words, where their classes are those
+    Of examples with several classes: their mean F1 in the place of that share. Of numbers: mean squared error, and R²
+    of these examples, or 0 where it is negative or they are all alike. Of words, where their classes are those
     of entities, also F1 of the entities: ``2 right / (found + known)``, 0 where there are none.
     Of preference pairs: mean DPO loss, share of pairs whose chosen response has the larger reward, pairs, and the mean
     margin between the two rewards.
@@ -96,6 +102,15 @@ class Metrics:
     targets: int
     margin: float | None = None
     f1: float | None = None
+
+    @classmethod
+    def of(cls, data: Encoded, loss: float, targets: float, right: float, f1: float | None = None) -> "Metrics":
+        """The metrics of examples, from the sums of what `example_losses` returns."""
+        share, classes = right / max(targets, 1), data.classes
+        if targets and classes is not None and classes.ndim == 1 and classes.dtype == np.float32:
+            spread = len(classes) * float(classes.var(dtype=np.float64))
+            share = max(1 - loss / spread, 0.0) if spread > 0 else 0.0
+        return cls(loss / max(targets, 1), share, len(data), int(targets), f1=f1)
 
 
 def perplexity(loss: float) -> float:
@@ -199,4 +214,4 @@ def evaluate(
         return Metrics(loss / pairs, right / pairs, len(order), len(order), targets / pairs)
     found, known, both = counts.tolist()
     f1 = 2 * both / max(found + known, 1) if entities else None
-    return Metrics(loss / max(targets, 1), right / max(targets, 1), len(order), int(targets), f1=f1)
+    return Metrics.of(data, loss, targets, right, f1)

@@ -67,11 +67,12 @@ def statistics(
             num_classes,
             width=settings.head.max_width,
             clip_norm=clip_norm if private else None,
+            number_range=settings.number_range,
             autocast=lambda: autocast(device, train.precision),
             progress=stage("sum up features", on_step),
         )
         if private:
-            sums = release(sums, noise)
+            sums = release(sums, noise, number=settings.model.kind.number)
     spent = settings.privacy.epsilon if private else None
     return StatisticsRelease(sums.to_tensors(), who.partition, spent).content(instruction.round)
 

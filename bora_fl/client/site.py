@@ -44,7 +44,7 @@ class Site:
                 require_preferences(settings)
         with refuse_as(Code.MODEL_UNAVAILABLE, Code.OUT_OF_MEMORY):
             self._tokenizer: Any = load_tokenizer(settings.model)
-            self._label_names = raw.label_names
+            self._label_names = raw.logit_names(settings.model)
             self._base: Any = self._load()
         self._model: FederatedModel | None = None
         self._folded: tuple[str, int] = ("", 0)

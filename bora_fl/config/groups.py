@@ -43,7 +43,7 @@ class ModelSettings(Group):
     task: TaskName = Field(
         "classification",
         description="what the model is trained for: a class of each text, any number of them (multi-label), a class of "
-        "each word (token-classification), or text (causal-lm)",
+        "each word (token-classification), a number for each text (regression), or text (causal-lm)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the frozen weights")
     quantization: Literal["none", "8bit", "4bit"] = Field(
@@ -111,7 +111,7 @@ class AdapterSettings(Group):
 
 
 class HeadSettings(Group):
-    """The classification head: solved from sums over all clients' examples, then trained with the adapter."""
+    """The head: solved from sums over all clients' examples, then trained with the adapter."""
 
     init: Literal["auto", "closed-form", "random"] = Field(
         "auto", description="closed-form: solved before round 1 from sums over all examples; auto: where that can be"
@@ -130,6 +130,9 @@ class HeadSettings(Group):
     budget_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="share of privacy.epsilon that the sums are released with (privacy.mode = record)"
     )
+    number_range: str = Field(
+        "", description="low,high: where all numbers lie, known beforehand (regression, privacy.mode = record)"
+    )
 
     def solves_after(self, round: int, *, last: bool) -> bool:
         """Whether ``solve-again`` names this round."""
@@ -143,7 +146,7 @@ class DataSettings(Group):
     name: str = Field(
         "embedded:sentiment4",
         description="hub id, local .parquet, .jsonl, .json, .csv or .tsv file or folder, or "
-        "embedded:sentiment4 | newsgroups20 | docstrings4",
+        "embedded:sentiment4 | ratings4 | newsgroups20 | docstrings4",
     )
     subset: str = Field("", description="configuration of a hub data set")
     train_split: str = Field("train", description="split (or value of a column named split) that clients train on")
@@ -154,7 +157,9 @@ class DataSettings(Group):
         "is trained by DPO; auto: by the columns",
     )
     text_column: str = Field("text", description="input text or words; the prompt or the messages (instruction data)")
-    label_column: str = Field("label", description="class; a list of them for multi-label, one for each word for words")
+    label_column: str = Field(
+        "label", description="class, or number; a list of classes for multi-label, one for each word for words"
+    )
     response_column: str = Field(
         "", description="answer (instruction data), or the response that was chosen; the loss covers it alone"
     )
@@ -168,9 +173,7 @@ class DataSettings(Group):
     classes_per_client: Count = Field(2, description="classes a client holds in the pathological split")
     num_partitions: CountOrZero = Field(0, description="number of clients; 0 is the federation's size")
     evaluation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="each client's held-out part")
-    packing: bool = Field(
-        False, description="put several training examples into a row of model.max-length, apart (causal-lm)"
-    )
+    packing: bool = Field(False, description="put several training examples into a row, apart (causal-lm)")
     general_text: str = Field(
         "",
         description="text file, or embedded:python-docs: its loss in every evaluated round says what the model forgets "

@@ -1,5 +1,6 @@
 """The settings of a run: every group, and what must hold across groups."""
 
+import math
 import re
 from typing import Self
 
@@ -40,9 +41,11 @@ class Settings(Group):
 
     def _unsolvable(self) -> str:
         """Why there is no closed-form head, as the setting at fault and the reason; empty if there is one."""
-        if not self.model.kind.classes:
-            return f"model.task = {self.model.task!r}: it has no classification head"
-        if self.privacy.mode == "record" and self.model.task != "classification":
+        if not self.model.kind.head:
+            return f"model.task = {self.model.task!r}: it has no head of its own"
+        if self.privacy.mode == "record" and self.model.kind.number and not self.head.number_range:
+            return "privacy.mode = 'record', head.number-range = '': nothing bounds what one number adds to the sums"
+        if self.privacy.mode == "record" and self.model.task not in ("classification", "regression"):
             return (
                 f"privacy.mode = 'record', model.task = {self.model.task!r}: an example adds to the sums as often as "
                 "it has labels, which the noise for one would not hide"
@@ -54,16 +57,37 @@ class Settings(Group):
             )
         return ""
 
+    @property
+    def number_range(self) -> tuple[float, float] | None:
+        """Low and high of the numbers that are clipped where they must be bounded; None where they are not known."""
+        if not self.head.number_range:
+            return None
+        try:
+            low, high = map(float, self.head.number_range.split(","))
+        except ValueError:
+            low, high = math.nan, math.nan
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(
+                f"head.number-range = {self.head.number_range!r}: is no pair low,high of numbers, such as -4,4; "
+                "correct it, or leave it empty"
+            )
+        return low, high
+
     @model_validator(mode="after")
     def _check_across_groups(self) -> Self:
+        if self.number_range and not self.model.kind.number:
+            raise ValueError(
+                f"head.number-range = {self.head.number_range!r} with model.task = {self.model.task!r}: classes and "
+                "tokens have no range; leave head.number-range empty"
+            )
         if self.head.init == "closed-form" and (reason := self._unsolvable()):
             raise ValueError(f"head.init = 'closed-form' with {reason}; set head.init to auto or random")
         if self.run.num_rounds == 0 and not self.solves_head:
             raise ValueError("run.num-rounds = 0: without a head to solve, nothing would be learned; set 1 or more")
         if self.model.pooling != "auto" and not self.model.kind.pooled:
             raise ValueError(
-                f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a head that "
-                "classifies texts reads a pooled one; set model.pooling to auto"
+                f"model.pooling = {self.model.pooling!r} with model.task = {self.model.task!r}: only a head on "
+                "whole texts reads a pooled one; set model.pooling to auto"
             )
         if self.data.packing and (self.model.task != "causal-lm" or self.privacy.mode == "record"):
             at = f"model.task = '{self.model.task}'" if self.privacy.mode != "record" else "privacy.mode = 'record'"
@@ -213,7 +237,7 @@ class Settings(Group):
                 "scaled loss is not for them; set train.precision to bf16 or fp32"
             )
         whole = self.adapter.method == "full" or bool(self.adapter.modules_to_save)
-        whole = whole or (model.kind.classes and self.adapter.train_head)
+        whole = whole or (model.kind.head and self.adapter.train_head)
         if fp16 and model.dtype == "float16" and whole:
             raise ValueError(
                 "train.precision = 'fp16' with model.dtype = 'float16': modules that are trained whole would have "

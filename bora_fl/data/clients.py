@@ -160,7 +160,7 @@ def _split(which: Literal["train", "test"], data: DataSettings, model: ModelSett
         raw = load_dataset(data)
         split = raw.train if which == "train" else raw.test
         assert split is not None
-        _remember(_encoded, key, tokenize(split, raw.settings, model, tokenizer))
+        _remember(_encoded, key, tokenize(split, raw.settings, model, tokenizer, raw.label_names))
         _loads += 1
     _encoded.move_to_end(key)
     return _encoded[key]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,11 +39,10 @@ def fetch(name: str) -> Path:
     wait.
 
     Args:
-        name: ``embedded:sentiment4``, ``embedded:newsgroups20`` or ``embedded:docstrings4`` (the prefix may be left
-            out).
+        name: ``embedded:`` and a name among `SOURCES`; the prefix may be left out.
 
     Returns:
-        A parquet file in the cache folder. Columns: ``text, label, domain, split`` (labels carry their class names), or
+        A parquet file in the cache folder. Columns: ``text, label, domain, split`` (classes carry their names), or
         ``instruction, response, domain, split``.
 
     Raises:
@@ -136,12 +136,14 @@ def _table(rows: Iterable[Row], columns: tuple[str, str]) -> pa.Table:
         if len(text) > 2:
             kept.setdefault(text, row)
     text_column, target_column = columns
-    targets: list[str] | list[int] = [row.target for row in kept.values()]
+    targets: list[Any] = [row.target for row in kept.values()]
     features = Features({name: Value("string") for name in (text_column, target_column, "domain", "split")})
-    if target_column == "label":
-        names = sorted({row.target for row in kept.values()})
+    if isinstance(targets[0], float):
+        features[target_column] = Value("float64")
+    elif target_column == "label":
+        names = sorted(set(targets))
         features["label"] = ClassLabel(names=names)
-        targets = [names.index(row.target) for row in kept.values()]
+        targets = [names.index(target) for target in targets]
     data = {
         text_column: list(kept),
         target_column: targets,

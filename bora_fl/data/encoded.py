@@ -21,8 +21,8 @@ class Encoded:
         begin: ``[N]`` int64, where each example starts in `tokens`.
         lengths: ``[N]`` int64, tokens of each example.
         prompts: ``[N]`` int64, leading tokens of each example that are no targets (causal); zeros for plain text.
-        classes: ``[N]`` int64 class of each example, or ``[N, C]`` float32, 1 for each class that it has; None where
-            tokens are what is predicted.
+        classes: ``[N]`` int64 class of each example, or its number, float32, or ``[N, C]`` float32, 1 for each class
+            that it has; None where tokens are what is predicted.
         pad_id: The token that fills up a batch.
         max_length: No batch is padded beyond this.
         targets: ``[total]`` bool, which of `tokens` are targets; None if all after the prompts are.

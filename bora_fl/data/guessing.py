@@ -24,10 +24,11 @@ from bora_fl.data.columns import (
 )
 from bora_fl.data.embedded import PREFIX
 from bora_fl.data.files import SUFFIXES, data_files, is_saved, looks_local, read_tables
-from bora_fl.data.labels import is_list
+from bora_fl.data.labels import is_list, is_number
 
 LABELS = ("label", "labels", "class", "category", "sentiment", "topic", "target", "rating", "stars")
 TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags")
+NUMBERS = ("score", "value")
 _EMBEDDED_IDS = 4  # natural ids that each embedded data set has at least
 _LENGTHS = (32, 256)
 _CAUSAL_LENGTHS = (64, 1024)
@@ -44,15 +45,18 @@ def guess_task(name: str, label_column: str = "") -> str:
 
     Returns:
         ``causal-lm`` for messages, preference pairs, or prompts with responses and no label, ``token-classification``
-        for lists of words with lists of labels, ``multi-label`` for texts with lists of labels.
+        for lists of words with lists of labels, ``multi-label`` for texts with lists of labels, ``regression`` for
+        texts with numbers that are not all whole.
     """
     found = _look(name) if looks_local(name) else None
     if found is None:
         return "classification"
-    labels = label_column or usual((*LABELS, *TAGS), found.table.column_names)
+    labels = label_column or usual((*LABELS, *TAGS, *NUMBERS), found.table.column_names)
     if labels in found.table.column_names and is_list(found.table[labels].type):
         words = [name for name in found.table.column_names if name != labels and is_words(found.table[name].type)]
         return "token-classification" if words else "multi-label"
+    if labels in found.table.column_names and is_number(found.table[labels]):
+        return "regression"
     if label_column:
         return "classification"
     settings = DataSettings(name=name, label_column="")
@@ -113,7 +117,7 @@ def guess_settings(name: str, task: str, num_clients: int, given: dict[str, str]
     else:
         words = task == "token-classification"
         text = _column(table, "text-column", WORDS if words else TEXTS, given, fits=is_words if words else is_text)
-        labels = (*TAGS, *LABELS) if words else LABELS
+        labels = (*TAGS, *LABELS) if words else (*NUMBERS, *LABELS) if task == "regression" else LABELS
         found |= {"data.text-column": text, "data.label-column": _column(table, "label-column", labels, given)}
         found["model.max-length"] = _max_length(table, [text], _LENGTHS)
     if not (rows.whole and num_clients > 0) and not rows.has_test:

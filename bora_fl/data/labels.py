@@ -1,11 +1,13 @@
-"""The labels of a data set as class numbers: one for each text, any number of them, or one for each word."""
+"""The labels of a data set: a class of each text, any number of them, one for each word, or a number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
 
@@ -18,13 +20,21 @@ def is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def is_number(values: pa.ChunkedArray) -> bool:
+    """Whether a column holds numbers that are not all whole."""
+    kind = values.type
+    if not pa.types.is_floating(kind) and not pa.types.is_decimal(kind):
+        return False
+    return bool(pa.types.is_floating(_values(values, "").type))
+
+
 def encode(
     columns: Mapping[str, pa.ChunkedArray], words: Mapping[str, pa.ChunkedArray], feature: Any, name: str
 ) -> tuple[dict[str, pa.Array], list[str]]:
     """Classes in the place of what the label column holds.
 
     Strings, whole numbers, booleans and ``ClassLabel`` features become classes in sorted order (a ``ClassLabel``'s own
-    order), over all splits.
+    order), over all splits. Other numbers stay numbers.
 
     Args:
         columns: The label column of each split: a label, or a list of labels, a row.
@@ -34,19 +44,22 @@ def encode(
 
     Returns:
         For each split int64 classes, -1 where a ``ClassLabel`` says so; of lists int8 rows of a number for each class,
-        1 for those that it has; of words lists of int64, null where a word has no label. And the class names.
+        1 for those that it has; of words lists of int64, null where a word has no label. And the class names; none
+        where the labels are numbers, float64.
 
     Raises:
-        ConfigError: If values are no classes, fewer than two, or not as many as words.
+        ConfigError: If values are neither classes nor numbers, or not as many as words.
     """
     from datasets import ClassLabel
 
     lists = {split: values for split, values in columns.items() if is_list(values.type)}
     if lists and len(lists) < len(columns):
         raise ConfigError(f"data.label-column = {name!r}: holds lists in split {next(iter(lists))} alone")
-    flat = {
-        split: _whole_numbers(pc.list_flatten(values) if lists else values, name) for split, values in columns.items()
-    }
+    flat = {split: _values(pc.list_flatten(values) if lists else values, name) for split, values in columns.items()}
+    if any(pa.types.is_floating(values.type) for values in flat.values()):
+        if lists:
+            raise _no_classes(name, "numbers in lists")
+        return {split: _numbers(values, name) for split, values in flat.items()}, []
     feature = getattr(feature, "feature", feature) if lists else feature
     if isinstance(feature, ClassLabel):
         classes: list[Any] = list(range(len(feature.names)))
@@ -55,10 +68,6 @@ def encode(
         flat = _of_one_type(flat, name)
         classes = sorted({value for labels in flat.values() for value in pc.unique(labels).to_pylist()} - {None})
         names = [str(value) for value in classes]
-    if len(classes) < 2:
-        raise ConfigError(
-            f"data.label-column = {name!r}: holds {len(classes)} class(es), {names}; name a column with two or more"
-        )
     codes = {
         split: pc.index_in(values, pa.array(classes, values.type)).cast(pa.int64()).combine_chunks()
         for split, values in flat.items()
@@ -114,8 +123,25 @@ def _of_one_type(labels: dict[str, pa.ChunkedArray], name: str) -> dict[str, pa.
     return {split: values.cast(next(iter(kinds.values()), values.type)) for split, values in labels.items()}
 
 
-def _whole_numbers(labels: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Labels as strings or int64; booleans stay; anything else is refused."""
+def _numbers(values: pa.ChunkedArray, name: str) -> pa.Array:
+    """Numbers as float64."""
+    if not pa.types.is_floating(values.type) and not pa.types.is_integer(values.type):
+        raise _no_classes(name, f"numbers in one split and {values.type} in another")
+    found = values.cast(pa.float64()).combine_chunks()
+    if not pc.all(pc.is_finite(found.cast(pa.float32(), safe=False))).as_py():
+        raise ConfigError(f"data.label-column = {name!r}: holds numbers beyond what float32 does; scale them")
+    return found
+
+
+def _no_classes(name: str, held: str) -> ConfigError:
+    return ConfigError(
+        f"data.label-column = {name!r}: holds {held}, which are neither classes nor numbers; name a column of strings "
+        "or numbers, or leave it empty for language modelling"
+    )
+
+
+def _values(labels: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """Labels as strings, int64, or float64 where not all are whole; booleans stay; anything else is refused."""
     kind = labels.type
     if pa.types.is_boolean(kind):
         return labels
@@ -129,25 +155,54 @@ def _whole_numbers(labels: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
             raise pa.ArrowInvalid(str(kind))
         return labels.cast(pa.int64())
     except pa.ArrowException:
+        if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            return labels.cast(pa.float64())
+        raise _no_classes(name, f"{kind} values") from None
+
+
+def numbers(values: pa.ChunkedArray, names: Sequence[str], name: str) -> NDArray[np.float32]:
+    """What `encode` made of a column, as numbers: classes that are written as such count as what they say.
+
+    Args:
+        values: The column's.
+        names: The class names, or none.
+        name: The column.
+
+    Raises:
+        ConfigError: If a class is no number.
+    """
+    return _meant(names, name)[np.asarray(values, dtype=np.int64)] if names else np.asarray(values, dtype=np.float32)
+
+
+def _meant(names: Sequence[str], name: str) -> NDArray[np.float32]:
+    """The number that each class name is."""
+    try:
+        found = np.array([float(label) for label in names], dtype=np.float32)
+        if not np.isfinite(found).all():
+            raise ValueError
+    except ValueError:
+        held = shorten(", ".join(names), 60, placeholder=" ...")
         raise ConfigError(
-            f"data.label-column = {name!r}: holds {kind} values that are not classes; name a column of strings or "
-            "whole numbers, or leave it empty for language modelling"
+            f"data.label-column = {name!r} with model.task = 'regression': holds {held}, which are no numbers; name a "
+            "column of numbers, or set model.task to classification"
         ) from None
+    return found
 
 
-def require(train: "Dataset", data: DataSettings, model: ModelSettings) -> None:
+def require(train: "Dataset", data: DataSettings, model: ModelSettings, names: Sequence[str] | None) -> None:
     """Refuse data whose labels are not those of the model's task.
 
     Args:
         train: The training split, as `load_dataset` returns it.
         data: As `RawData.settings` has them.
         model: The task.
+        names: The class names; empty where the labels are numbers, None without labels.
 
     Raises:
-        ConfigError: If it has no labels, others than the task is for, or responses beside them.
+        ConfigError: If it has no labels, others than the task is for, fewer than two classes, or responses beside them.
     """
     at = f"with model.task = {model.task!r}"
-    if not model.kind.classes:
+    if not model.kind.head:
         if data.format == "words":
             raise ConfigError(
                 f"data.text-column = {data.text_column!r} {at}: it holds lists of words; set model.task to "
@@ -170,14 +225,24 @@ def require(train: "Dataset", data: DataSettings, model: ModelSettings) -> None:
             "column of the classes, or set model.task to causal-lm"
         )
     lists = is_list(train.data.schema.field(data.label_column).type)
-    found = "token-classification" if data.format == "words" else "multi-label" if lists else "classification"
+    if model.kind.number and not lists and data.format != "words":
+        _meant(names or (), data.label_column)
+        return
+    found = "regression" if not names else "multi-label" if lists else "classification"
+    found = "token-classification" if data.format == "words" else found
     if found != model.task:
         held = {
             "token-classification": "a class of each word",
             "multi-label": "a list of classes for each text",
             "classification": "one class of each text",
+            "regression": "numbers",
         }
         raise ConfigError(
             f"data.label-column = {data.label_column!r} {at}: it holds {held[found]}; set model.task to {found}, or "
             "name another column"
+        )
+    if len(names or ()) < 2:
+        raise ConfigError(
+            f"data.label-column = {data.label_column!r}: holds {len(names or ())} class(es), {names}; name a column "
+            "with two or more"
         )

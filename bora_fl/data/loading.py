@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bora_fl.config import ConfigError, DataSettings, extensions
+from bora_fl.config import ConfigError, DataSettings, ModelSettings, extensions
 from bora_fl.data import columns, files, labels, messages, preferences
 from bora_fl.data.embedded import PREFIX, fetch
 from bora_fl.seeds import derive
@@ -41,7 +41,8 @@ class RawData:
     Attributes:
         train: What clients train on: no row lacks text, label or response; labels are as `labels.encode` makes them.
         test: The server's central test set, likewise, or None.
-        label_names: The C class names; None where the data has no labels (language modelling).
+        label_names: The C class names; empty where labels are numbers, None where the data has no labels (language
+            modelling).
         settings: The settings that it was read by, with ``data.format`` and its columns named.
     """
 
@@ -49,6 +50,12 @@ class RawData:
     test: "Dataset | None"
     label_names: list[str] | None
     settings: DataSettings
+
+    def logit_names(self, model: ModelSettings) -> list[str] | None:
+        """Names of the head's logits: the classes, or the column of the number; None for a language model."""
+        if not model.kind.head:
+            return None
+        return [self.settings.label_column] if model.kind.number else self.label_names
 
     def texts(self) -> list[str]:
         """Each training row as text; messages as JSON."""

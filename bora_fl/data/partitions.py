@@ -20,6 +20,7 @@ from bora_fl.seeds import derive
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
+_NUMBER_CLASSES = 10  # that rows with a number are dealt by
 _LEAST = 2  # examples a client gets in a Dirichlet split: one to train on, one to hold out
 
 
@@ -36,7 +37,8 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
       every client holds whole ids, dealt from the largest to whoever has least.
     - ``local``: nothing is dealt; a site's rows are all its own.
 
-    Where a row has no class, or several, ``dirichlet`` and ``pathological`` deal the values of `partition_by` instead.
+    Where a row has no class, or several, ``dirichlet`` and ``pathological`` deal the values of `partition_by` instead;
+    where it has a number, tenths of the rows in its order.
 
     Args:
         settings: Which data, and how it is dealt.
@@ -122,14 +124,23 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
 
 
 def classes_or_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
-    """Each training row's class and the class names; natural ids where a row has no class, or several."""
-    if not has_classes(settings, raw) or raw.label_names is None:
+    """Each training row's class and the class names; natural ids where a row has no class, or several.
+
+    Of numbers each tenth of the rows, in their order, is a class; equal numbers are of one class.
+    """
+    if raw.label_names is None or not has_classes(settings, raw):
         return natural_ids(settings, raw)
-    return column(raw.train, settings.label_column).to_numpy().astype(np.int64), raw.label_names
+    labels = column(raw.train, settings.label_column).to_numpy()
+    if raw.label_names:
+        return labels.astype(np.int64), raw.label_names
+    bounds = np.unique(np.quantile(labels, np.arange(1, _NUMBER_CLASSES) / _NUMBER_CLASSES, method="lower"))
+    names = [f"up to {bound:.4g}" for bound in bounds] + [f"above {bounds[-1]:.4g}"]
+    found, groups = np.unique(np.searchsorted(bounds, labels), return_inverse=True)
+    return groups.astype(np.int64), [names[k] for k in found]
 
 
 def has_classes(settings: DataSettings, raw: RawData) -> bool:
-    """Whether each training row has one class."""
+    """Whether each training row has one class, or one number."""
     return raw.label_names is not None and not is_list(column(raw.train, settings.label_column).type)
 
 

@@ -7,7 +7,7 @@ import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _SENTIMENT_FILES = {
@@ -25,13 +25,13 @@ class Row:
 
     Attributes:
         text: Input text, or the prompt of instruction data.
-        target: Class name, or the answer of instruction data.
+        target: Class name, number, or the answer of instruction data.
         domain: Where it comes from: a natural client id.
         split: ``train`` or ``test``.
     """
 
     text: str
-    target: str
+    target: str | float
     domain: str
     split: str
 
@@ -58,7 +58,7 @@ class Source:
     Attributes:
         summary: What it is and whose it is, in a line.
         packages: The archives.
-        columns: Names of the columns of text and target; a target named ``label`` is a class.
+        columns: Names of the columns of text and target; strings in ``label`` are classes.
         read: Reads the rows out of the archives, which come in the order of `packages`.
     """
 
@@ -74,8 +74,8 @@ def _split(key: str) -> str:
     return "test" if number % 1000 < 200 else "train"
 
 
-def _sentiment4(archives: Sequence[Path]) -> Iterator[Row]:
-    """Mean human ratings in [-4, 4] of short texts, cut at -0.5 and 0.5; a document's snippets stay in one split."""
+def _ratings4(archives: Sequence[Path]) -> Iterator[Row]:
+    """Mean human ratings in [-4, 4] of short texts; a document's snippets stay in one split."""
     with tarfile.open(archives[0]) as outer:
         inner = outer.extractfile(next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz")))
         with tarfile.open(fileobj=inner) as data:
@@ -85,9 +85,14 @@ def _sentiment4(archives: Sequence[Path]) -> Iterator[Row]:
                 assert file is not None
                 for line in file.read().decode("utf8").splitlines():
                     number, rating, text = line.split("\t")
-                    score = float(rating)
-                    target = "negative" if score < -0.5 else "positive" if score > 0.5 else "neutral"
-                    yield Row(html.unescape(text), target, domain, _split(f"{domain}/{number.split('_')[0]}"))
+                    yield Row(html.unescape(text), float(rating), domain, _split(f"{domain}/{number.split('_')[0]}"))
+
+
+def _sentiment4(archives: Sequence[Path]) -> Iterator[Row]:
+    """The ratings cut at -0.5 and 0.5."""
+    for row in _ratings4(archives):
+        score = float(row.target)
+        yield replace(row, target="negative" if score < -0.5 else "positive" if score > 0.5 else "neutral")
 
 
 def _newsgroups20(archives: Sequence[Path]) -> Iterator[Row]:
@@ -128,19 +133,21 @@ def _documented_functions(module: bytes) -> Iterator[tuple[str, str]]:
                 yield signature, summary
 
 
+_RATED = Package(
+    "vaderSentiment==3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("--no-binary", "vaderSentiment"),  # the wheel leaves the rated texts out
+)
 SOURCES = {
     "sentiment4": Source(
         "short texts rated by people, 3 classes; movies, editorials, tweets, products. Package MIT, texts their "
         "authors'",
-        (
-            Package(
-                "vaderSentiment==3.3.2",
-                "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-                ("--no-binary", "vaderSentiment"),  # the wheel leaves the rated texts out
-            ),
-        ),
+        (_RATED,),
         ("text", "label"),
         _sentiment4,
+    ),
+    "ratings4": Source(
+        "the same texts with the mean rating, from -4 to 4 (regression)", (_RATED,), ("text", "label"), _ratings4
     ),
     "newsgroups20": Source(
         "Usenet posts, 20 classes; 7 hierarchies. No licence stated, texts their authors'",

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded:
+def tokenize(
+    raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer: Any, names: Sequence[str] | None = None
+) -> Encoded:
     """Tokenize one split.
 
     Texts with classes and plain text are cut at `max_length` on the right; plain text begins with the tokenizer's BOS
@@ -38,11 +40,12 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         data: What a row is and the names of the columns, as `RawData.settings` has them.
         model: Task and `max_length`.
         tokenizer: A Hugging Face tokenizer.
+        names: The class names, as `RawData.label_names` has them.
 
     Raises:
         ConfigError: If the data cannot serve the model's task, no example has a target, or no pair two responses.
     """
-    labels.require(raw, data, model)
+    labels.require(raw, data, model, names)
     pairs = data.format == "preference"
     if data.format == "messages":
         messages.require_template(tokenizer, "data.text-column", data.text_column)
@@ -66,7 +69,7 @@ def tokenize(raw: "Dataset", data: DataSettings, model: ModelSettings, tokenizer
         begin=ends - lengths,
         lengths=lengths,
         prompts=before.array(),
-        classes=_classes(raw, data.label_column) if model.kind.pooled else None,
+        classes=_classes(raw, data.label_column, model, names or ()) if model.kind.pooled else None,
         pad_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         max_length=model.max_length,
         targets=targets.array() if data.format == "messages" else None,
@@ -159,9 +162,13 @@ def _report_alike(pairs: int, alike: int, max_length: int) -> None:
         log.warning("the responses of %d of %d pairs do not differ within model.max-length", alike, pairs)
 
 
-def _classes(raw: "Dataset", name: str) -> "NDArray[np.int64] | NDArray[np.float32]":
-    """Each row's class, or for each row a number for every class, 1 for those that it has."""
+def _classes(
+    raw: "Dataset", name: str, model: ModelSettings, names: Sequence[str]
+) -> "NDArray[np.int64] | NDArray[np.float32]":
+    """Each row's class, or number, or for each row a number for every class, 1 for those that it has."""
     found = column(raw, name)
+    if model.kind.number:
+        return labels.numbers(found, names, name)
     if labels.is_list(found.type):
         return np.asarray(pc.list_flatten(found), dtype=np.float32).reshape(len(raw), -1)
     return np.asarray(found, dtype=np.int64)

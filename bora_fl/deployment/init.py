@@ -17,9 +17,13 @@ console = Console()
 init = typer.Typer(help="Write the federation.toml that `bora-fl run` reads; `init site` writes a site's policy.")
 init.command("site")(site)
 
-MODELS = dict.fromkeys(("classification", "multi-label", "token-classification"), "embedded:minilm")
+MODELS = dict.fromkeys(("classification", "multi-label", "token-classification", "regression"), "embedded:minilm")
 MODELS |= {"causal-lm": "embedded:smollm2"}
-DATA = {"classification": "embedded:sentiment4", "causal-lm": "embedded:docstrings4"}
+DATA = {
+    "classification": "embedded:sentiment4",
+    "regression": "embedded:ratings4",
+    "causal-lm": "embedded:docstrings4",
+}
 # Settings that are written down although they may be at their defaults: those that most users come to change.
 SHOWN = (
     *("model.name", "model.task", "model.max-length", "adapter.rank", "adapter.num-blocks", "adapter.target-modules"),
@@ -44,7 +48,7 @@ def federation(
     ] = "",
     strategy: Annotated[str, typer.Option(help="a row of `bora-fl strategies`")] = "",
     text_column: Annotated[str, typer.Option(help="column of the texts or prompts")] = "",
-    label_column: Annotated[str, typer.Option(help="column of the classes")] = "",
+    label_column: Annotated[str, typer.Option(help="column of the classes, or numbers")] = "",
     response_column: Annotated[str, typer.Option(help="column of the answers (causal-lm)")] = "",
 ) -> None:
     """Write the federation.toml that `bora-fl run` reads; in a terminal, ask for what is not given.

@@ -62,8 +62,8 @@ def _from_checkpoint(folder: Path, result: Result | None, base: str, folded: boo
         raise _folded(folder)
     named = settings.model.model_copy(update={"name": base or settings.model.name, "quantization": "none"})
     names = result.label_names if result else read_labels(folder)
-    if names is None and settings.model.kind.classes:
-        names = load_dataset(settings.data).label_names  # an older version's run
+    if names is None and settings.model.kind.head:
+        names = load_dataset(settings.data).logit_names(settings.model)  # an older version's run
     weights = load_base(named, names, settings.run.seed)
     model = FederatedModel(weights, settings.adapter, named, settings.run.seed, keep_head=settings.solves_head)
     for fold in checkpoint.folds:
@@ -197,7 +197,7 @@ def export_lora(folder: Path, target: Path, base: str = "", rank: int | None = N
         raise ConfigError(f"adapter.method = '{model.adapter.method}': only BoRA adapters are converted; PEFT opens it")
     save_as_lora(model.model, target, rank=rank, dtype=getattr(torch, dtype) if dtype else None)
     tokenizer.save_pretrained(target)
-    if model.classifies:
+    if model.has_head:
         write_labels(target, _label_names(model.model.config))
     return 0.0 if rank is None else lora_error(model.model, rank)
 

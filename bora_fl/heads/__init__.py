@@ -1,4 +1,4 @@
-"""The closed-form classification head: solved from sums over all clients' examples, which no partition changes."""
+"""The closed-form head: solved from sums over all clients' examples, which no partition changes."""
 
 from bora_fl.heads.features import collect, head_metrics
 from bora_fl.heads.private import (
@@ -9,10 +9,11 @@ from bora_fl.heads.private import (
     release,
     release_noise,
     solve_private,
+    solve_private_number,
     typical_norm,
 )
 from bora_fl.heads.projection import narrow, narrowed, widen
-from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, scaled
+from bora_fl.heads.solve import Head, choose, gcv_penalty, interpolate, lda, ridge, scaled
 from bora_fl.heads.sums import ClassSums
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "public_features",
     "release",
     "release_noise",
+    "ridge",
     "scaled",
     "solve_private",
+    "solve_private_number",
     "typical_norm",
     "widen",
 ]

@@ -1,9 +1,11 @@
 """The features that a model's head reads: sums over them, and how several heads do on them, in one pass over the data.
 
-The features are the input of the last linear layer with one output for each class, whatever comes before it: a pooler,
-a dense layer, pooled token states, a decoder's last token, or each token's state where words have classes.
+The features are the input of the last linear layer with one output for each class, or for the number, whatever comes
+before it: a pooler, a dense layer, pooled token states, a decoder's last token, or each token's state where words have
+classes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +29,7 @@ def features(
 
     Yields:
         ``[N, d]`` float64 and the labels, on the CPU: ``[N]`` int64, or ``[N, C]`` float of examples that may have
-        several classes. Where words have classes, N is the number of a batch's words.
+        several classes, or ``[N]`` float of numbers. Where words have classes, N is the number of a batch's words.
 
     Raises:
         ValueError: If the model's logits do not come from a linear layer with `num_classes` outputs.
@@ -61,6 +63,7 @@ def collect(
     *,
     width: int = 0,
     clip_norm: float | None = None,
+    number_range: tuple[float, float] | None = None,
     autocast: Autocast | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ClassSums:
@@ -74,6 +77,8 @@ def collect(
         width: Most directions that are summed over, see `narrow`; 0 is all.
         clip_norm: Given, each feature vector is scaled by ``min(1, clip_norm / |x|) / clip_norm``, to a norm of at most
             1, as `bora_fl.heads.private.release` needs it.
+        number_range: Given with `clip_norm`, each number is clipped to it and brought to [-1, 1], and features and
+            number are divided by √2, so that both together have a norm of at most 1.
         autocast: Makes the autocast context to run under.
         progress: Called with (examples done, examples in all).
 
@@ -86,7 +91,13 @@ def collect(
     ys: list[Tensor] = []
     for x, labels in features(model, data, batch_size, num_classes, autocast):
         x = narrow(x, width)
-        xs.append(x if clip_norm is None else clip(x, clip_norm))
+        if clip_norm is not None:
+            x = clip(x, clip_norm)
+        if clip_norm is not None and number_range is not None:
+            low, high = number_range
+            labels = (labels.double().clamp(low, high) - (low + high) / 2) / ((high - low) / 2)
+            x, labels = x / math.sqrt(2), labels / math.sqrt(2)
+        xs.append(x)
         ys.append(labels)
         done, held = min(done + batch_size, len(data)), held + len(labels)
         if held >= x.shape[1] or done == len(data):  # a Gram matrix of d² numbers is not added up for a few rows
@@ -129,10 +140,7 @@ def head_metrics(
     for x, labels in features(model, data, batch_size, num_classes, autocast):
         for name, head in heads.items():
             totals[name] += torch.stack([part.double().sum() for part in example_losses(head(x), labels)])
-    found = {}
-    for name, (loss, targets, right) in ((name, total.tolist()) for name, total in totals.items()):
-        found[name] = Metrics(loss / max(targets, 1), right / max(targets, 1), len(data), int(targets))
-    return found
+    return {name: Metrics.of(data, *total.tolist()) for name, total in totals.items()}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Linear discriminant analysis from `ClassSums`, in float64.
+"""Linear discriminant analysis, and ridge regression of a number, from `ClassSums`, in float64.
 
 With `μ_c = S_c / n_c`, their common mean `m = Σ_c S_c / n` and `Σ_w = (G − Σ_c n_c μ_c μ_cᵀ) / n`:
 
@@ -18,6 +18,12 @@ p = n_c / n, μ_c and μ̄_c the means of the two, δ = μ_c − μ̄_c and `Σ_
     w_c = (Σ_c + λI)⁻¹ δ        b_c = −½ w_cᵀ (μ_c + μ̄_c) + log(p / (1 − p))
 
 are the log odds. The ridge regression's targets are then 0 and 1 for each class, and the score is the same.
+
+Of a number y, with the covariance S of the features, s of features and number, and the means m and ȳ,
+
+    w = (S + λI)⁻¹ s        b = ȳ − wᵀm
+
+is the ridge regression itself (Hoerl, Kennard, 1970), its constant not penalized, and λ has its score.
 
 Only λ with df(λ) ≤ n / 2 are tried. With fewer examples than features the score has a second minimum where every
 example is fitted, at the smallest λ, as soon as some of them are there twice: each then stands for the other that is
@@ -81,9 +87,7 @@ def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> 
         ValueError: If there are no examples, or `penalty` is not above 0.
     """
     n = _examples(sums)
-    penalty = gcv_penalty(sums) if penalty is None else penalty
-    if not penalty > 0:
-        raise ValueError(f"penalty = {penalty}: it is above 0")
+    penalty = gcv_penalty(sums) if penalty is None else _above_0(penalty)
     common = sums.total / n
     if sums.several:
         weight, constant = _each(sums, penalty)
@@ -93,9 +97,39 @@ def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> 
         weight = _solve(sums.within_scatter() / n, penalty, torch.where(present[:, None], means - common, 0.0))
         constant = -0.5 * (weight * (means + common)).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
         constant[~present] = MISSING
+    return _head(weight, constant, sums.gram / n, common, penalty, bias)
+
+
+def ridge(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> Head:
+    """Solve the head that predicts a number.
+
+    Args:
+        sums: Over all examples, with the number as the last feature.
+        penalty: λ, in the units of the features' variance; left out, by generalized cross-validation.
+        bias: As in `lda`.
+
+    Returns:
+        The head ``[1, d]``.
+
+    Raises:
+        ValueError: If there are no examples, or `penalty` is not above 0.
+    """
+    n = _examples(sums)
+    mean = sums.total / n
+    second = sums.gram / n
+    covariance = second - torch.outer(mean, mean)
+    cross = covariance[-1:, :-1]
+    penalty = _gcv(covariance[:-1, :-1], cross, float(covariance[-1, -1]), n) if penalty is None else _above_0(penalty)
+    weight = _solve(covariance[:-1, :-1], penalty, cross)
+    constant = mean[-1:] - weight @ mean[:-1]
+    return _head(weight, constant, second[:-1, :-1], mean[:-1], penalty, bias)
+
+
+def _head(weight: Tensor, constant: Tensor, second: Tensor, mean: Tensor, penalty: float, bias: bool) -> Head:
+    """The layer, from its weight, its constants, and the features' mean square and mean."""
     if bias:
         return Head(weight, constant)
-    one = _solve(sums.gram / n, penalty, common[None])[0]
+    one = _solve(second, penalty, mean[None])[0]
     return Head(weight + constant[:, None] * one, None)
 
 
@@ -124,12 +158,16 @@ def gcv_penalty(sums: ClassSums) -> float:
     n = _examples(sums)
     counts, class_sums = sums.of_classes()
     mean, share = sums.total / n, counts / n
-    total = sums.gram / n - torch.outer(mean, mean)
-    values, vectors = torch.linalg.eigh(total)
+    cross = class_sums / n - torch.outer(share, mean)
+    return _gcv(sums.gram / n - torch.outer(mean, mean), cross, float((share - share.square()).sum()), n)
+
+
+def _gcv(covariance: Tensor, cross: Tensor, variance: float, n: float) -> float:
+    """λ from the covariance of the features ``[d, d]``, that of targets and features ``[C, d]``, and the targets'."""
+    values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp(min=0)
     scale = max(float(values.mean()), 1e-12)
-    cross = (class_sums / n - torch.outer(share, mean)) @ vectors
-    variance = float((share - share.square()).sum())
+    cross = cross @ vectors
     scores = []
     for penalty in (_GRID * scale).tolist():
         weight = cross / (values + penalty)
@@ -180,6 +218,12 @@ def _examples(sums: ClassSums) -> float:
     if not sums.examples > 0:
         raise ValueError("a head is solved from at least one example")
     return sums.examples
+
+
+def _above_0(penalty: float) -> float:
+    if not penalty > 0:
+        raise ValueError(f"penalty = {penalty}: it is above 0")
+    return penalty
 
 
 def _solve(matrix: Tensor, penalty: float, rows: Tensor) -> Tensor:

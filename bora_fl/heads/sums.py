@@ -6,7 +6,8 @@ They add over clients, so that their total is the same however examples are deal
 arXiv:2312.07358), and whoever can add can aggregate them.
 
 Where an example may have several classes, or none, a last row stands for all examples: their number and ``Σ_i x_i``,
-which the other rows do not give then.
+which the other rows do not give then. Where it has a number ``y_i``, that is one feature more, the last: all examples
+are of one class, and G has ``Σ_i y_i x_i`` and ``Σ_i y_i²`` in its last row.
 """
 
 from collections.abc import Mapping
@@ -49,10 +50,13 @@ class ClassSums:
 
         Args:
             features: ``[N, d]``.
-            labels: ``[N]`` class ids, or ``[N, C]`` float, 1 for the classes that an example has.
+            labels: ``[N]`` class ids, or ``[N, C]`` float, 1 for the classes that an example has, or ``[N]`` float
+                numbers, with which d is one more.
             num_classes: C.
         """
         x, y = features.detach().double().cpu(), labels.cpu()
+        if y.is_floating_point() and y.dim() == 1:
+            x, y = torch.cat([x, y[:, None].double()], 1), torch.zeros(len(y), dtype=torch.int64)
         if y.is_floating_point():
             has = torch.cat([y.double(), torch.ones(len(y), 1, dtype=torch.float64)], 1)
             return cls(has.sum(0), has.T @ x, x.T @ x, several=True)

@@ -87,7 +87,7 @@ def adapted(base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int
     from bora_fl.adapters.base_weight import untie
 
     config = peft_config(adapter, model)
-    heads, drawn = _beside_the_body(base, config) if model.kind.classes else ([], [])
+    heads, drawn = _beside_the_body(base, config) if model.kind.head else ([], [])
     if heads or drawn:
         config.modules_to_save = [*(config.modules_to_save or []), *heads, *drawn]
     with torch.random.fork_rng(devices=[]):

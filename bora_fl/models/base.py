@@ -95,7 +95,7 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
 
     Args:
         settings: Name, revision, task, dtype and pooling.
-        label_names: Class names, None for causal language modelling.
+        label_names: Names of the logits, as `RawData.logit_names` has them.
         seed: Run seed: a new classification head is the same in every process.
 
     Raises:
@@ -122,7 +122,7 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                 names = label_names or []
                 options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
                 options["label2id"] = {name: index for index, name in enumerate(names)}
-                options |= {"problem_type": "multi_label_classification"} if settings.kind.several else {}
+                options |= {"problem_type": settings.kind.problem} if settings.kind.problem else {}
                 kind = _classifier(settings)
                 if settings.quantization != "none":
                     options["quantization_config"].llm_int8_skip_modules = _outside_the_body(kind, source, settings)
@@ -161,7 +161,7 @@ def _settle_padding(model: Any, settings: ModelSettings) -> None:
     pad, ends = (getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id"))  # Funnel has neither
     if pad is None:
         pad = ends[0] if isinstance(ends, list) else ends
-    if settings.kind.classes:
+    if settings.kind.head:
         with suppress(OSError, ValueError):  # a folder may be without a tokenizer; whoever needs one is told
             tokenizer = load_tokenizer(settings)
             pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

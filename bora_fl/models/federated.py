@@ -28,7 +28,7 @@ class FederatedModel:
     def __init__(
         self, base: Any, adapter: AdapterSettings, model: ModelSettings, seed: int, *, keep_head: bool = False
     ) -> None:
-        self.adapter, self.task, self.classifies, self.rank = adapter, model.task, model.kind.classes, adapter.rank
+        self.adapter, self.task, self.has_head, self.rank = adapter, model.task, model.kind.head, adapter.rank
         if adapter.method == "full" or hasattr(base, "peft_config"):
             self.model: Any = base
         else:
@@ -41,7 +41,7 @@ class FederatedModel:
         inside = {id(p) for parts in self._factors.values() for p in parts.values()}
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in inside}
         self._frozen: set[str] = set()
-        if model.kind.classes and not adapter.train_head and adapter.method != "full":
+        if model.kind.head and not adapter.train_head and adapter.method != "full":
             for name in [n for n in trained if "modules_to_save" in n]:
                 trained[name].requires_grad_(False)
                 if keep_head:
@@ -190,7 +190,7 @@ class FederatedModel:
 
     @property
     def num_classes(self) -> int:
-        """Classes that a classifier tells apart."""
+        """Logits of the head: classes, or 1 for a number."""
         return int(self.model.config.num_labels)
 
     def head_layer(self) -> tuple[str, str | None] | None:
@@ -199,7 +199,7 @@ class FederatedModel:
         Returns:
             The bias is None if the layer has none; None if the head is not part of the state, or there is no such head.
         """
-        if not self.classifies:
+        if not self.has_head:
             return None
         classes = self.num_classes
         rows = [n for n, p in self._tensors.items() if n in self._head and p.dim() == 2 and len(p) == classes]

@@ -164,6 +164,8 @@ def _labels(settings: Settings, ids: Tensor, num_classes: int) -> Tensor:
             return ids.new_zeros(len(ids), ids.shape[1] + 1)
         case "multi-label":
             return torch.zeros(len(ids), num_classes)
+        case "regression":
+            return torch.zeros(len(ids))
     return ids.new_zeros(len(ids))
 
 

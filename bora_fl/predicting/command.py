@@ -20,7 +20,7 @@ def predict(
         str, typer.Option(help="where the base model is here: hub id or folder, if not where the run had it")
     ] = "",
 ) -> None:
-    """Predict with a finished run: each text's label or labels, its words' labels, or a language model's response."""
+    """Predict with a finished run: each text's label or labels, a number, its words' labels, or a response."""
     from bora_fl.config import ConfigError
     from bora_fl.predicting.opening import open_run, require_result
     from bora_fl.predicting.prediction import rows

@@ -16,7 +16,7 @@ from bora_fl.device import settle
 def rows(
     model: Any, tokenizer: Any, texts: Sequence[Any], settings: Settings, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Each text with what a finished run's model makes of it: its label or labels, its words' labels, or a response."""
+    """Each text with what a finished run's model makes of it: labels, a number, its words' labels, or a response."""
     task, longest = settings.model.task, settings.model.max_length
     if task == "token-classification":
         yield from _tag(model, tokenizer, texts, longest)
@@ -26,6 +26,10 @@ def rows(
             rounded = {name: round(chance, 6) for name, chance in chances.items()}
             labels = [name for name, chance in chances.items() if chance > 0.5]
             yield {"text": text, "labels": labels, "probabilities": rounded}
+        return
+    if settings.model.kind.number:
+        for text, logits in zip(texts, _logits(model, tokenizer, texts, longest), strict=True):
+            yield {"text": text, "value": float(logits)}
         return
     if task == "classification":
         for text, (label, probability) in zip(texts, classify(model, tokenizer, texts, longest), strict=True):
@@ -66,14 +70,22 @@ def _chances(
     several: bool = False,
 ) -> Iterator[dict[str, float]]:
     """Each text's probability of each label; of one of them, or of each by itself where a text may have several."""
-    device, names = settle(model), model.config.id2label
+    names = model.config.id2label
+    for logits in _logits(model, tokenizer, texts, max_length, batch_size):
+        row = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+        yield {names[index]: chance for index, chance in enumerate(row)}
+
+
+def _logits(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """Each text's logits ``[C]``, float32."""
+    device = settle(model)
     for start in range(0, len(texts), batch_size):
         ids = token_ids(tokenizer, list(texts[start : start + batch_size]), truncation=True, max_length=max_length)
         inputs = {name: tensor.to(device) for name, tensor in _padded(ids, tokenizer, max_length).items()}
         with torch.inference_mode():
-            logits = model(**inputs).logits.float()
-        for row in (logits.sigmoid() if several else logits.softmax(-1)).tolist():
-            yield {names[index]: chance for index, chance in enumerate(row)}
+            yield from model(**inputs).logits.float()
 
 
 def _tag(

@@ -33,10 +33,21 @@ _GENERATE = """\
 inputs = tokenizer("a prompt", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 """
-_USES = {"classification": _CLASSIFY, "multi-label": _LABELS, "token-classification": _TAG, "causal-lm": _GENERATE}
+_VALUE = """\
+inputs = tokenizer(["a text"], truncation=True, max_length={max_length}, return_tensors="pt")
+print(float(model(**inputs).logits))
+"""
+_USES = {
+    "classification": _CLASSIFY,
+    "multi-label": _LABELS,
+    "token-classification": _TAG,
+    "regression": _VALUE,
+    "causal-lm": _GENERATE,
+}
 _MEASURES = {
     "multi-label": "Accuracy: F1 of a text's labels, mean over the texts.",
     "token-classification": "Accuracy: share of the words whose label is right.",
+    "regression": "Loss: mean squared error. Accuracy: R², or 0 where it is negative.",
 }
 _MERGED = """\
 from transformers import pipeline
@@ -59,7 +70,7 @@ def model_card(
     Args:
         settings: The run's.
         rows: The rows of its ``metrics.jsonl``, at least one.
-        label_names: The class names; None for a language model.
+        label_names: Names of the logits; None for a language model.
         pooling: What the head reads, where that is not what transformers' own class does.
         test_examples: Examples of the central test set.
         merged_last: Whether clients measured the last round's result, and not what that round began with.

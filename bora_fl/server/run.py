@@ -72,16 +72,15 @@ class Server(Observer):
         self.sinks = Sinks(settings.run.sinks)
         set_threads(settings.run.threads)
         raw = load_dataset(settings.data)
-        labels.require(raw.train, raw.settings, settings.model)
-        classifies = settings.model.kind.classes
+        labels.require(raw.train, raw.settings, settings.model, raw.label_names)
         self._data = raw.settings
         self._source = source_fingerprint(settings.data, 0)
-        if not classifies:
+        if not settings.model.kind.head:
             require_response(settings.data, raw.settings, raw.train.column_names)
         if raw.settings.format == "preference":
             require_preferences(settings)
-        self.label_names = raw.label_names if classifies else None
-        base = load_base(settings.model, raw.label_names, settings.run.seed)
+        self.label_names = raw.logit_names(settings.model)
+        base = load_base(settings.model, self.label_names, settings.run.seed)
         if settings.data.packing:
             require_packing(base, settings.train.batch_size)
         self.pooling = base.pooling if isinstance(base, PooledClassification) else None

@@ -20,13 +20,15 @@ from bora_fl.heads import (
     most_weight,
     narrowed,
     release_noise,
+    ridge,
     scaled,
     solve_private,
+    solve_private_number,
     widen,
 )
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.holding import Held
-from bora_fl.strategies.medians import of_another_scale, tempered
+from bora_fl.strategies.medians import MEDIANS, of_another_scale, tempered
 from bora_fl.strategies.screening import heavy
 from bora_fl.strategies.secure_aggregation import SecureMean
 from bora_fl.strategies.server_state import ServerState
@@ -146,8 +148,9 @@ def solve(
     noise = release_noise(settings) if settings.privacy.mode == "record" else 0.0
     exact, most = settings.privacy.mode == "none", settings.privacy.max_examples
     classes, dim = state.current.tensors[layout.weight].shape
-    several = settings.model.kind.several
-    shape = (classes + several, narrowed(dim, settings.head.max_width))  # the last row: all examples
+    kind = settings.model.kind
+    several = kind.several  # then the last row: all examples
+    shape = (classes + several, narrowed(dim, settings.head.max_width) + kind.number)
     ratio = settings.strategy.max_weight_ratio
     up = _Received()
     sent = ask("train" if secure else STATISTICS, {HEAD: layout.request(state.current)})
@@ -158,7 +161,7 @@ def solve(
     else:
         replies = up.noted(exchange(sent), STATISTICS)
         sums, clients, rejected = total(
-            replies, shape, round, order, max_ratio=ratio, noise_multiplier=noise, several=several
+            replies, shape, round, order, max_ratio=ratio, noise_multiplier=noise, several=several, number=kind.number
         )
     down = _bytes(sent)
     if sums is None:
@@ -188,7 +191,7 @@ def solve(
             measured = sorted(up.noted(exchange(sent), LOSSES), key=lambda reply: order(reply.metadata.src_node_id))
             name, unmeasured = best(heads, measured, ratio)
             rejected |= unmeasured
-    if exact and not several:
+    if exact and not several and not kind.number:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
     return Solved(layout.put(state, heads[name]), name, clients, rejected, up.bytes, down, up.sorted)
@@ -203,6 +206,7 @@ def total(
     max_ratio: float = 0.0,
     noise_multiplier: float = 0.0,
     several: bool = False,
+    number: bool = False,
 ) -> tuple[ClassSums | None, int, dict[str, str]]:
     """Add up the clients' sums: each reply is checked as it comes, and waits in a file until all have come.
 
@@ -219,19 +223,21 @@ def total(
         noise_multiplier: Of each client's release; 0 for sums without noise. Sums that no examples can have are
             rejected in either case.
         several: Whether an example may have several classes, or none.
+        number: Whether the last feature is the number to be predicted, which may differ more between clients.
 
     Returns:
         The total, of how many clients, and node to the reason why its reply is rejected.
     """
     held, waiting = Held(0, AdapterState()), dict[int, ClientUpdate]()
-    examples, squares, rejected = dict[int, float](), dict[int, float](), dict[str, str]()
+    examples, squares, numbers = dict[int, float](), dict[int, float](), dict[int, float]()
+    rejected = dict[str, str]()
     for message in replies:
         node = message.metadata.src_node_id
         try:
             packed = read_statistics(message, round)
             sums = ClassSums.from_tensors(packed, shape[0], shape[1], several=several)
             if noise_multiplier:
-                check_release(sums, noise_multiplier)
+                check_release(sums, noise_multiplier, number=number)
             else:
                 sums.check()
         except RejectedReplyError as reply:
@@ -241,12 +247,17 @@ def total(
         else:
             # As they came, unpacked sums being eight times as large; and not in memory, which they would break up.
             examples[node] = sums.examples
-            squares[node] = float(sums.gram.trace()) / max(examples[node], 1.0)
+            second = sums.gram.diagonal() / max(examples[node], 1.0)
+            squares[node] = float(second[: shape[1] - number].sum())
+            numbers |= {node: float(second[-1])} if number else {}
             waiting[node] = held.hold(ClientUpdate(node, 1.0, AdapterState({}, packed)))
-    most = most_weight(examples.values(), shape[0], noise_multiplier) if noise_multiplier else math.inf
+    most = math.inf
+    if noise_multiplier:
+        most = most_weight(examples.values(), shape[0], noise_multiplier, number=number)
     left_out = {} if noise_multiplier else heavy(examples, max_ratio)
-    squares = {node: square for node, square in squares.items() if node not in left_out and examples[node]}
-    left_out |= {} if noise_multiplier else of_another_scale(squares)
+    for of, times, found in (("features", MEDIANS, squares), ("numbers", MEDIANS**2, numbers)):
+        kept = {node: square for node, square in found.items() if node not in left_out and examples[node]}
+        left_out |= {} if noise_multiplier else of_another_scale(kept, of, times)
     rejected |= {str(node): reason for node, reason in left_out.items()}
     added, clients = None, 0
     for node in sorted(waiting.keys() - left_out.keys(), key=lambda node: (order(node), node)):
@@ -289,9 +300,16 @@ def candidates(
     """
     bias, dim = layout.bias is not None, state.tensors[layout.weight].shape[1]
     if settings.privacy.mode == "record":
-        private = solve_private(sums, release_noise(settings), clients, layout.clip_norm, bias=bias)
+        noised = (sums, release_noise(settings), clients, layout.clip_norm)
+        if settings.number_range:
+            private = solve_private_number(*noised, settings.number_range, bias=bias)
+        else:
+            private = solve_private(*noised, bias=bias)
         return {"solved": widen(private, dim)}
-    solved = scaled(widen(lda(sums, bias=bias), dim))
+    if settings.model.kind.number:
+        solved = {"solved": widen(ridge(sums, bias=bias), dim)}
+    else:
+        solved = scaled(widen(lda(sums, bias=bias), dim))
     if not trained:
         return solved
     own = layout.of(state)

@@ -7,14 +7,13 @@ MEDIANS = 10.0
 """How many median clients one counts for at most, in the scale of its features and in how its losses differ."""
 
 
-def of_another_scale(squares: Mapping[int, float]) -> dict[int, str]:
-    """Whose features have a mean square of more than `MEDIANS` times the median's, and that in words."""
+def of_another_scale(squares: Mapping[int, float], of: str = "features", times: float = MEDIANS) -> dict[int, str]:
+    """Whose features have a mean square of more than so many times the median's, and that in words."""
     median = _median(squares.values())
     return {
-        who: f"the mean square of its features is {square:.3g}, more than {MEDIANS:g} times the median client's "
-        f"{median:.3g}"
+        who: f"the mean square of its {of} is {square:.3g}, more than {times:g} times the median client's {median:.3g}"
         for who, square in squares.items()
-        if square > MEDIANS * median
+        if square > times * median
     }
 
 

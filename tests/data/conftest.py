@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bora_fl.config import DataSettings
+from bora_fl.config import DataSettings, ModelSettings
+from bora_fl.config.tasks import TaskName
+from bora_fl.data import labels, load_dataset
+from bora_fl.data.loading import RawData
 
 WORDS = ["sun", "moon", "star", "sea", "tree", "stone", "wind", "rain", "fire", "snow"]
 CHAT = (
@@ -76,3 +79,10 @@ def words() -> Any:
 @pytest.fixture(scope="session")
 def chat() -> Any:
     return word_tokenizer(chat=True)
+
+
+def load_for(task: TaskName, settings: DataSettings) -> RawData:
+    """The data, if its labels are those of the task."""
+    raw = load_dataset(settings)
+    labels.require(raw.train, raw.settings, ModelSettings(task=task), raw.label_names)
+    return raw

@@ -14,7 +14,7 @@ from bora_fl.config import ConfigError, DataSettings, ModelSettings
 from bora_fl.data import client_data, load_dataset, partition, tokenize
 from bora_fl.data.encoded import IGNORE
 from bora_fl.data.guessing import guess_settings, guess_task
-from tests.data.conftest import WORDS
+from tests.data.conftest import WORDS, load_for
 
 TAGGED = {"text_column": "tokens", "label_column": "tags", "test_split": ""}
 
@@ -54,14 +54,14 @@ def test_words_are_found_by_their_column(tmp_path: Path):
     [
         ({"tokens": [["x"], ["y", "z"]], "tags": [["O"], ["B"]]}, TAGGED, "row 2 has 2 words and 1 labels"),
         ({"tokens": [["x"], ["y"]], "tags": [["O"], ["O"]]}, TAGGED, r"holds 1 class\(es\), \['O'\]"),
-        ({"tokens": [["x"], ["y"]], "tags": [[0.5], [1.5]]}, TAGGED, "holds double values that are not classes"),
+        ({"tokens": [["x"], ["y"]], "tags": [[0.5], [1.5]]}, TAGGED, "holds numbers in lists, which are neither"),
         ({"text": ["x", "y"], "label": [["a"], ["b"]]}, {"format": "words"}, "none of the columns text, label fits"),
         ({"tokens": [[1], [2]], "tags": [["O"], ["B"]]}, TAGGED, "holds list<.*int64>, not"),
     ],
 )
 def test_what_cannot_be_labels_is_named(tmp_path: Path, rows: dict[str, Any], changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        load_dataset(settings(tmp_path, rows, **changes))
+        load_for("token-classification", settings(tmp_path, rows, **changes))
 
 
 def test_class_labels_keep_their_order(tmp_path: Path):
@@ -87,7 +87,7 @@ def test_the_first_token_of_each_word_has_its_class(tmp_path: Path, minilm: Any)
     data = settings(tmp_path, {"tokens": tokens, "tags": tags}, **TAGGED)
     model = ModelSettings(task="token-classification", max_length=10)
     raw = load_dataset(data)
-    encoded = tokenize(raw.train, raw.settings, model, minilm)
+    encoded = tokenize(raw.train, raw.settings, model, minilm, raw.label_names)
     batch = encoded.batch(np.arange(30))
     assert batch["labels"].shape[1] == batch["input_ids"].shape[1] + 1
     for row in range(30):

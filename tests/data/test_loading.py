@@ -15,6 +15,7 @@ import pytest
 
 from bora_fl.config import ConfigError, DataSettings
 from bora_fl.data import files, load_dataset
+from tests.data.conftest import load_for
 
 ROWS: dict[str, list[Any]] = {
     "text": ["one, two", 'say "hi"\nto all', "NA", "snow", "null", "ünïcode"],
@@ -195,8 +196,8 @@ def test_subsamples_are_nested_in_the_data_and_stay(shop: DataSettings) -> None:
         ({"text_column": "txt"}, ["data.text-column = 'txt'", "columns are", "shop"]),
         ({"text_column": "number"}, ["data.text-column = 'number'", "double", "not text"]),
         ({"response_column": "answer"}, ["data.response-column = 'answer'", "columns are"]),
-        ({"label_column": "number"}, ["data.label-column = 'number'", "double", "leave it empty"]),
-        ({"label_column": "day"}, ["data.label-column = 'day'", "timestamp", "not classes"]),
+        ({"label_column": "number"}, ["data.label-column = 'number'", "numbers", "model.task to regression"]),
+        ({"label_column": "day"}, ["data.label-column = 'day'", "timestamp", "neither classes nor numbers"]),
         ({"label_column": "same"}, ["data.label-column = 'same'", "1 class", "two or more"]),
         ({"train_split": "training"}, ["data.train-split = 'training'", "test, train"]),
         ({"test_split": "validation"}, ["data.test-split = 'validation'", "test, train", "leave it empty"]),
@@ -211,7 +212,7 @@ def test_wrong_settings_name_key_value_and_remedy(change: dict[str, Any], parts:
     table = table.append_column("day", days)
     pq.write_table(table.append_column("same", pa.array(["s"] * table.num_rows)), shop.name)
     with pytest.raises(ConfigError) as caught:
-        load_dataset(shop.model_copy(update=change))
+        load_for("classification", shop.model_copy(update=change))
     assert [part for part in parts if part not in str(caught.value)] == []
 
 

@@ -22,7 +22,7 @@ def settings(folder: Path, rows: list[dict[str, Any]], **fields: Any) -> DataSet
 
 def tokenized(data: DataSettings, model: ModelSettings, tokenizer: Any) -> Encoded:
     raw = load_dataset(data)
-    return tokenize(raw.train, raw.settings, model, tokenizer)
+    return tokenize(raw.train, raw.settings, model, tokenizer, raw.label_names)
 
 
 def shown(encoded: Encoded, tokenizer: Any) -> list[tuple[str, str]]:

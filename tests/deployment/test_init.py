@@ -138,7 +138,10 @@ def test_a_deployment_has_data_at_its_sites(here: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "regression"], "--task regression: use one of classification, multi-label, token-classification"),
+        (
+            ["--task", "ranking"],
+            "--task ranking: use one of classification, multi-label, token-classification, regression",
+        ),
         (["--strategy", "fedavgg"], "--strategy 'fedavgg': .*did you mean fedavg"),
         (["--data", "./none.csv"], r"data\.name = './none\.csv'"),
         (["--data", "odd.csv"], r"data\.label-column: none of the columns text, what .*--label-column"),

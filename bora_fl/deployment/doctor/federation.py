@@ -51,7 +51,7 @@ def check_strategy(settings: Settings) -> Finding:
 
 
 def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
-    """Whether the data is there with its columns and labels, and the class names.
+    """Whether the data is there with its columns and labels, and the names of the logits.
 
     Args:
         settings: The run's settings.
@@ -61,19 +61,18 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
         raw = load_dataset(settings.data)
         if settings.data.partition == "natural":
             natural_ids(settings.data, raw)
-        labels.require(raw.train, raw.settings, settings.model)
+        labels.require(raw.train, raw.settings, settings.model, raw.label_names)
     except (ConfigError, FetchError) as error:
         return Finding(subject, "fail", str(error)), None
     test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
     text = f"{len(raw.train):,} rows to train on{test}"
-    if raw.label_names is not None:
+    names = raw.logit_names(settings.model)
+    if raw.label_names:
         text += f", classes {', '.join(raw.label_names[:8])}{' ...' if len(raw.label_names) > 8 else ''}"
     if len(raw.train) < settings.train.batch_size:
         remedy = "lower train.batch-size or get more data"
-        return Finding(
-            subject, "warn", f"{text}: less than a batch of {settings.train.batch_size}", remedy
-        ), raw.label_names
-    return Finding(subject, "pass", text), raw.label_names
+        return Finding(subject, "warn", f"{text}: less than a batch of {settings.train.batch_size}", remedy), names
+    return Finding(subject, "pass", text), names
 
 
 def check_examples(settings: Settings) -> Finding:
@@ -93,7 +92,7 @@ def check_examples(settings: Settings) -> Finding:
         if raw.settings.format == "preference":
             require_preferences(settings)
         tokenizer = load_tokenizer(settings.model)
-        found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, tokenizer)
+        found = tokenize(raw.train.select(range(rows)), raw.settings, settings.model, tokenizer, raw.label_names)
         if settings.run.generate_every and raw.test is not None:
             held_out_prompts(raw.test, raw.settings, tokenizer, 1)
     except (ConfigError, ValueError, OSError) as error:
