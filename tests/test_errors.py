@@ -56,6 +56,7 @@ def folder(tiny_model: Path, tiny_causal: Path, tmp_path_factory: pytest.TempPat
     (folder / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts * 40))
     rows = {"text": ["a good film", "a bad book"] * 20, "label": [1, 0] * 20}
     pd.DataFrame(rows).to_csv(folder / "reviews.csv", index=False)
+    pd.DataFrame(rows | {"label": ["good", "bad"] * 20}).to_csv(folder / "named.csv", index=False)
     (folder / "transposed.py").write_text("def rule(layer):\n    return layer.current.B @ layer.current.B\n")
     return folder
 

@@ -1,6 +1,7 @@
 """The losses against a loop in float64, and the metrics against all examples at once."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -61,6 +62,21 @@ def test_the_losses_of_several_classes_are_transformers_own_and_f1_is_scikit_lea
     assert float(right.mean()) == pytest.approx(f1, abs=1e-6)
     assert targets.tolist() == [1.0] * 40
     assert num_targets(labels) == 40
+
+
+def test_the_losses_of_numbers_are_transformers_own():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = BertConfig(**sizes, num_attention_heads=2, num_labels=1, problem_type="regression")
+    model = BertForSequenceClassification(config).eval()
+    ids, labels = torch.randint(0, 20, (5, 6)), 30 * torch.randn(5)
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=labels)
+    losses, targets, _ = example_losses(output.logits, labels)
+    assert float(losses.mean()) == pytest.approx(float(output.loss), rel=1e-6)
+    assert (losses.shape, targets.tolist(), num_targets(labels)) == ((5,), [1.0] * 5, 5)
 
 
 class Table(nn.Module):
@@ -150,3 +166,27 @@ def test_perplexity_is_the_exponential_of_the_loss_and_finite():
 def test_no_examples_are_no_error():
     found = evaluate(Table(), encoded(13).select(np.array([], dtype=int)), 4)
     assert (found.loss, found.accuracy, found.examples) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_numbers_are_measured_as_scikit_learn_does(batch_size: int, offset: float):
+    from sklearn.metrics import mean_squared_error, r2_score
+
+    model, data = Table(), encoded(40)
+    with torch.no_grad():
+        first = model.weight[data.tokens[data.begin], 0].numpy()
+    near = (first + np.random.default_rng(1).normal(0, 0.5, 40)).astype(np.float32)
+    for truth in (near, -near, np.full(40, 2.0, np.float32)):  # good, worse than the mean, and no spread
+        examples = replace(data, classes=(truth + np.float32(offset)).astype(np.float32))
+        with torch.no_grad():
+            model.weight[:, 0] += offset
+            found = evaluate(model, examples, batch_size)
+            predicted = model.weight[data.tokens[data.begin], 0].numpy()
+            model.weight[:, 0] -= offset
+        assert found.loss == pytest.approx(mean_squared_error(examples.classes, predicted), rel=1e-4)
+        spread = len(set(examples.classes.tolist())) > 1
+        expected = max(r2_score(examples.classes, predicted), 0.0) if spread else 0.0
+        assert found.accuracy == pytest.approx(expected, abs=1e-4)
+        assert (found.examples, found.targets) == (40, 40)
+    assert evaluate(model, examples.select(np.array([], np.int64)), batch_size).accuracy == 0

@@ -1,4 +1,4 @@
-"""Texts with several classes, and words with a class each: from data to what other programs open."""
+"""Texts with several classes or a number, and words with a class each: from data to what other programs open."""
 
 import random
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.common import parameters_to_ndarrays
 from flwr.compat.common.recorddict_compat import recorddict_to_fitres
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, r2_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 import bora_fl
@@ -23,6 +23,7 @@ from bora_fl.wire.release import StatisticsRelease
 from tests.conftest import BAD, GOOD, PLAIN
 
 SEVERAL = {"model.task": "multi-label", "data.label-column": "labels"}
+NUMBER = {"model.task": "regression", "data.label-column": "score"}
 WORDS = {"model.task": "token-classification", "data.text-column": "tokens", "data.label-column": "tags"}
 
 
@@ -32,17 +33,18 @@ def tag(word: str) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts with zero, one or two labels, and the class of each word."""
-    rng = random.Random(0)
+    """Texts with zero, one or two labels, the class of each word, and a number."""
+    rng, noise = random.Random(0), random.Random(1)
     rows = []
     for number in range(240):
         words = rng.sample(PLAIN, 4) + rng.sample(GOOD, rng.randint(0, 1)) + rng.sample(BAD, rng.randint(0, 1))
         rng.shuffle(words)
         labels = [name for name, known in (("good", GOOD), ("bad", BAD)) if set(known) & set(words)]
         split = "test" if number >= 180 else "train"
-        rows.append((" ".join(words), labels, words, list(map(tag, words)), ["a", "b", "c"][number % 3], split))
+        score = 50 + 20 * ("good" in labels) - 25 * ("bad" in labels) + noise.gauss(0, 1)
+        rows.append((" ".join(words), labels, words, list(map(tag, words)), score, ["a", "b", "c"][number % 3], split))
     path = tmp_path_factory.mktemp("tasks") / "data.parquet"
-    columns = ["text", "labels", "tokens", "tags", "domain", "split"]
+    columns = ["text", "labels", "tokens", "tags", "score", "domain", "split"]
     pd.DataFrame(rows, columns=columns).to_parquet(path)
     return path
 
@@ -58,7 +60,9 @@ def config(tiny_config, data: Path) -> dict:
     }
 
 
-TASKS = pytest.mark.parametrize("task", [SEVERAL, WORDS], ids=["multi-label", "token-classification"])
+TASKS = pytest.mark.parametrize(
+    "task", [SEVERAL, WORDS, NUMBER], ids=["multi-label", "token-classification", "regression"]
+)
 
 
 @TASKS
@@ -67,13 +71,23 @@ def test_a_federation_learns_the_task_from_a_solved_head_and_other_programs_pred
 ):
     run = bora_fl.simulate(config | task, clients=3)
     rows = read_rows(run / "metrics.jsonl")
-    assert rows[0]["head"].startswith("x")
-    assert rows[0]["accuracy"] > 0.85
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["head"].startswith("solved" if task == NUMBER else "x")
+    assert rows[0]["accuracy"] > (0.4 if task == NUMBER else 0.85)
+    assert rows[-1]["loss"] < rows[0]["loss"] or (task == NUMBER and rows[-1]["kept"] == 0)
     card = (run / "adapter" / "README.md").read_text()
     table = pd.read_parquet(data).query("split == 'test'")
     merged = bora_fl.export(run, tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(merged)
+    if task == NUMBER:
+        assert "pipeline_tag: text-classification" in card
+        theirs = pipeline("text-classification", str(merged), trust_remote_code=True)(list(table.text))
+        found = bora_fl.predict(run, list(table.text))
+        assert [row["value"] for row in found] == pytest.approx(
+            [row["score"] for row in theirs], rel=5e-3
+        )  # one by one
+        assert {row["label"] for row in theirs} == {"score"}
+        assert rows[-1]["accuracy"] == pytest.approx(r2_score(table.score, [row["value"] for row in found]), abs=1e-4)
+        return
     if task == SEVERAL:
         assert "pipeline_tag: text-classification" in card
         theirs = pipeline("text-classification", str(merged), trust_remote_code=True, top_k=None)(list(table.text))
@@ -162,8 +176,56 @@ def test_a_head_of_several_labels_cannot_be_solved_under_record_level_privacy(co
         (WORDS | {"model.pooling": "mean"}, "set model.pooling to auto"),
         (SEVERAL | {"train.label-prior": 1.0}, "set train.label-prior to 0"),
         (WORDS | {"train.distillation": 1.0}, "set train.distillation to 0"),
+        (NUMBER | {"train.not-true-distillation": 1.0}, "set train.not-true-distillation to 0"),
+        (
+            NUMBER | {"data.label-column": "domain"},
+            "a, b, c, which are no numbers; .* set model.task to classification",
+        ),
+        (NUMBER | {"model.task": "classification"}, "it holds numbers; set model.task to regression"),
+        (NUMBER | {"head.number-range": "5,1"}, "is no pair low,high of numbers, such as -4,4"),
+        (NUMBER | {"head.number-range": "0,nan"}, "is no pair low,high of numbers, such as -4,4"),
+        (SEVERAL | {"head.number-range": "0,1"}, "leave head.number-range empty"),
     ],
 )
 def test_data_of_another_task_is_refused_with_the_remedy(changes: dict, message: str, config: dict):
     with pytest.raises(ConfigError, match=message):
         bora_fl.simulate(config | changes, clients=3)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_the_head_of_a_number_is_solved_under_record_level_privacy_where_its_range_is_known(
+    rounds: int, config: dict, tmp_path: Path
+):
+    private = {"privacy.mode": "record", "strategy.weighting": "uniform", "run.keep-best": False}
+    private |= {"privacy.ledger-dir": str(tmp_path / "ledger"), "run.num-rounds": rounds}
+    with pytest.raises(ConfigError, match=r"head.number-range = '': nothing bounds what one number adds"):
+        parse(config | NUMBER | private | {"head.init": "closed-form"})
+    known = {"head.number-range": "0,300", "head.init": "closed-form", "privacy.epsilon": 1e4}
+    run = bora_fl.simulate(config | NUMBER | private | known, clients=3)
+    rows = read_rows(run / "metrics.jsonl")
+    assert (rows[0]["head"], rows[0]["clients"], rows[-1]["round"]) == ("solved", 3, rounds)
+    assert rows[0]["loss"] < 300  # the numbers have a variance of 260 around 50, and the middle of the range is 150
+    assert rows[0]["epsilon"] == rows[-1]["epsilon"]
+    assert (rows[0]["epsilon"]["unit"], rows[0]["epsilon"]["largest"]) == ("record", 1e4)
+
+
+def test_numbers_are_learned_from_a_random_head(config: dict, data: Path, tmp_path: Path):
+    table = pd.read_parquet(data)
+    table.assign(score=table.score / 50 - 1).to_parquet(tmp_path / "small.parquet")
+    small = {"data.name": str(tmp_path / "small.parquet"), "head.init": "random", "head.solve-again": "never"}
+    small |= {"train.learning-rate": 0.02, "run.num-rounds": 8, "run.keep-best": False, "train.local-steps": 16}
+    rows = read_rows(bora_fl.simulate(config | NUMBER | small, clients=3) / "metrics.jsonl")
+    assert (rows[0]["head"], rows[0]["accuracy"]) == ("", 0)
+    assert rows[-1]["accuracy"] > 0.1
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+
+
+def test_a_number_s_model_is_exported_for_sentence_transformers(config: dict, tmp_path: Path):
+    from sentence_transformers import SentenceTransformer
+
+    run = bora_fl.simulate(config | NUMBER | {"model.pooling": "mean", "run.num-rounds": 1}, clients=3)
+    folder = bora_fl.export(run, tmp_path / "st", "sentence-transformers")
+    texts = ["was it a good film", "bad"]
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    found = [row["value"] for row in bora_fl.predict(run, texts)]
+    assert theirs[:, 0].tolist() == pytest.approx(found, abs=1e-3)

@@ -1,7 +1,8 @@
 """A client's part of secure aggregation: Flower's SecAgg+ around a round, so that the server sees the sum alone.
 
 What is masked is the update of the shared parts (trained minus received) behind the client's weight, with the training
-loss at the end; or, where the classification head is asked for, the sums that it is solved from, or its losses.
+loss at the end, as far as it is within the range that is masked; or, where the head is asked for, the sums that it is
+solved from, or its losses.
 Whatever else a reply holds is left out: examples, timings, ε. A client that cannot take part raises, and the protocol
 goes on as if it had vanished.
 """
@@ -137,7 +138,8 @@ def _update(reply: RecordDict, before: Mapping[str, Tensor], settings: Settings)
             f"{weight} examples with privacy.max-examples = {privacy.max_examples}: the masked weight would overflow; "
             "raise it, or set strategy.weighting to uniform",
         )
-    update.append(np.array([float(metrics.get("train-loss", 0.0))]))  # type: ignore[arg-type]
+    loss = min(float(metrics.get("train-loss", 0.0)), privacy.clipping_range)  # type: ignore[arg-type]
+    update.append(np.array([loss]))
     return _result(update, weight)
 
 

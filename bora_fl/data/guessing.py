@@ -85,7 +85,7 @@ def guess_settings(name: str, task: str, num_clients: int, given: dict[str, str]
     """
     causal = task == "causal-lm"
     found: dict[str, Scalar] = {"data.name": name, **{f"data.{key}": value for key, value in given.items()}}
-    dealt = _dirichlet() if task == "classification" else {"data.partition": "iid"}
+    dealt = _dirichlet() if task in ("classification", "regression") else {"data.partition": "iid"}
     if name.startswith(PREFIX):
         if causal:
             found = {"data.text-column": "instruction", "data.response-column": "response", **found}

@@ -191,15 +191,12 @@ def solve_private_number(
     mean, second = sums.sums[0] / n, sums.gram / n
     covariance = second - torch.outer(mean, mean)
     penalty = NUMBER_PENALTY * _spectral_norm(gram_std, len(mean)) / n
-    weight = _solve(covariance[:-1, :-1], penalty, covariance[-1:, :-1])
-    low, high = number_range
-    half = (high - low) / 2
-    constant = (low + high) / 2 + half * math.sqrt(2) * (mean[-1:] - weight @ mean[:-1])
-    weight = weight * half / clip_norm
-    if bias:
-        return Head(weight, constant)
-    one = _solve(second[:-1, :-1], penalty, mean[None, :-1]) / (clip_norm * math.sqrt(2))
-    return Head(weight + constant[:, None] * one, None)
+    middle, half = sum(number_range) / 2, math.sqrt(2) * (number_range[1] - number_range[0]) / 2
+    if not bias:
+        products = middle * mean[None, :-1] + half * second[-1:, :-1]
+        return Head(_solve(second[:-1, :-1], penalty, products) / (math.sqrt(2) * clip_norm), None)
+    weight = half * _solve(covariance[:-1, :-1], penalty, covariance[-1:, :-1])
+    return Head(weight / (math.sqrt(2) * clip_norm), middle + half * mean[-1:] - weight @ mean[:-1])
 
 
 def _require_noise(noise_multiplier: float) -> None:

@@ -97,7 +97,10 @@ def lda(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> 
         weight = _solve(sums.within_scatter() / n, penalty, torch.where(present[:, None], means - common, 0.0))
         constant = -0.5 * (weight * (means + common)).sum(1) + (sums.counts / n).clamp(min=1e-300).log()
         constant[~present] = MISSING
-    return _head(weight, constant, sums.gram / n, common, penalty, bias)
+    if bias:
+        return Head(weight, constant)
+    one = _solve(sums.gram / n, penalty, common[None])[0]
+    return Head(weight + constant[:, None] * one, None)
 
 
 def ridge(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -> Head:
@@ -106,7 +109,7 @@ def ridge(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -
     Args:
         sums: Over all examples, with the number as the last feature.
         penalty: λ, in the units of the features' variance; left out, by generalized cross-validation.
-        bias: As in `lda`.
+        bias: False for a layer without bias: with means of products in the place of covariances.
 
     Returns:
         The head ``[1, d]``.
@@ -120,17 +123,10 @@ def ridge(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -
     covariance = second - torch.outer(mean, mean)
     cross = covariance[-1:, :-1]
     penalty = _gcv(covariance[:-1, :-1], cross, float(covariance[-1, -1]), n) if penalty is None else _above_0(penalty)
+    if not bias:
+        return Head(_solve(second[:-1, :-1], penalty, second[-1:, :-1]), None)
     weight = _solve(covariance[:-1, :-1], penalty, cross)
-    constant = mean[-1:] - weight @ mean[:-1]
-    return _head(weight, constant, second[:-1, :-1], mean[:-1], penalty, bias)
-
-
-def _head(weight: Tensor, constant: Tensor, second: Tensor, mean: Tensor, penalty: float, bias: bool) -> Head:
-    """The layer, from its weight, its constants, and the features' mean square and mean."""
-    if bias:
-        return Head(weight, constant)
-    one = _solve(second, penalty, mean[None])[0]
-    return Head(weight + constant[:, None] * one, None)
+    return Head(weight, mean[-1:] - weight @ mean[:-1])
 
 
 def _each(sums: ClassSums, penalty: float) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from bora_fl.heads import (
     solve_private_number,
     widen,
 )
+from bora_fl.privacy.accounting import EpsilonSummary, summarize
 from bora_fl.state import AdapterState, ClientUpdate
 from bora_fl.strategies.holding import Held
 from bora_fl.strategies.medians import MEDIANS, of_another_scale, tempered
@@ -86,6 +87,7 @@ class Solved:
         bytes_up: Size of the replies.
         bytes_down: Size of the messages.
         digests: Node and kind of message to the digest of the reply, as it came.
+        epsilon: What the sites' ledgers hold them to, under record-level privacy.
     """
 
     state: ServerState
@@ -95,6 +97,7 @@ class Solved:
     bytes_up: int = 0
     bytes_down: int = 0
     digests: dict[str, str] = field(default_factory=dict)
+    epsilon: EpsilonSummary | None = None
 
 
 @dataclass
@@ -194,7 +197,8 @@ def solve(
     if exact and not several and not kind.number:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
-    return Solved(layout.put(state, heads[name]), name, clients, rejected, up.bytes, down, up.sorted)
+    spent = summarize(dict.fromkeys(range(clients), settings.privacy.epsilon)) if noise else None
+    return Solved(layout.put(state, heads[name]), name, clients, rejected, up.bytes, down, up.sorted, spent)
 
 
 def total(

@@ -1,5 +1,8 @@
 """Labels as classes: several for a text, and one for each word."""
 
+import itertools
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,9 @@ def test_a_tokenizer_that_tells_words_by_spaces_gets_them(tmp_path: Path):
         ({"text": ["a b", "c"], "labels": [["x"], []]}, "multi-label", "text", "labels"),
         ({"tokens": [["a"], ["b"]], "ner_tags": [[0], [1]]}, "token-classification", "tokens", "ner_tags"),
         ({"text": ["a b", "c"], "label": ["x", "y"]}, "classification", "text", "label"),
+        ({"text": ["a b", "c"], "rating": [1.0, 2.0]}, "classification", "text", "rating"),
+        ({"text": ["a b", "c"], "rating": [1.0, 2.5]}, "regression", "text", "rating"),
+        ({"text": ["a b", "c"], "score": [0.5, None]}, "regression", "text", "score"),
     ],
 )  # fmt: skip
 def test_init_proposes_the_task_and_its_columns(tmp_path: Path, rows: dict[str, Any], task: str, text: str, label: str):
@@ -136,4 +142,70 @@ def test_init_proposes_the_task_and_its_columns(tmp_path: Path, rows: dict[str, 
     assert guess_task(name) == task
     found = guess_settings(name, task, 2, {})
     assert (found["data.text-column"], found["data.label-column"]) == (text, label)
-    assert (found["data.partition"] == "iid") == (task != "classification")
+    assert (found["data.partition"] == "iid") == (task in ("multi-label", "token-classification"))
+
+
+NUMBER = ModelSettings(task="regression", max_length=16)
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "wanted"),
+    [
+        ([0.5, None, math.nan, -2.0], [], [0.5, -2.0]),
+        ([3.0, 1.0, None, 3.0], ["1", "3"], [3.0, 1.0, 3.0]),
+        ([3, 1, None, -20], ["-20", "1", "3"], [3.0, 1.0, -20.0]),
+        (["3.5", "1e2", "", "3.5"], ["1e2", "3.5"], [3.5, 100.0, 3.5]),
+        ([Decimal("1.25"), Decimal("2.00"), None, Decimal("0.50")], [], [1.25, 2.0, 0.5]),
+    ],
+    ids=["floats", "whole floats", "integers", "strings", "decimals"],
+)
+def test_numbers_are_read_however_they_are_written(
+    values: list[Any], names: list[str], wanted: list[float], tmp_path: Path, minilm: Any
+):
+    raw = load_dataset(settings(tmp_path, {"text": list("uvwx"), "label": values}))
+    assert (raw.label_names, raw.logit_names(NUMBER)) == (names, ["label"])
+    found = tokenize(raw.train, raw.settings, NUMBER, minilm, raw.label_names)
+    assert found.classes.dtype == np.float32
+    assert found.classes.tolist() == pytest.approx(wanted)
+    assert found.batch(np.array([1]))["labels"].tolist() == pytest.approx(wanted[1:2])
+
+
+def test_splits_may_hold_whole_and_other_numbers(tmp_path: Path):
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,2\n")
+    (tmp_path / "test.csv").write_text("text,label\nc,2.5\n")
+    raw = load_dataset(DataSettings(name=str(tmp_path)))
+    assert (raw.label_names, raw.train["label"][:], raw.test["label"][:]) == ([], [1.0, 2.0], [2.5])
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        ("regression", [0.5, math.inf], "beyond what float32 does; scale them"),
+        ("regression", [0.5, 1e39], "beyond what float32 does; scale them"),
+        ("regression", ["good", "bad"], "bad, good, which are no numbers; .* set model.task to classification"),
+        ("regression", ["1", "inf"], "1, inf, which are no numbers"),
+        ("regression", [True, False], "False, True, which are no numbers"),
+        ("regression", [["a"], ["b"]], "a list of classes for each text; set model.task to multi-label"),
+        ("classification", [0.5, 1.0], "it holds numbers; set model.task to regression"),
+        ("multi-label", [0.5, 1.0], "it holds numbers; set model.task to regression"),
+        ("classification", [3, 3], r"holds 1 class\(es\), \['3'\]"),
+    ],
+)
+def test_numbers_and_classes_are_not_taken_for_each_other(task: Any, values: list[Any], message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        load_for(task, settings(tmp_path, {"text": ["x", "y"], "label": values}))
+    if task != "regression" and not isinstance(values[0], float):
+        load_for("regression", settings(tmp_path, {"text": ["x", "y"], "label": values}))  # a site's may be all alike
+
+
+def test_rows_with_a_number_are_dealt_by_tenths_of_them(tmp_path: Path):
+    values = np.random.default_rng(0).normal(size=1000).round(2)
+    rows = {"text": [f"t{k}" for k in range(1000)], "label": values.tolist()}
+    data = settings(tmp_path, rows, partition="pathological", classes_per_client=1)
+    parts = partition(data, 10, seed=1)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(1000))
+    assert all(80 < len(part) < 120 for part in parts)
+    reach = sorted((values[part].min(), values[part].max()) for part in parts)
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(reach))
+    alike = settings(tmp_path, rows | {"label": [0.5] * 990 + [1.5] * 10}, partition="dirichlet", alpha=1.0)
+    assert sum(map(len, partition(alike, 4, seed=1))) == 1000

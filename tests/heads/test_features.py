@@ -9,7 +9,7 @@ import transformers
 from bora_fl.config import AdapterSettings, ModelSettings
 from bora_fl.data import Encoded
 from bora_fl.evaluate import evaluate
-from bora_fl.heads import ClassSums, Head, collect, head_metrics, lda, public_clip_norm
+from bora_fl.heads import ClassSums, Head, collect, head_metrics, lda, public_clip_norm, ridge
 from bora_fl.models import FederatedModel, load_base, load_tokenizer
 
 NAMES = ["a", "b", "c"]
@@ -166,3 +166,22 @@ def test_the_public_clip_norm_needs_no_data(tiny_model: Path):
     norm = public_clip_norm(model, tokenizer, 3, 16)
     assert 0 < norm < 100
     assert norm == public_clip_norm(model, tokenizer, 3, 16)
+
+
+@pytest.mark.parametrize("width", [0, 5])
+def test_sums_of_numbers_are_clipped_to_their_range_and_norm_one(width: int, tiny_model: Path):
+    numbers = np.linspace(-30, 70, 30).astype(np.float32)
+    model = load_base(ModelSettings(name=str(tiny_model), task="regression"), ["score"], 0)
+    data = replace(examples(), classes=numbers)
+    plain = collect(model, data, 7, 1, width=width)
+    dim = plain.gram.shape[0] - 1
+    assert (dim, plain.examples) == (width or 16, 30)
+    assert float(plain.total[-1]) == pytest.approx(float(numbers.sum()))
+    assert float(plain.gram[-1, -1]) == pytest.approx(float(np.square(numbers).sum()))
+    bounded = collect(model, data, 7, 1, width=width, clip_norm=1e-3, number_range=(-10.0, 50.0))
+    brought = (numbers.clip(-10, 50) - 20) / 30
+    assert float(bounded.gram[-1, -1]) == pytest.approx(float(np.square(brought).sum()) / 2, rel=1e-5)
+    assert float(bounded.gram.diagonal()[:-1].sum()) == pytest.approx(30 / 2)  # every vector is longer than that
+    assert float(bounded.total[-1]) == pytest.approx(float(brought.sum() / 2**0.5), abs=1e-5)
+    found = head_metrics(model, data, 7, {"ridge": ridge(plain)})["ridge"] if not width else None
+    assert found is None or 0 <= found.accuracy <= 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from bora_fl.heads import ClassSums, lda, release
+from bora_fl.heads import ClassSums, lda, release, ridge
 from bora_fl.privacy.gaussian import SeededRandomness
 from bora_fl.simulations.engine import identify
 from bora_fl.strategies.head import best, total
@@ -141,3 +141,23 @@ def test_one_client_s_losses_do_not_choose_the_head(lie: float):
         == "trained"
     )
     assert "least 0" in best(heads, [losses(0, [1.0, 1e40, 0.9], 50)])[1]["0"]
+
+
+def numbered(seed: int, scale: float = 1.0) -> ClassSums:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(100, 8, generator=g).double()
+    return ClassSums.of(x, scale * (x[:, 0] + torch.randn(100, generator=g)), 1)
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e6])
+def test_a_client_with_numbers_of_another_scale_does_not_take_the_head_over(scale: float):
+    replies = [reply(k, numbered(k)) for k in range(4)] + [reply(4, numbered(4, scale))]
+    sums, clients, rejected = total(replies, (1, 9), 0, number=True)
+    assert (clients, list(rejected)) == (4, ["4"])
+    assert "the mean square of its numbers" in rejected["4"]
+    assert float(ridge(sums).weight[0, 0]) == pytest.approx(1, abs=0.2)
+
+
+def test_numbers_may_differ_between_clients_as_skew_has_it():
+    replies = [reply(k, numbered(k, scale)) for k, scale in enumerate([1.0, 0.01, 1.0, 9.0])]
+    assert total(replies, (1, 9), 0, number=True)[1:] == (4, {})
