@@ -37,7 +37,7 @@ from bora_fl.privacy.gaussian import Randomness, SystemRandomness, add_noise
 SHARES = (0.1, 0.6, 0.3)
 NUMBER_SHARES = (0.05, 0.15, 0.8)
 # λ over the spectral norm of the noise on Σ_w, or on the covariance.
-PENALTY, NUMBER_PENALTY = 0.5, 0.7
+PENALTY, NUMBER_PENALTY = 0.5, 0.35
 # Standard deviations of the noise beyond which a release is none.
 _FAR = 6.0
 # Times the median client's examples that one client's release counts for at most.
