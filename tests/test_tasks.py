@@ -15,7 +15,8 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, pipelin
 import bora_fl
 from bora_fl.client import secure_aggregation
 from bora_fl.config import ConfigError, parse
-from bora_fl.heads import ClassSums
+from bora_fl.heads import ClassSums, release_noise
+from bora_fl.heads.private import noise_stds
 from bora_fl.report import read_rows
 from bora_fl.strategies import head
 from bora_fl.strategies.secure_aggregation import SecureMean
@@ -194,8 +195,15 @@ def test_data_of_another_task_is_refused_with_the_remedy(changes: dict, message:
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_the_head_of_a_number_is_solved_under_record_level_privacy_where_its_range_is_known(
-    rounds: int, config: dict, tmp_path: Path
+    rounds: int, config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    seen: list[tuple[torch.Tensor, float]] = []
+
+    def zero(tensor: torch.Tensor, std: float, _: object) -> torch.Tensor:
+        seen.append((tensor, std))
+        return tensor
+
+    monkeypatch.setattr("bora_fl.heads.private.add_noise", zero)
     private = {"privacy.mode": "record", "strategy.weighting": "uniform", "run.keep-best": False}
     private |= {"privacy.ledger-dir": str(tmp_path / "ledger"), "run.num-rounds": rounds}
     with pytest.raises(ConfigError, match=r"head.number-range = '': nothing bounds what one number adds"):
@@ -207,6 +215,10 @@ def test_the_head_of_a_number_is_solved_under_record_level_privacy_where_its_ran
     assert rows[0]["loss"] < 300  # the numbers have a variance of 260 around 50, and the middle of the range is 150
     assert rows[0]["epsilon"] == rows[-1]["epsilon"]
     assert (rows[0]["epsilon"]["unit"], rows[0]["epsilon"]["largest"]) == ("record", 1e4)
+    stds = noise_stds(release_noise(parse(config | NUMBER | private | known)), number=True)
+    assert [std for _, std in seen] == pytest.approx([stds[2], *stds[:2]] * 3)
+    for triangle, _ in seen[::3]:  # of 54 examples, whose features and numbers have a norm of at most 1
+        assert float(triangle[-1]) <= 54 / 2
 
 
 def test_numbers_are_learned_from_a_random_head(config: dict, data: Path, tmp_path: Path):

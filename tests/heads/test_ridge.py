@@ -149,7 +149,8 @@ def test_no_neighbour_moves_the_sums_by_more_than_the_noise_is_for(clip_norm: fl
     assert max(distances) <= 1 + 1e-12
     if clip_norm < 1 and bounds[0] > 0:
         assert max(distances) > 0.999  # the bound is reached
-    assert sum(1 / std**2 for std in noise_stds(2.0, number=True)) == pytest.approx(1 / 2.0**2)
+    assert list(noise_stds(2.0, number=True)) == pytest.approx([2 / math.sqrt(share) for share in NUMBER_SHARES])
+    assert sum(NUMBER_SHARES) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("bounds", [(-40.0, 60.0), (-100.0, 30.0)])
