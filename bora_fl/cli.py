@@ -45,7 +45,7 @@ COMMANDS = {
     "faults": ("bora_fl.simulations.faults", "Inject faults into a federation and print what became of each run."),
     "predict": (
         "bora_fl.predicting",
-        "Predict with a finished run: each text's label or labels, its words' labels, or a language model's response.",
+        "Predict with a finished run: each text's label or labels, a number, its words' labels, or a response.",
     ),
     "evaluate": (
         "bora_fl.evaluating",

@@ -19,6 +19,7 @@ from bora_fl.config.groups import (
     TrainSettings,
     WireSettings,
 )
+from bora_fl.config.tasks import MOST_NUMBER
 
 
 class Settings(Group):
@@ -66,10 +67,11 @@ class Settings(Group):
             low, high = map(float, self.head.number_range.split(","))
         except ValueError:
             low, high = math.nan, math.nan
-        if not -math.inf < low < high < math.inf:
+        largest = max(abs(low), abs(high))
+        if not (largest <= MOST_NUMBER and high - low > 1e-6 * largest):
             raise ValueError(
-                f"head.number-range = {self.head.number_range!r}: is no pair low,high of numbers, such as -4,4; "
-                "correct it, or leave it empty"
+                f"head.number-range = {self.head.number_range!r}: is no pair low,high of numbers that float32 "
+                "tells apart, such as -4,4; correct it, or leave it empty"
             )
         return low, high
 

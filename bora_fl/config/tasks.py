@@ -6,6 +6,9 @@ from typing import Literal
 
 TaskName = Literal["classification", "multi-label", "token-classification", "regression", "causal-lm"]
 
+MOST_NUMBER = 1e18
+"""The largest number that a model can be trained to predict: the square of its error has to be finite in float32."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -69,9 +69,9 @@ def client_data(
             f"{num_partitions - 1}"
         )
     with _lock:
-        key = (loading_key(data), data.model_dump_json(), num_partitions, seed)
+        key = (loading_key(data), data.model_dump_json(), model.kind.number, num_partitions, seed)
         if key not in _dealt:
-            _remember(_dealt, key, partition(data, num_partitions, seed))
+            _remember(_dealt, key, partition(data, num_partitions, seed, numbers=model.kind.number))
         rows = _dealt[key][partition_id]
         examples = _split("train", data, model, tokenizer)
     shuffled = np.random.default_rng(derive(seed, "hold out", partition_id)).permutation(rows)

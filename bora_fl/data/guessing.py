@@ -55,17 +55,16 @@ def guess_task(name: str, label_column: str = "") -> str:
     if labels in found.table.column_names and is_list(found.table[labels].type):
         words = [name for name in found.table.column_names if name != labels and is_words(found.table[name].type)]
         return "token-classification" if words else "multi-label"
-    if labels in found.table.column_names and is_number(found.table[labels]):
-        return "regression"
+    number = labels in found.table.column_names and is_number(found.table[labels])
     if label_column:
-        return "classification"
+        return "regression" if number else "classification"
     settings = DataSettings(name=name, label_column="")
     columns = kinds(found.table, settings)
     kind = resolved(settings, columns).format
     labelled = usual(LABELS[:3], list(columns))
-    return (
-        "causal-lm" if kind in ("messages", "preference") or (kind == "prompt" and not labelled) else "classification"
-    )
+    if kind in ("messages", "preference") or (kind == "prompt" and not labelled):
+        return "causal-lm"
+    return "regression" if number else "classification"
 
 
 def guess_settings(name: str, task: str, num_clients: int, given: dict[str, str]) -> dict[str, Scalar]:
@@ -117,7 +116,7 @@ def guess_settings(name: str, task: str, num_clients: int, given: dict[str, str]
     else:
         words = task == "token-classification"
         text = _column(table, "text-column", WORDS if words else TEXTS, given, fits=is_words if words else is_text)
-        labels = (*TAGS, *LABELS) if words else (*NUMBERS, *LABELS) if task == "regression" else LABELS
+        labels = (*TAGS, *LABELS) if words else (*LABELS, *NUMBERS) if task == "regression" else LABELS
         found |= {"data.text-column": text, "data.label-column": _column(table, "label-column", labels, given)}
         found["model.max-length"] = _max_length(table, [text], _LENGTHS)
     if not (rows.whole and num_clients > 0) and not rows.has_test:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings, ModelSettings
+from bora_fl.config.tasks import MOST_NUMBER
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,8 +58,8 @@ def encode(
         raise ConfigError(f"data.label-column = {name!r}: holds lists in split {next(iter(lists))} alone")
     flat = {split: _values(pc.list_flatten(values) if lists else values, name) for split, values in columns.items()}
     if any(pa.types.is_floating(values.type) for values in flat.values()):
-        if lists:
-            raise _no_classes(name, "numbers in lists")
+        if lists or isinstance(feature, ClassLabel):
+            raise _no_classes(name, "numbers in lists" if lists else "class names in one split and numbers in another")
         return {split: _numbers(values, name) for split, values in flat.items()}, []
     feature = getattr(feature, "feature", feature) if lists else feature
     if isinstance(feature, ClassLabel):
@@ -128,8 +129,11 @@ def _numbers(values: pa.ChunkedArray, name: str) -> pa.Array:
     if not pa.types.is_floating(values.type) and not pa.types.is_integer(values.type):
         raise _no_classes(name, f"numbers in one split and {values.type} in another")
     found = values.cast(pa.float64()).combine_chunks()
-    if not pc.all(pc.is_finite(found.cast(pa.float32(), safe=False))).as_py():
-        raise ConfigError(f"data.label-column = {name!r}: holds numbers beyond what float32 does; scale them")
+    if not pc.all(pc.less_equal(pc.abs(found), MOST_NUMBER), min_count=0).as_py():
+        raise ConfigError(
+            f"data.label-column = {name!r}: holds numbers beyond {MOST_NUMBER:g}, whose squares float32 does not; "
+            "scale them"
+        )
     return found
 
 
@@ -178,7 +182,7 @@ def _meant(names: Sequence[str], name: str) -> NDArray[np.float32]:
     """The number that each class name is."""
     try:
         found = np.array([float(label) for label in names], dtype=np.float32)
-        if not np.isfinite(found).all():
+        if not (np.abs(found) <= MOST_NUMBER).all():
             raise ValueError
     except ValueError:
         held = shorten(", ".join(names), 60, placeholder=" ...")

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bora_fl.config import ConfigError, DataSettings
+from bora_fl.data import labels
 from bora_fl.data.columns import IDS, num_missing, usual
 from bora_fl.data.labels import is_list
 from bora_fl.data.loading import RawData, column, load_dataset
@@ -24,7 +25,9 @@ _NUMBER_CLASSES = 10  # that rows with a number are dealt by
 _LEAST = 2  # examples a client gets in a Dirichlet split: one to train on, one to hold out
 
 
-def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
+def partition(
+    settings: DataSettings, num_partitions: int, seed: int, *, numbers: bool = False
+) -> list[NDArray[np.int64]]:
     """Deal the rows of the training split to clients.
 
     - ``iid``: equal parts of a shuffled order. ``linear``, ``square``, ``exponential``: of a shuffled order, client i
@@ -44,6 +47,7 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
         settings: Which data, and how it is dealt.
         num_partitions: Number of clients.
         seed: Run seed.
+        numbers: Whether the labels are numbers, although they may be whole ones.
 
     Returns:
         For each client the rows it holds, int64; no client without rows, and no row twice unless ``local``.
@@ -65,7 +69,7 @@ def partition(settings: DataSettings, num_partitions: int, seed: int) -> list[ND
         return _deal(_partitioner(settings, num_partitions, rows, seed), _owners(settings, raw, num_partitions))
     groups = np.zeros(rows, dtype=np.int64)
     if settings.partition in ("dirichlet", "pathological"):
-        groups, _ = classes_or_ids(settings, raw)
+        groups, _ = classes_or_ids(settings, raw, numbers=numbers)
     held = len(np.unique(groups))
     if settings.partition == "pathological" and settings.classes_per_client > held:
         raise ConfigError(
@@ -123,19 +127,22 @@ def natural_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64]
     return pc.index_in(values, value_set=ids).to_numpy().astype(np.int64), [str(i) for i in ids.to_pylist()]
 
 
-def classes_or_ids(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
+def classes_or_ids(
+    settings: DataSettings, raw: RawData, *, numbers: bool = False
+) -> tuple[NDArray[np.int64], list[str]]:
     """Each training row's class and the class names; natural ids where a row has no class, or several.
 
     Of numbers each tenth of the rows, in their order, is a class; equal numbers are of one class.
     """
     if raw.label_names is None or not has_classes(settings, raw):
         return natural_ids(settings, raw)
-    labels = column(raw.train, settings.label_column).to_numpy()
-    if raw.label_names:
-        return labels.astype(np.int64), raw.label_names
-    bounds = np.unique(np.quantile(labels, np.arange(1, _NUMBER_CLASSES) / _NUMBER_CLASSES, method="lower"))
+    held = column(raw.train, settings.label_column)
+    if raw.label_names and not numbers:
+        return held.to_numpy().astype(np.int64), raw.label_names
+    values = labels.numbers(held, raw.label_names, settings.label_column)
+    bounds = np.unique(np.quantile(values, np.arange(1, _NUMBER_CLASSES) / _NUMBER_CLASSES, method="lower"))
     names = [f"up to {bound:.4g}" for bound in bounds] + [f"above {bounds[-1]:.4g}"]
-    found, groups = np.unique(np.searchsorted(bounds, labels), return_inverse=True)
+    found, groups = np.unique(np.searchsorted(bounds, values), return_inverse=True)
     return groups.astype(np.int64), [names[k] for k in found]
 
 

@@ -15,7 +15,9 @@ _MOST_NAMED = 12
 _MOST_IDS = 4  # that are named below a bar
 
 
-def partition_picture(settings: DataSettings, num_partitions: int, seed: int, path: str | Path) -> Path:
+def partition_picture(
+    settings: DataSettings, num_partitions: int, seed: int, path: str | Path, *, numbers: bool = False
+) -> Path:
     """Draw one bar per client, stacked by class; by natural id where rows have not one class each, if ids are few.
 
     Args:
@@ -23,6 +25,7 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
         num_partitions: Number of clients.
         seed: Run seed.
         path: Where the PNG file goes; missing folders are made.
+        numbers: As in `partition`.
 
     Returns:
         The path.
@@ -35,8 +38,8 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     from matplotlib.ticker import MaxNLocator
 
     raw = load_dataset(settings)
-    parts = partition(settings, num_partitions, seed)
-    groups, names = _groups(settings, raw)
+    parts = partition(settings, num_partitions, seed, numbers=numbers)
+    groups, names = _groups(settings, raw, numbers)
     counts = np.stack([np.bincount(groups[rows], minlength=len(names)) for rows in parts])
     figure = Figure(figsize=(min(16.0, 5 + 0.25 * num_partitions), 4), layout="constrained")
     axes = figure.subplots()
@@ -61,10 +64,10 @@ def partition_picture(settings: DataSettings, num_partitions: int, seed: int, pa
     return path
 
 
-def _groups(settings: DataSettings, raw: RawData) -> tuple[NDArray[np.int64], list[str]]:
+def _groups(settings: DataSettings, raw: RawData, numbers: bool) -> tuple[NDArray[np.int64], list[str]]:
     """Each row's part of its bar, and the names of the parts."""
     with contextlib.suppress(ConfigError):  # a deal that needs no ids may lack them
-        groups, names = classes_or_ids(settings, raw)
+        groups, names = classes_or_ids(settings, raw, numbers=numbers)
         if has_classes(settings, raw) or len(names) <= _MOST_IN_LEGEND:
             return groups, names
     return np.zeros(len(raw.train), dtype=np.int64), ["examples"]

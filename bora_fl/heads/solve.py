@@ -120,13 +120,11 @@ def ridge(sums: ClassSums, penalty: float | None = None, *, bias: bool = True) -
     n = _examples(sums)
     mean = sums.total / n
     second = sums.gram / n
-    covariance = second - torch.outer(mean, mean)
-    cross = covariance[-1:, :-1]
-    penalty = _gcv(covariance[:-1, :-1], cross, float(covariance[-1, -1]), n) if penalty is None else _above_0(penalty)
-    if not bias:
-        return Head(_solve(second[:-1, :-1], penalty, second[-1:, :-1]), None)
-    weight = _solve(covariance[:-1, :-1], penalty, cross)
-    return Head(weight, mean[-1:] - weight @ mean[:-1])
+    both = second - torch.outer(mean, mean) if bias else second
+    within, cross = both[:-1, :-1], both[-1:, :-1]
+    penalty = _gcv(within, cross, float(both[-1, -1]), n) if penalty is None else _above_0(penalty)
+    weight = _solve(within, penalty, cross)
+    return Head(weight, mean[-1:] - weight @ mean[:-1] if bias else None)
 
 
 def _each(sums: ClassSums, penalty: float) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Rounding of what is sent in float32, relative to the trace of the total scatter.
 _ROUNDING = 1e-5
+# That of float64 where the scatter is what is left of sums of squares, relative to these.
+_CANCELLED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class ClassSums:
         gram[row, column] = gram[column, row] = triangle
         return cls(counts, sums.view(rows, dim), gram, several)
 
-    def check(self) -> None:
+    def check(self, *, number: bool = False) -> None:
         """Check that some examples have these sums; for sums without noise.
 
         Counts are whole and not negative, a class without examples has no sum, and the scatter within classes,
@@ -168,6 +170,9 @@ class ClassSums:
 
             b_cᵀ T⁻¹ b_c ≤ n_c (n − n_c) / n.
 
+        Args:
+            number: Whether the last feature is a number to be predicted, which may have any unit.
+
         Raises:
             ValueError: If none can.
         """
@@ -176,10 +181,15 @@ class ClassSums:
         if (self.sums[self.counts == 0] != 0).any():
             raise ValueError("the head's sums tell of features of a class that has no examples")
         around = self.gram - self._mean_gram()
-        scatter, trace = around if self.several else self.within_scatter(), float(around.trace())
-        shifted = scatter + _ROUNDING * max(trace, 1e-300) * torch.eye(len(scatter), dtype=torch.float64)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if trace < 0 or int(failed) != 0 or (self.several and not self._fits(factor)):
+        scatter = around if self.several else self.within_scatter()
+        parts = [len(scatter) - number, int(number)]
+        room, negative = [], False
+        for spread, square in zip(around.diagonal().split(parts), self.gram.diagonal().split(parts), strict=True):
+            cancelled = _CANCELLED * float(square.sum())
+            negative |= float(spread.sum()) < -cancelled
+            room.append(torch.full_like(spread, _ROUNDING * max(float(spread.sum()), 1e-300) + cancelled))
+        factor, failed = torch.linalg.cholesky_ex(scatter + torch.diag(torch.cat(room)))
+        if negative or int(failed) != 0 or (self.several and not self._fits(factor)):
             raise ValueError("the head's sums are those of no examples: the scatter within classes has a negative side")
 
     def _fits(self, factor: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from bora_fl.config import ConfigError, ModelSettings, Settings, extensions, extras
+from bora_fl.models.number_head import exact_head
 from bora_fl.paths import atomically, cache_folder, damaged, write_digests
 from bora_fl.seeds import derive
 
@@ -132,6 +133,8 @@ def load_base(settings: ModelSettings, label_names: list[str] | None, seed: int)
                     model = kind.from_pretrained(source, **options)
                 finally:
                     transformers_logging.set_verbosity(verbosity)
+            if settings.kind.number:
+                exact_head(model)
             _settle_padding(model, settings)
         except ConfigError:
             raise

@@ -219,7 +219,8 @@ class Server(Observer):
         data, seed = self.settings.data, self.settings.run.seed
         if data.partition == "local":
             return
-        partition_picture(data, data.num_partitions or num_partitions, seed, self.folder / "partition.png")
+        clients, numbers = data.num_partitions or num_partitions, self.settings.model.kind.number
+        partition_picture(data, clients, seed, self.folder / "partition.png", numbers=numbers)
 
     # --- what the strategy calls -------------------------------------------------------------------------------------
 

@@ -243,7 +243,7 @@ def total(
             if noise_multiplier:
                 check_release(sums, noise_multiplier, number=number)
             else:
-                sums.check()
+                sums.check(number=number)
         except RejectedReplyError as reply:
             rejected[str(node)] = reply.reason
         except ValueError as error:

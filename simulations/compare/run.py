@@ -117,7 +117,8 @@ class Comparison:
         impossible = []
         for name, run in sorted(dealt.items(), key=lambda item: item[1].settings.data.name):
             try:
-                partition(run.settings.data, run.num_clients, run.seed)
+                numbers = run.settings.model.kind.number
+                partition(run.settings.data, run.num_clients, run.seed, numbers=numbers)
             except ConfigError as error:
                 impossible.append(f"--scenarios {name}: {error}")
         if impossible:

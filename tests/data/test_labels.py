@@ -134,6 +134,7 @@ def test_a_tokenizer_that_tells_words_by_spaces_gets_them(tmp_path: Path):
         ({"text": ["a b", "c"], "rating": [1.0, 2.0]}, "classification", "text", "rating"),
         ({"text": ["a b", "c"], "rating": [1.0, 2.5]}, "regression", "text", "rating"),
         ({"text": ["a b", "c"], "score": [0.5, None]}, "regression", "text", "score"),
+        ({"text": ["a b", "c"], "rating": [0.5, 2.5], "score": [0.5, 0.5]}, "regression", "text", "rating"),
     ],
 )  # fmt: skip
 def test_init_proposes_the_task_and_its_columns(tmp_path: Path, rows: dict[str, Any], task: str, text: str, label: str):
@@ -180,8 +181,8 @@ def test_splits_may_hold_whole_and_other_numbers(tmp_path: Path):
 @pytest.mark.parametrize(
     ("task", "values", "message"),
     [
-        ("regression", [0.5, math.inf], "beyond what float32 does; scale them"),
-        ("regression", [0.5, 1e39], "beyond what float32 does; scale them"),
+        ("regression", [0.5, math.inf], "numbers beyond 1e\\+18, .*; scale them"),
+        ("regression", [0.5, 1e19], "numbers beyond 1e\\+18, .*; scale them"),
         ("regression", ["good", "bad"], "bad, good, which are no numbers; .* set model.task to classification"),
         ("regression", ["1", "inf"], "1, inf, which are no numbers"),
         ("regression", [True, False], "False, True, which are no numbers"),
@@ -209,3 +210,44 @@ def test_rows_with_a_number_are_dealt_by_tenths_of_them(tmp_path: Path):
     assert all(before[1] < after[0] for before, after in itertools.pairwise(reach))
     alike = settings(tmp_path, rows | {"label": [0.5] * 990 + [1.5] * 10}, partition="dirichlet", alpha=1.0)
     assert sum(map(len, partition(alike, 4, seed=1))) == 1000
+
+
+@pytest.mark.parametrize("write", [np.round, lambda v: v.round().astype(int), lambda v: [f"{x:.0f}" for x in v]])
+def test_whole_numbers_are_dealt_as_others_are_where_they_are_numbers(write: Any, tmp_path: Path, minilm: Any):
+    values = np.random.default_rng(0).uniform(0, 500, 300)
+    rows = {"text": [f"t{k}" for k in range(300)], "label": list(write(values))}
+    data = settings(tmp_path, rows, partition="pathological", classes_per_client=1)
+    assert sum(map(len, partition(data, 10, seed=1))) < 60  # of many classes one each
+    parts = partition(data, 10, seed=1, numbers=True)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(300))
+    found = [client_data(data, NUMBER, minilm, client, 10, seed=1) for client in range(10)]
+    assert [len(own.train) + len(own.evaluation) for own in found] == list(map(len, parts))
+
+
+def test_a_split_without_any_number_is_said_to_be_empty(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 1.5}\n{"text": "b", "label": 2.5}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "c", "label": null}\n')
+    with pytest.raises(ConfigError, match="no row of split 'test' has all of text, label"):
+        load_dataset(DataSettings(name=str(tmp_path)))
+
+
+def test_class_names_are_not_numbers_of_their_codes(tmp_path: Path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["10", "20"])})
+    train = Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features=features)
+    DatasetDict(train=train, test=Dataset.from_dict({"text": ["z"], "label": [15.5]})).save_to_disk(str(tmp_path / "s"))
+    with pytest.raises(ConfigError, match="class names in one split and numbers in another"):
+        load_dataset(DataSettings(name=str(tmp_path / "s")))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"prompt": ["a", "b"], "response": ["c", "d"], "score": [0.5, 1.5]},
+        {"instruction": ["a", "b"], "output": ["c", "d"], "rating": [0.5, 1.5]},
+        {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"], "score": [0.5, 1.5]},
+        {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], "score": [0.5]},
+    ],
+)
+def test_scores_beside_responses_are_not_what_is_learned(rows: dict[str, Any], tmp_path: Path):
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    assert guess_task(str(tmp_path / "rows.parquet")) == "causal-lm"

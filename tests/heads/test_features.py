@@ -185,3 +185,19 @@ def test_sums_of_numbers_are_clipped_to_their_range_and_norm_one(width: int, tin
     assert float(bounded.total[-1]) == pytest.approx(float(brought.sum() / 2**0.5), abs=1e-5)
     found = head_metrics(model, data, 7, {"ridge": ridge(plain)})["ridge"] if not width else None
     assert found is None or 0 <= found.accuracy <= 1
+
+
+RANGES = [(0.0, 5e-324), (1.7e308, 1.75e308), (1.0, 1.0000000000000002), (1e16, 10000000000000002.0), (-1e300, 1e-300)]
+
+
+@pytest.mark.parametrize("bounds", RANGES)
+@pytest.mark.parametrize("clip_norm", [5e-324, 1.0, 1e300])
+def test_no_range_that_a_server_names_lets_a_record_count_for_more(
+    bounds: tuple[float, float], clip_norm: float, tiny_model: Path
+):
+    model = load_base(ModelSettings(name=str(tiny_model), task="regression"), ["score"], 0)
+    for number in (-3.0, 0.0, 1.0, 7e17):
+        data = replace(examples(1), classes=np.array([number], np.float32))
+        sums = collect(model, data, 7, 1, clip_norm=clip_norm, number_range=bounds)
+        assert float(sums.total.norm()) <= 1 + 1e-9
+        assert float(torch.linalg.matrix_norm(sums.gram)) <= 1 + 1e-9

@@ -71,6 +71,21 @@ def test_the_penalty_is_that_of_generalized_cross_validation():
     torch.testing.assert_close(ridge(sums_of(x, y))(x), ridge(sums_of(x, y), best)(x), rtol=1e-9, atol=1e-9)
 
 
+def test_a_layer_without_bias_has_a_penalty_of_its_own():
+    """That of the covariances would shrink the mean away where the features tell little else."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 64, generator=generator, dtype=torch.float64) + 1
+    y = 5 + 0.02 * x[:, 0] + torch.randn(400, generator=generator, dtype=torch.float64)
+    assert float((ridge(sums_of(x, y), bias=False)(x)[:, 0] - y).square().mean()) < 1.5
+    scale = float((x.T @ x / 400).trace() / 64)
+    scores = {}
+    for penalty in (torch.logspace(-4, 2, 31, dtype=torch.float64) * scale).tolist():
+        hat = x @ torch.linalg.solve(x.T @ x + 400 * penalty * torch.eye(64, dtype=torch.float64), x.T)
+        scores[penalty] = float((y - hat @ y).square().sum() / (1 - (1 + hat.trace()) / 400) ** 2)
+    best = ridge(sums_of(x, y), min(scores, key=scores.__getitem__), bias=False)
+    torch.testing.assert_close(ridge(sums_of(x, y), bias=False)(x), best(x))
+
+
 @pytest.mark.parametrize(("factor", "shift"), [(1e-4, 0.0), (-30.0, 1e4)])
 def test_other_units_of_the_numbers_are_those_of_the_predictions(factor: float, shift: float):
     x, y = numbers(60)
@@ -105,24 +120,37 @@ def test_honest_sums_pass_and_come_back(n: int, scale: float):
     x, y = numbers(n)
     whole = sums_of(x, scale * y)
     back = ClassSums.from_tensors(whole.to_tensors(), 1, 7)
-    back.check()
+    back.check(number=True)
     torch.testing.assert_close(back.gram, whole.gram, rtol=1e-5, atol=1e-5 * max(scale, 1.0) ** 2)
     torch.testing.assert_close(ClassSums.from_vector(whole.to_vector(), 1, 7).gram, whole.gram)
 
 
-@pytest.mark.parametrize("lie", ["larger products", "smaller squares", "larger sum"])
-def test_sums_of_no_examples_are_rejected(lie: str):
-    honest = sums_of(*numbers())
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e5])
+@pytest.mark.parametrize("lie", ["larger products", "smaller squares", "larger sum", "negative features"])
+def test_sums_of_no_examples_are_rejected_in_any_unit_of_the_numbers(lie: str, scale: float):
+    x, y = numbers()
+    honest = sums_of(x, scale * y)
+    honest.check(number=True)
     gram, sums = honest.gram.clone(), honest.sums.clone()
     if lie == "larger products":
         gram[-1, :-1] *= 2
         gram[:-1, -1] *= 2
     elif lie == "smaller squares":
         gram[-1, -1] *= 0.5
-    else:
+    elif lie == "larger sum":
         sums[0, -1] *= 2
+    else:
+        gram[:-1, :-1] *= -1
     with pytest.raises(ValueError, match="the head's"):
-        dataclasses.replace(honest, gram=gram, sums=sums).check()
+        dataclasses.replace(honest, gram=gram, sums=sums).check(number=True)
+
+
+@pytest.mark.parametrize("value", [300000.1, 1e6 / 7, -50000.3, 0.0])
+def test_a_client_whose_numbers_are_all_alike_is_honest(value: float):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(451, 384, generator=generator, dtype=torch.float64), dim=1)
+    sums = sums_of(x, torch.full((451,), value, dtype=torch.float64))
+    ClassSums.from_tensors(sums.to_tensors(), 1, 385).check(number=True)
 
 
 def bounded(x: Tensor, y: Tensor, clip_norm: float, low: float, high: float) -> ClassSums:
