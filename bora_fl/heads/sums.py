@@ -184,7 +184,8 @@ class ClassSums:
         scatter = around if self.several else self.within_scatter()
         parts = [len(scatter) - number, int(number)]
         room, negative = [], False
-        for spread, square in zip(around.diagonal().split(parts), self.gram.diagonal().split(parts), strict=True):
+        diagonals = (torch.split(matrix.diagonal(), parts) for matrix in (around, self.gram))
+        for spread, square in zip(*diagonals, strict=True):
             cancelled = _CANCELLED * float(square.sum())
             negative |= float(spread.sum()) < -cancelled
             room.append(torch.full_like(spread, _ROUNDING * max(float(spread.sum()), 1e-300) + cancelled))

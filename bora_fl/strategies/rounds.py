@@ -126,11 +126,9 @@ class Rounds:
         solved = self.solve_head(grid, 0)
         self._advance(solved.state)
         central = self.observer.evaluate(0, self.state, self.folds)
+        loss, accuracy = central or (None, None)
         return RoundReport(
-            0,
-            *(central or (None, None)),
-            "central" if central else "",
-            solved.name,
+            *(0, loss, accuracy, "central" if central else "", solved.name),
             epsilon=solved.epsilon,
             bytes_up=solved.bytes_up,
             bytes_down=solved.bytes_down,
