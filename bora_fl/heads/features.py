@@ -83,7 +83,7 @@ def collect(
         progress: Called with (examples done, examples in all).
 
     Raises:
-        ValueError: As `features` does, or if there are no examples.
+        ValueError: As `features` does, if there are no examples, or for numbers with a `clip_norm` and no range.
     """
     total: ClassSums | None = None
     done, held = 0, 0
@@ -93,7 +93,9 @@ def collect(
         x = narrow(x, width)
         if clip_norm is not None:
             x = clip(x, clip_norm)
-        if clip_norm is not None and number_range is not None:
+        if clip_norm is not None and labels.is_floating_point():
+            if number_range is None:
+                raise ValueError("numbers are summed up to a norm of 1 within a range alone")
             low, high = number_range
             labels = (labels.double().clamp(low, high) - (low + high) / 2) / ((high - low) / 2)
             labels = labels.nan_to_num(0.0).clamp(-1, 1)  # whatever the range: it comes from the server

@@ -179,6 +179,8 @@ def test_sums_of_numbers_are_clipped_to_their_range_and_norm_one(width: int, tin
     assert float(plain.total[-1]) == pytest.approx(float(numbers.sum()))
     assert float(plain.gram[-1, -1]) == pytest.approx(float(np.square(numbers).sum()))
     bounded = collect(model, data, 7, 1, width=width, clip_norm=1e-3, number_range=(-10.0, 50.0))
+    with pytest.raises(ValueError, match="within a range alone"):
+        collect(model, data, 7, 1, width=width, clip_norm=1e-3)
     brought = (numbers.clip(-10, 50) - 20) / 30
     assert float(bounded.gram[-1, -1]) == pytest.approx(float(np.square(brought).sum()) / 2, rel=1e-5)
     assert float(bounded.gram.diagonal()[:-1].sum()) == pytest.approx(30 / 2)  # every vector is longer than that

@@ -67,7 +67,7 @@ def check_data(settings: Settings) -> tuple[Finding, list[str] | None]:
     test = f", {len(raw.test):,} for the central test" if raw.test is not None else ""
     text = f"{len(raw.train):,} rows to train on{test}"
     names = raw.logit_names(settings.model)
-    if raw.label_names:
+    if raw.label_names and not settings.model.kind.number:
         text += f", classes {', '.join(raw.label_names[:8])}{' ...' if len(raw.label_names) > 8 else ''}"
     if len(raw.train) < settings.train.batch_size:
         remedy = "lower train.batch-size or get more data"
