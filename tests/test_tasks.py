@@ -253,3 +253,16 @@ def test_a_number_far_from_0_is_learned_in_bfloat16_too(config: dict, data: Path
     test = table.query("split == 'test'")
     found = [row["value"] for row in bora_fl.predict(run, list(test.text))]
     assert r2_score(test.score / 25 + 2000, found) > 0.3
+
+
+def test_what_the_sums_have_cost_is_told_although_no_head_can_be_solved(
+    config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def none(*_: object, **__: object) -> None:
+        raise ValueError("sums of no examples")
+
+    monkeypatch.setattr(head, "solve_private_number", none)
+    private = {"privacy.mode": "record", "strategy.weighting": "uniform", "run.keep-best": False, "run.num-rounds": 1}
+    private |= {"privacy.ledger-dir": str(tmp_path / "ledger"), "head.number-range": "0,100", "privacy.epsilon": 4.0}
+    rows = read_rows(bora_fl.simulate(config | NUMBER | private, clients=3) / "metrics.jsonl")
+    assert (rows[0]["head"], rows[0]["epsilon"]["largest"]) == ("", 4.0)

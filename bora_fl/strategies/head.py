@@ -170,6 +170,7 @@ def solve(
     if sums is None:
         log.warning("round %d: no client's sums, so the head stays as it is (%s)", round, rejected)
         return Solved(state, rejected=rejected, bytes_up=up.bytes, bytes_down=down, digests=up.sorted)
+    spent = summarize(dict.fromkeys(range(clients), settings.privacy.epsilon)) if noise else None
     try:
         heads = candidates(layout, state.current, sums, clients, settings, trained=round > 0)
         heads = {name: head for name, head in heads.items() if head.is_finite()}
@@ -178,7 +179,7 @@ def solve(
         heads = {}
     if not heads:
         rejected["head"] = "no finite head can be solved from the sums, so it stays as it is"
-        return Solved(state, rejected=rejected, bytes_up=up.bytes, bytes_down=down, digests=up.sorted)
+        return Solved(state, "", 0, rejected, up.bytes, down, up.sorted, spent)
     name = next(iter(heads))
     if len(heads) > 1:
         sent = ask("train" if secure else LOSSES, {HEADS: to_arrays(_flat(heads))})
@@ -197,7 +198,6 @@ def solve(
     if exact and not several and not kind.number:
         state = replace(state, class_shares=tuple((sums.counts / sums.counts.sum()).tolist()))
     log.info("round %d: the head is %s, solved from the sums of %d clients", round, name, clients)
-    spent = summarize(dict.fromkeys(range(clients), settings.privacy.epsilon)) if noise else None
     return Solved(layout.put(state, heads[name]), name, clients, rejected, up.bytes, down, up.sorted, spent)
 
 
