@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,3 +162,15 @@ def test_a_client_with_numbers_of_another_scale_does_not_take_the_head_over(scal
 def test_numbers_may_differ_between_clients_as_skew_has_it():
     replies = [reply(k, numbered(k, scale)) for k, scale in enumerate([1.0, 0.01, 1.0, 9.0])]
     assert total(replies, (1, 9), 0, number=True)[1:] == (4, {})
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_products_that_no_numbers_have_are_rejected_in_any_unit(scale: float):
+    lie = numbered(4, scale)
+    gram = lie.gram.clone()
+    gram[-1, :-1] += 100 * 2 * scale
+    gram[:-1, -1] += 100 * 2 * scale
+    replies = [reply(k, numbered(k, scale)) for k in range(4)] + [reply(4, replace(lie, gram=gram))]
+    sums, clients, rejected = total(replies, (1, 9), 0, number=True)
+    assert (clients, list(rejected)) == (4, ["4"])
+    assert float(ridge(sums).weight[0, 0]) == pytest.approx(scale, rel=0.2)
